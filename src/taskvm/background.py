@@ -1,0 +1,42 @@
+"""Tasks that outlive the call that started them, owned by one object that ends them.
+
+A TaskGroup cannot span `await Sandbox.create()` … `await sandbox.aclose()`, so the sandbox owns a Background
+instead. Rules: every task has a name and an owner; an exception of a task is handed to `on_failure` once, never
+lost; `aclose` cancels what still runs and waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+
+class Background:
+    """Owns running tasks. `on_failure` is called with the exception of a task that failed (not of a cancelled one)."""
+
+    def __init__(self, on_failure: Callable[[BaseException], None]) -> None:
+        self._on_failure = on_failure
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """Run `work` until it ends or the owner closes."""
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    async def aclose(self) -> None:
+        """Cancel every task and wait until all have ended. Idempotent."""
+        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is not None:
+            self._on_failure(error)

@@ -1,0 +1,327 @@
+"""The asyncio shell over the frame codec: one port of the guest, and the credit-managed flows inside it.
+
+`FramePort` moves frames and knows nothing of their meaning. `Inlet` and `Outlet` are the two ends of a flow, one for
+each (stream, channel): who reads frames from the port feeds them.
+
+Rule 1: memory is bounded. An Inlet holds at most the credit it granted; an Outlet holds nothing.
+Rule 2: a guest that breaks a rule gets GuestProtocolError, handed to `on_lost`, and the port is closed.
+Rule 3: everything here belongs to the event loop that opened the port; no locks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from typing import cast
+
+from taskvm.errors import GuestProtocolError, SandboxLostError
+from taskvm.wire.frames import (
+    INITIAL_CREDIT,
+    MAX_DATA,
+    MAX_PAYLOAD,
+    Frame,
+    FrameDecoder,
+    FrameError,
+    FrameType,
+    encode_header,
+    encode_u32,
+)
+
+# Above this many unsent bytes writers wait; QEMU takes a megabyte in about 10 ms.
+WRITE_HIGH_WATER = 512 * 1024
+# A window cannot grow past this (protocol page, Credit).
+MAX_CREDIT = 2**31 - 1
+QUIESCE_TIMEOUT_S = 10.0
+
+
+class StreamReset(ConnectionError):  # noqa: N818 - named after what happened, like ConnectionReset
+    """Raised by a flow whose stream the other side reset. `errno` is the reason it gave."""
+
+    def __init__(self, errno: int) -> None:
+        super().__init__(errno, "the guest reset the stream")
+
+
+class FramePort(asyncio.Protocol):
+    """One virtio-serial port, seen from the host.
+
+    Set `on_frame` and `on_lost` before the first await after `open`. `on_lost` is called once, with the reason.
+    """
+
+    def __init__(self, name: str, max_payload: int = MAX_PAYLOAD) -> None:
+        self.name = name
+        self.on_frame: Callable[[Frame], None] = lambda frame: None
+        self.on_lost: Callable[[Exception], None] = lambda error: None
+        self._decoder = FrameDecoder(max_payload)
+        self._transport: asyncio.Transport | None = None
+        self._writable = asyncio.Event()
+        self._writable.set()
+        self._quiesced: asyncio.Future[None] | None = None
+        self._lost: Exception | None = None
+
+    @classmethod
+    async def open(
+        cls, sock: socket.socket, name: str, max_payload: int = MAX_PAYLOAD
+    ) -> FramePort:
+        """Take over `sock`, the host's end of the port named `name`."""
+        loop = asyncio.get_running_loop()
+        port = cls(name, max_payload)
+        await loop.create_connection(lambda: port, sock=sock)
+        return port
+
+    # Sending.
+
+    def send(
+        self, type: FrameType, channel: int, stream: int, payload: bytes | memoryview = b""
+    ) -> None:
+        """Queue one frame. Raises SandboxLostError when the port is gone. `wait_writable` bounds the queue."""
+        if self._transport is None or self._lost is not None:
+            raise SandboxLostError(
+                f"write to the guest's port {self.name}", str(self._lost or "it is closed")
+            )
+        header = encode_header(type, channel, stream, len(payload))
+        if len(payload) < 4096:
+            self._transport.write(header + payload)
+        else:
+            self._transport.writelines((header, payload))
+
+    async def wait_writable(self) -> None:
+        """Wait until fewer than WRITE_HIGH_WATER bytes are queued, or the port is gone."""
+        await self._writable.wait()
+
+    async def quiesce(self) -> None:
+        """Bring the guest's side of the port to rest. Raises TimeoutError after QUIESCE_TIMEOUT_S."""
+        self._quiesced = asyncio.get_running_loop().create_future()
+        self.send(FrameType.QUIESCE, 0, 0)
+        async with asyncio.timeout(QUIESCE_TIMEOUT_S):
+            await self._quiesced
+
+    def resume(self) -> None:
+        """Let the guest's side go on after `quiesce` (or after a resume from a template, which is saved at rest)."""
+        self.send(FrameType.RESUME, 0, 0)
+
+    def close(self) -> None:
+        """Close the port. Idempotent; `on_lost` is not called."""
+        self._lost = self._lost or SandboxLostError(f"use the guest's port {self.name}", "closed")
+        self._release_waiters()
+        if self._transport is not None:
+            self._transport.abort()
+
+    def fail(self, reason: str) -> None:
+        """End the port because the guest broke the protocol; `on_lost` gets the GuestProtocolError."""
+        self._lose(GuestProtocolError(self.name, reason))
+
+    # Called by the event loop.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # sockets have Transports
+        self._transport.set_write_buffer_limits(high=WRITE_HIGH_WATER)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for frame in self._decoder.feed(data):
+                if self._lost is not None:
+                    return
+                if frame.type is FrameType.QUIESCED:
+                    self._at_rest()
+                else:
+                    self.on_frame(frame)
+        except FrameError as error:
+            self.fail(str(error))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lose(
+            SandboxLostError(
+                f"read from the guest's port {self.name}",
+                f"the virtual machine ended ({exc or 'end of file'})",
+            )
+        )
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
+    def _at_rest(self) -> None:
+        if self._quiesced is None or self._quiesced.done():
+            self.fail("QUIESCED without QUIESCE")
+        else:
+            self._quiesced.set_result(None)
+
+    def _lose(self, reason: Exception) -> None:
+        if self._lost is not None:
+            return
+        self._lost = reason
+        self._release_waiters()
+        if self._transport is not None:
+            self._transport.abort()
+        self.on_lost(reason)
+
+    def _release_waiters(self) -> None:
+        self._writable.set()
+        if self._quiesced is not None and not self._quiesced.done():
+            self._quiesced.set_exception(self._lost or ConnectionError("closed"))
+            self._quiesced.exception()  # retrieved: nobody may be waiting
+
+
+class Inlet:
+    """The receiving end of one flow: bytes from the guest, at most as many as credit was granted for."""
+
+    def __init__(
+        self, port: FramePort, stream: int, channel: int, window: int = INITIAL_CREDIT
+    ) -> None:
+        self._port = port
+        self._stream = stream
+        self._channel = channel
+        self._window = window
+        self._credit = window
+        self._owed = 0
+        self._chunks: list[bytes | memoryview] = []
+        self._held = 0
+        self._ended = False
+        self._error: Exception | None = None
+        self._ready = asyncio.Event()
+
+    async def read(self, max_bytes: int = 65536) -> bytes:
+        """Return at least one byte and at most `max_bytes`, or b"" at the end.
+
+        Raises StreamReset when the guest reset the stream, SandboxLostError when the sandbox is gone; bytes that
+        came before are returned first.
+        """
+        while not self._chunks:
+            if self._error is not None:
+                raise self._error
+            if self._ended:
+                return b""
+            self._ready.clear()
+            await self._ready.wait()
+        return self._take(max_bytes)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while data := await self.read():
+            yield data
+
+    def feed(self, payload: bytes | memoryview) -> None:
+        """Take the payload of a DATA frame; too much of it, or after END, fails the port."""
+        if self._ended or self._error is not None:
+            if self._ended:
+                self._port.fail(f"DATA after END on stream {self._stream}")
+            return
+        self._credit -= len(payload)
+        if self._credit < 0:
+            self._port.fail(f"more DATA than credit on stream {self._stream}")
+            return
+        self._chunks.append(payload)
+        self._held += len(payload)
+        self._ready.set()
+
+    def feed_end(self) -> None:
+        """Take an END frame."""
+        self._ended = True
+        self._ready.set()
+
+    def fail(self, error: Exception) -> None:
+        """End the flow with `error`, unless it has ended."""
+        if not self._ended and self._error is None:
+            self._error = error
+        self._ready.set()
+
+    @property
+    def ended(self) -> bool:
+        """Whether no more bytes will come (some may still wait to be read)."""
+        return self._ended or self._error is not None
+
+    def _take(self, max_bytes: int) -> bytes:
+        taken: list[bytes | memoryview] = []
+        size = 0
+        while self._chunks and size < max_bytes:
+            chunk = self._chunks[0]
+            room = max_bytes - size
+            if len(chunk) <= room:
+                taken.append(self._chunks.pop(0))
+                size += len(chunk)
+            else:
+                taken.append(chunk[:room])
+                self._chunks[0] = memoryview(chunk)[room:]
+                size += room
+        self._held -= size
+        self._grant(size)
+        return bytes(taken[0]) if len(taken) == 1 else b"".join(taken)
+
+    def _grant(self, size: int) -> None:
+        # Credit goes back in lumps of at least half a window: one frame, not hundreds.
+        self._owed += size
+        if self._ended or self._error is not None or self._owed < self._window // 2:
+            return
+        self._credit += self._owed
+        owed, self._owed = self._owed, 0
+        try:
+            self._port.send(FrameType.CREDIT, self._channel, self._stream, encode_u32(owed))
+        except SandboxLostError as error:
+            self.fail(error)
+
+
+class Outlet:
+    """The sending end of one flow: waits for the guest's credit and for room in the port."""
+
+    def __init__(
+        self, port: FramePort, stream: int, channel: int, credit: int = INITIAL_CREDIT
+    ) -> None:
+        self._port = port
+        self._stream = stream
+        self._channel = channel
+        self._credit = credit
+        self._ended = False
+        self._error: Exception | None = None
+        self._ready = asyncio.Event()
+        self._lock = asyncio.Lock()
+
+    async def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Send all of `data`. Raises StreamReset or SandboxLostError; BrokenPipeError after `end`."""
+        view = memoryview(data)
+        async with self._lock:
+            while view:
+                await self._wait_for_room()
+                size = min(len(view), self._credit, MAX_DATA)
+                self._credit -= size
+                self._port.send(
+                    FrameType.DATA, self._channel, self._stream, bytes(view[:size])
+                )
+                view = view[size:]
+
+    def end(self) -> None:
+        """Say that no more bytes come. Idempotent."""
+        if not self._ended and self._error is None:
+            self._ended = True
+            self._port.send(FrameType.END, self._channel, self._stream)
+
+    def reset(self, errno: int) -> None:
+        """End the whole stream, both directions, telling the guest why."""
+        if self._error is None:
+            self._error = StreamReset(errno)
+            self._ready.set()
+            self._port.send(FrameType.RESET, 0, self._stream, encode_u32(errno))
+
+    def feed_credit(self, amount: int) -> None:
+        """Take a CREDIT frame."""
+        if self._credit + amount > MAX_CREDIT:
+            self._port.fail(f"credit overflow on stream {self._stream}")
+            return
+        self._credit += amount
+        self._ready.set()
+
+    def fail(self, error: Exception) -> None:
+        """End the flow with `error`."""
+        self._error = self._error or error
+        self._ready.set()
+
+    async def _wait_for_room(self) -> None:
+        await self._port.wait_writable()
+        while self._credit == 0 and self._error is None and not self._ended:
+            self._ready.clear()
+            await self._ready.wait()
+        if self._error is not None:
+            raise self._error
+        if self._ended:
+            raise BrokenPipeError(32, f"stream {self._stream} was ended for writing")
