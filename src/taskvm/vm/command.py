@@ -1,0 +1,212 @@
+"""The command lines of QEMU and of the confining supervisor, with the reason for every argument.
+
+Pure: values in, argument lists out. Descriptors are numbers that the caller will pass on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Accelerator = Literal["kvm", "tcg"]
+
+# Each word with its reason:
+#   console=ttyS0    what the kernel and the agent say before the control port works; read and bounded by the host
+#   quiet            a verbose boot over an emulated serial line costs about a second without KVM
+#   panic=-1         a dead guest reboots at once, which -no-reboot turns into the end of QEMU
+#   i8042.nokbd …    probing a keyboard controller that is not there waits 0.5 s
+#   tsc=reliable     no watchdog that doubts the emulated clock after a resume
+#   no_timer_check   the check loops on the emulated PIT
+#   random.trust_cpu the generator is ready at boot; every start is reseeded by the host anyway
+#   mitigations=off  the guest protects nothing from itself; the border is the virtual machine
+KERNEL_ARGUMENTS = {
+    "x86_64": (
+        "console=ttyS0 quiet panic=-1 i8042.noaux i8042.nokbd tsc=reliable no_timer_check "
+        "random.trust_cpu=on mitigations=off"
+    ),
+    "aarch64": "console=ttyAMA0 quiet panic=-1 random.trust_cpu=on mitigations=off",
+}
+
+# What the loader, QEMU's libraries and firmware are read from. A path that is not there is passed over.
+PROGRAM_PATHS = ("/usr", "/lib", "/lib64", "/nix/store", "/gnu/store", "/opt/homebrew")
+CONFIGURATION_PATHS = ("/etc/ld.so.cache", "/etc/ld.so.preload")
+DEVICE_PATHS = ("/dev/null", "/dev/zero", "/dev/urandom")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineShape:
+    """What a saved state fits: two machines of equal shape can load each other's state.
+
+    `machine` is a versioned machine type such as "pc-q35-7.2"; `memory_mib` mebibytes.
+    """
+
+    arch: str
+    machine: str
+    accelerator: Accelerator
+    cpus: int
+    memory_mib: int
+
+    @property
+    def cpu_model(self) -> str:
+        """The model and flags of the virtual CPU.
+
+        Under TCG `max` without erms and fsrm: the guest's kernel then copies with ordinary loops, where TCG
+        emulates `rep movsb` a byte at a time (218 against 59 MB/s through a port).
+        """
+        if self.accelerator == "kvm":
+            return "host"
+        return "max,-erms,-fsrm" if self.arch == "x86_64" else "max"
+
+    @property
+    def kernel_arguments(self) -> str:
+        return KERNEL_ARGUMENTS[self.arch]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Descriptors:
+    """Descriptor numbers that QEMU inherits: connected sockets, one each."""
+
+    qmp: int
+    console: int
+    control: int
+    fs: int
+    net: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Boot:
+    """Kernel and initial file system, as files on the host."""
+
+    kernel: Path
+    initrd: Path
+
+
+def qemu_command(
+    qemu: Path,
+    shape: MachineShape,
+    *,
+    boot: Boot,
+    disk: Path,
+    memory: Path | None,
+    share_memory: bool,
+    incoming: bool,
+    descriptors: Descriptors,
+) -> list[str]:
+    """Return QEMU's argument list.
+
+    `memory` is the file that holds the RAM: written when `share_memory` (a template being made), else mapped
+    copy-on-write; None is anonymous memory. With `incoming` QEMU waits for `migrate-incoming`.
+    """
+    return [
+        str(qemu),
+        # Nothing that is not named below exists in the guest, nor is any configuration file of the host read.
+        "-nodefaults",
+        "-no-user-config",
+        "-no-reboot",
+        "-display",
+        "none",
+        # QEMU's own filter beside ours: no new processes, no other identity, no scheduling games.
+        "-sandbox",
+        "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        "-machine",
+        _machine_type(shape),
+        "-accel",
+        shape.accelerator,
+        "-cpu",
+        shape.cpu_model,
+        "-smp",
+        str(shape.cpus),
+        "-m",
+        f"{shape.memory_mib}M",
+        "-object",
+        _memory_backend(shape, memory, share_memory),
+        "-kernel",
+        str(boot.kernel),
+        "-initrd",
+        str(boot.initrd),
+        "-append",
+        shape.kernel_arguments,
+        # cache=unsafe: the overlay is thrown away with the sandbox, so nothing is worth an fsync on the host.
+        "-drive",
+        f"if=none,id=root,file={_escaped(disk)},format=qcow2,cache=unsafe,discard=unmap,"
+        "detect-zeroes=unmap",
+        "-device",
+        "virtio-blk-pci,drive=root",
+        "-device",
+        "virtio-serial-pci,id=ports,max_ports=4",
+        *_port("control", descriptors.control),
+        *_port("fs", descriptors.fs),
+        *_port("net", descriptors.net),
+        "-chardev",
+        f"socket,id=console,fd={descriptors.console}",
+        "-serial",
+        "chardev:console",
+        "-chardev",
+        f"socket,id=qmp,fd={descriptors.qmp}",
+        "-mon",
+        "chardev=qmp,mode=control",
+        *(["-incoming", "defer"] if incoming else []),
+    ]
+
+
+def confine_command(
+    confine: Path,
+    program: list[str],
+    *,
+    read: list[Path],
+    write: list[Path],
+    copy_on_write: Path | None,
+    file_size_bytes: int,
+    lifeline: int,
+    accelerator: Accelerator,
+) -> list[str]:
+    """Return the argument list that runs `program` under the supervisor (confine/confine.c).
+
+    `read` and `write` are what it may touch besides its own libraries and firmware.
+    """
+    command = [str(confine), "--lifeline", str(lifeline), "--file-size", str(file_size_bytes)]
+    for path in PROGRAM_PATHS:
+        command += ["--execute", path]
+    for path in CONFIGURATION_PATHS:
+        command += ["--read", path]
+    for path in (*DEVICE_PATHS, *(["/dev/kvm"] if accelerator == "kvm" else [])):
+        command += ["--write", path]
+    for item in read:
+        command += ["--read", str(item)]
+    for item in write:
+        command += ["--write", str(item)]
+    if copy_on_write is not None:
+        command += ["--copy-on-write", str(copy_on_write)]
+    return [*command, "--", *program]
+
+
+def _machine_type(shape: MachineShape) -> str:
+    if shape.arch == "x86_64":
+        # No controllers for devices that are not there; no System Management Mode, which only firmware uses.
+        return (
+            f"{shape.machine},memory-backend=ram,vmport=off,smm=off,usb=off,sata=off,smbus=off,"
+            "graphics=off,dump-guest-core=off"
+        )
+    return f"{shape.machine},memory-backend=ram,gic-version=3,dump-guest-core=off"
+
+
+def _memory_backend(shape: MachineShape, memory: Path | None, share: bool) -> str:
+    size = f"id=ram,size={shape.memory_mib}M"
+    if memory is None:
+        return f"memory-backend-ram,{size}"
+    return f"memory-backend-file,{size},mem-path={_escaped(memory)},share={'on' if share else 'off'}"
+
+
+def _port(name: str, descriptor: int) -> list[str]:
+    return [
+        "-chardev",
+        f"socket,id={name},fd={descriptor}",
+        "-device",
+        f"virtserialport,chardev={name},name=taskvm.{name}",
+    ]
+
+
+def _escaped(path: Path) -> str:
+    """A path inside a QEMU option list: a comma is written twice (qemu-options(7), -drive file=)."""
+    return str(path).replace(",", ",,")

@@ -1,0 +1,314 @@
+"""One QEMU process: started confined, driven over QMP, ended without a trace.
+
+The machine knows nothing of what its ports carry. Every channel is a socket pair made before QEMU starts and inherited by
+it: there is no socket file, no race for its name, and nothing to clean up.
+
+The process ends with its owner: `taskvm-confine` holds the read end of a pipe (the lifeline) whose write end is only here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import subprocess
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+
+from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError
+
+from taskvm.errors import HostError, SandboxLostError, UnavailableError
+from taskvm.vm.command import Boot, Descriptors, MachineShape, confine_command, qemu_command
+from taskvm.vm.native import confine_binary
+from taskvm.vm.qemu import Qemu
+
+# What is kept of the guest's console and of QEMU's standard error: enough for a panic or a linker error.
+TAIL_BYTES = 64 * 1024
+# QEMU answers QMP in about a millisecond; a host that swaps may take seconds.
+QMP_TIMEOUT_S = 30.0
+# State of a q35 machine is 330-380 KB, its RAM is not in it: a second even on a slow disk.
+MIGRATION_TIMEOUT_S = 60.0
+# A disk overlay may grow to the disk's virtual size and its tables (1/8192), and no further.
+DISK_LIMIT_BYTES = 16 * 1024**3
+
+# The library logs every disconnect; ours are deliberate and told as exceptions.
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineFiles:
+    """The files of one machine. `backing` are the images under `disk`, read-only.
+
+    `memory` is None for anonymous memory; `share_memory` writes it (a template being made). `state` is device state
+    to resume from.
+    """
+
+    boot: Boot
+    disk: Path
+    backing: tuple[Path, ...]
+    memory: Path | None = None
+    share_memory: bool = False
+    state: Path | None = None
+
+
+class Tail(asyncio.Protocol):
+    """Reads a stream for ever and keeps its last TAIL_BYTES."""
+
+    def __init__(self) -> None:
+        self._kept = bytearray()
+
+    def data_received(self, data: bytes) -> None:
+        self._kept += data
+        del self._kept[:-TAIL_BYTES]
+
+    def text(self, limit: int = 2000) -> str:
+        """The last `limit` characters, control bytes escaped: they come from an untrusted guest."""
+        text = bytes(self._kept[-4 * limit :]).decode("utf-8", "replace").replace("\r\n", "\n")
+        safe = "".join(c if c == "\n" or c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+        return safe[-limit:].strip()
+
+
+class Machine:
+    """A QEMU process and the host's ends of its channels. Make one with `start`.
+
+    `control`, `fs` and `net` are the guest's ports: take each over once. `exited` is done when the process has ended.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], sockets: dict[str, socket.socket]) -> None:
+        self._process = process
+        self._qmp = QMPClient("taskvm")
+        self._qmp_socket = sockets["qmp"]
+        self._lifeline: int | None = None
+        self._pidfd = os.pidfd_open(process.pid)
+        self._state_fd: int | None = None
+        self._tails: list[asyncio.BaseTransport] = []
+        self._console_socket = sockets["console"]
+        self.control = sockets["control"]
+        self.fs = sockets["fs"]
+        self.net = sockets["net"]
+        self.console = Tail()
+        self.stderr = Tail()
+        self.exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    @classmethod
+    async def start(cls, qemu: Qemu, shape: MachineShape, files: MachineFiles) -> Machine:
+        """Start QEMU and negotiate QMP. The guest runs at once unless `files.state` is given.
+
+        Raises UnavailableError with QEMU's own words when it does not come up.
+        """
+        machine = _spawn(qemu, shape, files)
+        try:
+            await machine._watch()
+            await machine._negotiate()
+        except BaseException:
+            await machine.kill()
+            raise
+        return machine
+
+    @property
+    def pid(self) -> int:
+        """The process id of the supervisor; QEMU is its only child."""
+        return self._process.pid
+
+    async def execute(self, command: str, **arguments: object) -> object:
+        """Run one QMP command. Raises SandboxLostError when QEMU is gone or refuses."""
+        try:
+            async with asyncio.timeout(QMP_TIMEOUT_S):
+                return await self._qmp.execute(command, arguments or None)
+        except (QMPError, ExecuteError, TimeoutError) as error:
+            raise SandboxLostError(
+                f"ask QEMU for {command}", f"{error or 'no answer'}{self.last_words()}"
+            ) from error
+
+    async def load_state(self) -> None:
+        """Load the device state given at the start. The guest is then paused: `execute("cont")` lets it run."""
+        with self._qmp.listener("MIGRATION") as events:
+            await self._set_capabilities()
+            await self.execute("migrate-incoming", uri=f"fd:{self._state_fd}")
+            await self._migrated(events, "load the saved state")
+        self._close_state()
+
+    async def save_state(self, path: Path) -> None:
+        """Write the device state of a stopped machine to the new file `path`; its RAM is in the memory file."""
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            # The descriptor travels with a byte that QMP's JSON parser skips (qmp-spec, getfd).
+            self._qmp_socket.sendmsg(
+                [b" "], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [descriptor]))]
+            )
+            await self.execute("getfd", fdname="state")
+            with self._qmp.listener("MIGRATION") as events:
+                await self._set_capabilities()
+                await self.execute("migrate", uri="fd:state")
+                await self._migrated(events, "save the state")
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    async def kill(self) -> int:
+        """End the process at once and wait for it; close every descriptor. Idempotent. Returns the exit status."""
+        self._release_lifeline()
+        if not self.exited.done():
+            try:
+                async with asyncio.timeout(5):
+                    await asyncio.shield(self.exited)
+            except TimeoutError:
+                self._process.kill()
+                await self.exited
+        with contextlib.suppress(QMPError, OSError, EOFError):
+            await self._qmp.disconnect()
+        for transport in self._tails:
+            transport.close()
+        for sock in (self.control, self.fs, self.net, self._qmp_socket):
+            sock.close()
+        self._close_state()
+        return await self.exited
+
+    def last_words(self) -> str:
+        """What QEMU and the guest's console said last, for an error message; empty when neither spoke."""
+        parts = [
+            f"; {name}: {text}"
+            for name, tail in (("QEMU said", self.stderr), ("the guest's console", self.console))
+            if (text := tail.text())
+        ]
+        return "".join(parts)
+
+    # Starting.
+
+    async def _watch(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._pidfd, self._reap)
+        stderr = self._process.stderr
+        assert stderr is not None  # Popen was given a pipe
+        transport, _ = await loop.connect_read_pipe(lambda: self.stderr, stderr)
+        self._tails.append(transport)
+        console, _ = await loop.create_connection(lambda: self.console, sock=self._console_socket)
+        self._tails.append(console)
+
+    async def _negotiate(self) -> None:
+        try:
+            async with asyncio.timeout(QMP_TIMEOUT_S):
+                await self._qmp.connect(self._qmp_socket.dup())
+        except (ConnectError, TimeoutError) as error:
+            await asyncio.wait([self.exited], timeout=1)  # its last words may still be on their way
+            status = f"exit status {self.exited.result()}" if self.exited.done() else "no answer"
+            raise UnavailableError(
+                f"start {self._process.args[0] if isinstance(self._process.args, list) else 'QEMU'}",
+                f"QEMU did not come up ({status}){self.last_words()}",
+                "`taskvm doctor` tells what this host lacks",
+            ) from error
+
+    def _reap(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        status = self._process.wait()
+        self._release_lifeline()
+        if not self.exited.done():
+            self.exited.set_result(status)
+
+    # State.
+
+    async def _set_capabilities(self) -> None:
+        # x-ignore-shared leaves RAM that is a shared file out of the stream; events spare us polling.
+        await self.execute(
+            "migrate-set-capabilities",
+            capabilities=[
+                {"capability": "x-ignore-shared", "state": True},
+                {"capability": "events", "state": True},
+            ],
+        )
+
+    async def _migrated(self, events: asyncio.Queue[object], operation: str) -> None:
+        try:
+            async with asyncio.timeout(MIGRATION_TIMEOUT_S):
+                while True:
+                    event = await events.get()
+                    status = event["data"]["status"]  # type: ignore[index]  # qemu.qmp's Message
+                    if status == "completed":
+                        return
+                    if status in ("failed", "cancelled"):
+                        raise SandboxLostError(operation, f"QEMU reports {status}{self.last_words()}")
+        except TimeoutError as error:
+            raise SandboxLostError(
+                operation, f"not done after {MIGRATION_TIMEOUT_S:.0f} s{self.last_words()}"
+            ) from error
+
+    def _release_lifeline(self) -> None:
+        if self._lifeline is not None:
+            os.close(self._lifeline)
+            self._lifeline = None
+
+    def _close_state(self) -> None:
+        if self._state_fd is not None:
+            os.close(self._state_fd)
+            self._state_fd = None
+
+
+def _spawn(qemu: Qemu, shape: MachineShape, files: MachineFiles) -> Machine:
+    with contextlib.ExitStack() as theirs:
+        ours: dict[str, socket.socket] = {}
+        numbers: dict[str, int] = {}
+        for name in ("qmp", "console", "control", "fs", "net"):
+            ours[name], inherited = socket.socketpair()
+            theirs.enter_context(inherited)
+            numbers[name] = inherited.fileno()
+        lifeline_read, lifeline_write = os.pipe()
+        theirs.callback(os.close, lifeline_read)
+        inherited_fds = [*numbers.values(), lifeline_read]
+        state_fd = None
+        if files.state is not None:
+            state_fd = os.open(files.state, os.O_RDONLY | os.O_CLOEXEC)
+            inherited_fds.append(state_fd)
+        command = _commands(qemu, shape, files, Descriptors(**numbers), lifeline_read)
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                pass_fds=inherited_fds,
+                cwd="/",
+                env={"LC_ALL": "C"},  # nothing of the user's environment: it may hold secrets
+            )
+        except OSError as error:
+            os.close(lifeline_write)
+            raise HostError(f"start {command[0]}", error.strerror or str(error)) from error
+    machine = Machine(process, ours)
+    machine._lifeline = lifeline_write  # noqa: SLF001 - built here
+    machine._state_fd = state_fd  # noqa: SLF001
+    return machine
+
+
+def _commands(
+    qemu: Qemu, shape: MachineShape, files: MachineFiles, descriptors: Descriptors, lifeline: int
+) -> list[str]:
+    program = qemu_command(
+        qemu.path,
+        shape,
+        boot=files.boot,
+        disk=files.disk,
+        memory=files.memory,
+        share_memory=files.share_memory,
+        incoming=files.state is not None,
+        descriptors=descriptors,
+    )
+    writable = [files.disk]
+    copy_on_write = None
+    if files.memory is not None and files.share_memory:
+        writable.append(files.memory)
+    else:
+        copy_on_write = files.memory
+    return confine_command(
+        confine_binary(),
+        program,
+        read=[files.boot.kernel, files.boot.initrd, *files.backing],
+        write=writable,
+        copy_on_write=copy_on_write,
+        file_size_bytes=DISK_LIMIT_BYTES,
+        lifeline=lifeline,
+        accelerator=shape.accelerator,
+    )
+

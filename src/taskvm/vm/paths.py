@@ -1,0 +1,60 @@
+"""Where taskvm keeps things on the host, private to the user, and how a small file is replaced in one step."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from taskvm.errors import HostError
+
+
+def cache_dir() -> Path:
+    """Return the directory of images, templates and running sandboxes (made 0700).
+
+    `TASKVM_CACHE`, else `$XDG_CACHE_HOME/taskvm`, else `~/.cache/taskvm`.
+    """
+    chosen = os.environ.get("TASKVM_CACHE")
+    if chosen:
+        return private_dir(Path(chosen))
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return private_dir(Path(base) / "taskvm")
+
+
+def state_dir() -> Path:
+    """Return the directory of what outlives a sandbox, such as audit logs: `$XDG_STATE_HOME/taskvm` (made 0700)."""
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return private_dir(Path(base) / "taskvm")
+
+
+def private_dir(path: Path) -> Path:
+    """Make `path` and its parents, readable by this user alone. Raises HostError when that fails."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise HostError(
+            f"make the directory {path}", error.strerror or str(error), "Free space or permissions"
+        ) from error
+    return path.absolute()
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write `content` to `path` in one step: a reader sees the old file or the new one, never a part.
+
+    Raises HostError when the disk is full or the directory cannot be written.
+    """
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)  # noqa: PTH105 - a name from mkstemp is a str
+        except BaseException:
+            os.unlink(temporary)  # noqa: PTH108
+            raise
+    except OSError as error:
+        raise HostError(
+            f"write {path}", error.strerror or str(error), "Free disk space"
+        ) from error
