@@ -179,6 +179,7 @@ class Inlet:
         self._owed = 0
         self._chunks: list[bytes | memoryview] = []
         self._held = 0
+        self._discarding = False
         self._ended = False
         self._error: Exception | None = None
         self._ready = asyncio.Event()
@@ -212,6 +213,9 @@ class Inlet:
         if self._credit < 0:
             self._port.fail(f"more DATA than credit on stream {self._stream}")
             return
+        if self._discarding:
+            self._grant(len(payload))
+            return
         self._chunks.append(payload)
         self._held += len(payload)
         self._ready.set()
@@ -226,6 +230,14 @@ class Inlet:
         if not self._ended and self._error is None:
             self._error = error
         self._ready.set()
+
+    def discard(self) -> None:
+        """Drop what is held and all that comes, granting credit for it, so that its sender can end."""
+        self._discarding = True
+        if self._held:
+            self._chunks.clear()
+            held, self._held = self._held, 0
+            self._grant(held)
 
     @property
     def ended(self) -> bool:

@@ -1,0 +1,219 @@
+"""Processes in the guest: what `Sandbox.exec` returns and what `Sandbox.spawn` hands out."""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import signal as signals
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from types import TracebackType
+
+from taskvm.errors import SandboxLostError
+from taskvm.port import Inlet, StreamReset
+from taskvm.vm.control import Call
+from taskvm.wire.control import SignalRequest
+
+# exec() keeps at most this much of each output stream and drops the rest; spawn() streams without a limit.
+MAX_CAPTURED_BYTES = 64 * 1024 * 1024
+# After cgroup.kill the agent reports the exit in tens of milliseconds.
+KILL_TIMEOUT_S = 10.0
+# Linux errno ECANCELED: the host no longer wants the exec.
+_CANCELLED = 125
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecResult:
+    """How a command in the guest ended, and what it wrote.
+
+    `exit_code` is its exit status, or 128 + the signal that ended it, which is then in `signal`. `timed_out` says that
+    `timeout_s` passed and everything it had started was killed. `truncated` says that more than
+    MAX_CAPTURED_BYTES of a stream were written and the rest was dropped.
+    """
+
+    exit_code: int
+    signal: int | None = None
+    stdout_bytes: bytes = b""
+    stderr_bytes: bytes = b""
+    timed_out: bool = False
+    truncated: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """Whether the command exited with 0."""
+        return self.exit_code == 0
+
+    @property
+    def stdout(self) -> str:
+        """Standard output as UTF-8; malformed bytes become U+FFFD."""
+        return self.stdout_bytes.decode("utf-8", "replace")
+
+    @property
+    def stderr(self) -> str:
+        """Standard error as UTF-8; malformed bytes become U+FFFD."""
+        return self.stderr_bytes.decode("utf-8", "replace")
+
+    @property
+    def outcome(self) -> str:
+        """The ending in words: "exit code 1", "killed by SIGKILL", "timed out"."""
+        if self.timed_out:
+            return "timed out; everything it had started was killed"
+        if self.signal is not None:
+            try:
+                return f"killed by {signals.Signals(self.signal).name}"
+            except ValueError:
+                return f"killed by signal {self.signal}"
+        return f"exit code {self.exit_code}"
+
+
+class ByteStream:
+    """One output stream of a guest process; read it or iterate over it. What is not read blocks only its writer."""
+
+    def __init__(self, inlet: Inlet) -> None:
+        self._inlet = inlet
+
+    async def read(self, max_bytes: int = 65536) -> bytes:
+        """Return 1 … `max_bytes` bytes, or b"" at the end. Raises SandboxLostError when the sandbox is gone."""
+        try:
+            return await self._inlet.read(max_bytes)
+        except StreamReset:
+            return b""
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while data := await self.read():
+            yield data
+
+    async def text(self) -> AsyncIterator[str]:
+        """Iterate over the stream as UTF-8 text; a character cut by a chunk's end is held until it is whole."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        async for data in self:
+            if text := decoder.decode(data):
+                yield text
+        if text := decoder.decode(b"", final=True):
+            yield text
+
+
+class Process:
+    """A running process of the guest. Leaving `async with` ends it and everything it started.
+
+    `stdout` and `stderr` are live; with `merge_output` standard error arrives in `stdout` and `stderr` is empty.
+    """
+
+    def __init__(self, call: Call, command: str, pid: int) -> None:
+        self._call = call
+        self._exit: ExecResult | None = None
+        self.command = command
+        self.pid = pid
+        self.stdout = ByteStream(call.inlets[1])
+        self.stderr = ByteStream(call.inlets[2])
+
+    async def write(self, data: bytes) -> None:
+        """Write to standard input, waiting while the process does not read.
+
+        Raises BrokenPipeError after `close_stdin` or the process's end.
+        """
+        await self._call.outlet.write(data)
+
+    async def close_stdin(self) -> None:
+        """Close standard input: the process reads end of file. Idempotent."""
+        self._call.outlet.end()
+
+    async def kill(self, signal: int = signals.SIGTERM) -> None:
+        """Send `signal` to the process's group. Nothing happens when it has ended."""
+        if self._exit is None and not self._call.exited.done():
+            self._call.send_signal(SignalRequest(signal=signal, scope="group"))
+
+    async def wait(self) -> ExecResult:
+        """Wait until the main process has ended. Its children may live on. Raises SandboxLostError."""
+        if self._exit is None:
+            exited = await asyncio.shield(self._call.exited)
+            if exited.signal is not None:
+                self._exit = ExecResult(exit_code=128 + exited.signal, signal=exited.signal)
+            else:
+                self._exit = ExecResult(exit_code=exited.code or 0)
+        return self._exit
+
+    async def kill_all(self) -> None:
+        """Kill everything that this exec started, double-forked daemons included (cgroup.kill), and wait for it.
+
+        Raises SandboxLostError when the guest does not comply within KILL_TIMEOUT_S.
+        """
+        if self._call.exited.done():
+            return
+        self._call.send_signal(SignalRequest(signal=signals.SIGKILL, scope="all"))
+        for inlet in self._call.inlets.values():
+            inlet.discard()
+        try:
+            async with asyncio.timeout(KILL_TIMEOUT_S):
+                await self.wait()
+        except TimeoutError:
+            raise SandboxLostError(
+                f"kill {self.command!r} in the guest",
+                f"it has not ended within {KILL_TIMEOUT_S:.0f} s",
+                "Close the sandbox",
+            ) from None
+
+    def abandon(self) -> None:
+        """Tell the guest to kill everything this exec started, without waiting. Idempotent."""
+        if not self._call.exited.done():
+            self._call.forget(errno=_CANCELLED)
+
+    async def __aenter__(self) -> Process:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self.abandon()
+        else:
+            await self.kill_all()
+
+
+class Capture:
+    """Collects what a process writes, up to MAX_CAPTURED_BYTES of each stream."""
+
+    def __init__(self) -> None:
+        self.stdout = bytearray()
+        self.stderr = bytearray()
+        self.truncated = False
+
+    async def run(self, process: Process, stdin: bytes | AsyncIterator[bytes] | None) -> ExecResult:
+        """Feed `stdin`, read both streams to their end, and return the result."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(_feed(process, stdin))
+            group.create_task(self._collect(process.stdout, self.stdout))
+            group.create_task(self._collect(process.stderr, self.stderr))
+        return self.result(await process.wait())
+
+    def result(self, ending: ExecResult, *, timed_out: bool = False) -> ExecResult:
+        """Return `ending` with the output collected so far."""
+        return ExecResult(
+            exit_code=ending.exit_code,
+            signal=ending.signal,
+            stdout_bytes=bytes(self.stdout),
+            stderr_bytes=bytes(self.stderr),
+            timed_out=timed_out,
+            truncated=self.truncated,
+        )
+
+    async def _collect(self, stream: ByteStream, into: bytearray) -> None:
+        while data := await stream.read(1024 * 1024):
+            room = MAX_CAPTURED_BYTES - len(into)
+            self.truncated = self.truncated or len(data) > room
+            into += data[: max(room, 0)]
+
+
+async def _feed(process: Process, stdin: bytes | AsyncIterator[bytes] | None) -> None:
+    try:
+        if isinstance(stdin, bytes):
+            await process.write(stdin)
+        elif stdin is not None:
+            async for data in stdin:
+                await process.write(data)
+        await process.close_stdin()
+    except (BrokenPipeError, StreamReset):
+        return  # the process ended without reading all of it, as processes may

@@ -1,0 +1,256 @@
+"""The host's side of the control port: calls into the guest, each on a stream of its own (docs/protocol-control.md).
+
+`Control` matches the guest's frames to the calls that wait for them and refuses what nobody asked for. It holds no
+policy and no knowledge of single operations: those are in process.py and files.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from typing import TypeVar
+
+from taskvm.errors import GuestError, SandboxLostError
+from taskvm.port import FramePort, Inlet, Outlet, StreamReset
+from taskvm.wire import control as messages
+from taskvm.wire.frames import (
+    GUEST_STREAM_BIT,
+    MAX_MAP,
+    PORT_CONTROL,
+    PROTOCOL_VERSION,
+    Frame,
+    FrameType,
+    decode_u32,
+)
+
+# The agent answers a request in well under a millisecond of its own time; a guest that swaps or is starved of CPU
+# by 50 neighbours may take seconds. After this it is taken for dead.
+REPLY_TIMEOUT_S = 60.0
+# A reset call may have frames under way; its number is not used again, so they are dropped. More streams than this
+# in flight is our own bug.
+MAX_STREAMS = 4096
+
+_A = TypeVar("_A", bound=messages._Answer)  # noqa: SLF001 - the family of answers is one module's
+
+
+class Call:
+    """One stream that the host opened: its reply, its flows, and for an exec its exit."""
+
+    def __init__(self, control: Control, stream: int, operation: str) -> None:
+        loop = asyncio.get_running_loop()
+        self.stream = stream
+        self.operation = operation
+        self.reply: asyncio.Future[bytes] = loop.create_future()
+        self.exited: asyncio.Future[messages.Exited] = loop.create_future()
+        self.inlets: dict[int, Inlet] = {}
+        self.outlet = Outlet(control.port, stream, 0)
+        self._control = control
+
+    def inlet(self, channel: int) -> Inlet:
+        """Open the receiving end of `channel`, before the guest can send on it."""
+        self.inlets[channel] = Inlet(self._control.port, self.stream, channel)
+        return self.inlets[channel]
+
+    async def answer(self, kind: type[_A], timeout_s: float = REPLY_TIMEOUT_S) -> _A:
+        """Wait for the REPLY and return it as `kind`.
+
+        Raises GuestError when the operation failed, SandboxLostError when the guest does not answer or is gone.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                payload = await asyncio.shield(self.reply)
+        except TimeoutError:
+            self.forget(errno=110)  # ETIMEDOUT
+            raise SandboxLostError(
+                self.operation,
+                f"the guest did not answer within {timeout_s:.0f} s",
+                "Close the sandbox and start another",
+            ) from None
+        try:
+            reply = messages.decode(payload, kind)
+        except messages.AnswerError as error:
+            self._control.port.fail(f"reply to {self.operation}: {error}")
+            raise SandboxLostError(self.operation, "the guest answered nonsense") from error
+        if isinstance(reply, messages.Failure):
+            self._control.drop(self.stream)
+            raise GuestError(self.operation, reply.errno, reply.call)
+        return reply
+
+    def send_signal(self, request: messages.SignalRequest) -> None:
+        """Send SIGNAL about this running exec."""
+        self._control.port.send(FrameType.SIGNAL, 0, self.stream, messages.encode(request))
+
+    def forget(self, errno: int | None = None) -> None:
+        """Drop the stream, telling the guest to end it when `errno` is given. Idempotent."""
+        if self._control.drop(self.stream) and errno is not None:
+            try:
+                self.outlet.reset(errno)
+            except SandboxLostError:
+                return
+
+    def fail(self, error: Exception) -> None:
+        """End everything that waits on this call."""
+        for future in (self.reply, self.exited):
+            if not future.done():
+                future.set_exception(error)
+                future.exception()  # retrieved: perhaps nobody waits
+        for inlet in self.inlets.values():
+            inlet.fail(error)
+        self.outlet.fail(error)
+
+
+class Control:
+    """The control port of one sandbox. `on_lost` is called once when the guest is gone or broke the protocol."""
+
+    def __init__(self, port: FramePort) -> None:
+        self.port = port
+        self.on_lost: Callable[[Exception], None] = lambda error: None
+        self.hello: asyncio.Future[messages.Hello] = asyncio.get_running_loop().create_future()
+        self._calls: dict[int, Call] = {}
+        self._next_stream = 1
+        self._lost: Exception | None = None
+        port.on_frame = self._take
+        port.on_lost = self._end
+
+    @classmethod
+    async def open(cls, sock: socket.socket) -> Control:
+        """Take over the host's end of the control port."""
+        return cls(await FramePort.open(sock, PORT_CONTROL, max_payload=MAX_MAP))
+
+    def open_call(
+        self, request: messages.Request, operation: str, channels: tuple[int, ...] = ()
+    ) -> Call:
+        """Send `request`; `operation` names it in errors, `channels` are those the guest will send on.
+
+        Raises SandboxLostError when the sandbox is gone.
+        """
+        if self._lost is not None:
+            raise SandboxLostError(operation, str(self._lost))
+        assert len(self._calls) < MAX_STREAMS, "calls leak"
+        call = Call(self, self._next_stream, operation)
+        for channel in channels:
+            call.inlet(channel)
+        self.port.send(FrameType.OPEN, 0, call.stream, messages.encode(request))
+        self._next_stream = self._next_stream + 1 if self._next_stream < GUEST_STREAM_BIT - 1 else 1
+        self._calls[call.stream] = call
+        return call
+
+    async def request(
+        self,
+        request: messages.Request,
+        kind: type[_A],
+        operation: str,
+        timeout_s: float = REPLY_TIMEOUT_S,
+    ) -> _A:
+        """Send `request` and return its one answer. Raises as Call.answer."""
+        call = self.open_call(request, operation)
+        try:
+            return await call.answer(kind, timeout_s)
+        finally:
+            self.drop(call.stream)
+
+    def drop(self, stream: int) -> bool:
+        """Forget a stream; frames that still come for it are ignored. Returns whether it was known."""
+        return self._calls.pop(stream, None) is not None
+
+    def close(self, error: Exception) -> None:
+        """Close the port and fail every call with `error`. Idempotent."""
+        self._fail_calls(error)
+        self.port.close()
+
+    # Frames from the guest.
+
+    def _take(self, frame: Frame) -> None:
+        if frame.type is FrameType.HELLO:
+            self._greet(frame)
+            return
+        call = self._calls.get(frame.stream)
+        if call is None:
+            # A stream that we ended a moment ago; one that we never opened is a lie.
+            if not 0 < frame.stream < GUEST_STREAM_BIT:
+                self.port.fail(f"{frame.type.name} on stream {frame.stream}, which is not ours")
+            return
+        handler = _HANDLERS.get(frame.type)
+        if handler is None:
+            self.port.fail(f"{frame.type.name} does not belong on this port")
+            return
+        handler(self, call, frame)
+
+    def _greet(self, frame: Frame) -> None:
+        try:
+            hello = messages.decode(frame.payload, messages.Hello)
+        except messages.AnswerError as error:
+            self.port.fail(str(error))
+            return
+        if isinstance(hello, messages.Failure) or self.hello.done():
+            self.port.fail("HELLO twice, or not one")
+        elif hello.protocol != PROTOCOL_VERSION:
+            self.port.fail(f"the agent speaks protocol {hello.protocol}, not {PROTOCOL_VERSION}")
+        else:
+            self.hello.set_result(hello)
+
+    def _reply(self, call: Call, frame: Frame) -> None:
+        if call.reply.done():
+            self.port.fail(f"two replies on stream {call.stream}")
+        else:
+            call.reply.set_result(bytes(frame.payload))
+
+    def _data(self, call: Call, frame: Frame) -> None:
+        inlet = call.inlets.get(frame.channel)
+        if inlet is None:
+            self.port.fail(f"DATA on channel {frame.channel} of stream {call.stream}")
+        else:
+            inlet.feed(frame.payload)
+
+    def _finish(self, call: Call, frame: Frame) -> None:
+        inlet = call.inlets.get(frame.channel)
+        if inlet is None:
+            self.port.fail(f"END on channel {frame.channel} of stream {call.stream}")
+        else:
+            inlet.feed_end()
+
+    def _credit(self, call: Call, frame: Frame) -> None:
+        call.outlet.feed_credit(decode_u32(frame.payload))
+
+    def _reset(self, call: Call, frame: Frame) -> None:
+        self.drop(call.stream)
+        call.fail(StreamReset(decode_u32(frame.payload)))
+
+    def _exit(self, call: Call, frame: Frame) -> None:
+        try:
+            exited = messages.decode(frame.payload, messages.Exited)
+        except messages.AnswerError as error:
+            self.port.fail(str(error))
+            return
+        if isinstance(exited, messages.Failure) or call.exited.done():
+            self.port.fail(f"EXIT twice, or not one, on stream {call.stream}")
+            return
+        self.drop(call.stream)
+        for inlet in call.inlets.values():
+            inlet.feed_end()
+        call.outlet.fail(BrokenPipeError(32, "the process has ended"))
+        call.exited.set_result(exited)
+
+    def _end(self, error: Exception) -> None:
+        self._fail_calls(error)
+        self.on_lost(error)
+
+    def _fail_calls(self, error: Exception) -> None:
+        self._lost = self._lost or error
+        calls, self._calls = self._calls, {}
+        for call in calls.values():
+            call.fail(error)
+        if not self.hello.done():
+            self.hello.set_exception(error)
+            self.hello.exception()
+
+
+_HANDLERS: dict[FrameType, Callable[[Control, Call, Frame], None]] = {
+    FrameType.REPLY: Control._reply,  # noqa: SLF001 - the table of this class
+    FrameType.DATA: Control._data,  # noqa: SLF001
+    FrameType.END: Control._finish,  # noqa: SLF001
+    FrameType.CREDIT: Control._credit,  # noqa: SLF001
+    FrameType.RESET: Control._reset,  # noqa: SLF001
+    FrameType.EXIT: Control._exit,  # noqa: SLF001
+}

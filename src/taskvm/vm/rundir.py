@@ -1,0 +1,74 @@
+"""The private directory of one running sandbox, and the removal of those whose owner died.
+
+A directory belongs to the process that holds the lock on its file `lock`. The kernel drops the lock when the owner ends
+in any way, so a directory whose lock can be taken is left over (QEMU itself is ended by its supervisor's lifeline).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from pathlib import Path
+
+from taskvm.errors import HostError
+from taskvm.vm.paths import cache_dir, private_dir
+
+_LOCK = "lock"
+
+
+class RunDir:
+    """A locked directory for one sandbox's files; `remove` deletes it. Make one with `create`."""
+
+    def __init__(self, path: Path, lock: int) -> None:
+        self.path = path
+        self._lock: int | None = lock
+
+    @classmethod
+    def create(cls, name: str) -> RunDir:
+        """Make and lock the directory `name`, after sweeping what dead owners left. Raises HostError."""
+        base = run_base()
+        sweep(base)
+        # Made under another name: a sweep by a neighbour must not see it before it is locked.
+        staging = base / f".{name}"
+        try:
+            staging.mkdir(mode=0o700)
+            lock = os.open(staging / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            staging.rename(base / name)
+        except OSError as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise HostError(
+                f"make the directory {base / name}", error.strerror or str(error), "Free disk space"
+            ) from error
+        return cls(base / name, lock)
+
+    def remove(self) -> None:
+        """Delete the directory and drop the lock. Idempotent."""
+        if self._lock is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = None
+
+
+def run_base() -> Path:
+    """Return the directory that holds the directories of all running sandboxes of this user."""
+    return private_dir(cache_dir() / "run")
+
+
+def sweep(base: Path) -> list[str]:
+    """Remove the directories below `base` whose owner is gone; return their names."""
+    removed = []
+    for path in base.iterdir():
+        if path.name.startswith(".") or not path.is_dir():
+            continue
+        with contextlib.suppress(OSError):
+            lock = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+                removed.append(path.name)
+            finally:
+                os.close(lock)
+    return removed

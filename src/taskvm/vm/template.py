@@ -1,0 +1,277 @@
+"""Warm templates: a machine booted once, saved at rest, and forked copy-on-write for every later start.
+
+A template is a directory named by the digest of everything its state depends on (`TemplateInputs`):
+
+    ram            the guest's memory; mapped copy-on-write by every fork, never opened writable again
+    state          QEMU's device state
+    disk.qcow2     the disk as the booted guest left it, above the image's root file system
+    overlay.qcow2  an empty overlay above disk.qcow2, copied for each fork
+    manifest.json  the inputs, and size, inode and times of the files above
+
+Rule 1: nothing of a user's runs before a template is saved, and nothing unique is in it.
+Rule 2: it appears in one rename, complete and fsynced; builders of the same template wait for each other.
+Rule 3: it is checked before each use; one that does not match its manifest is rebuilt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from taskvm.errors import HostError
+from taskvm.vm.boot import quiesce_ports, reach_ready
+from taskvm.vm.command import Boot, MachineShape
+from taskvm.vm.disk import copy_overlay, create_overlay
+from taskvm.vm.machine import Machine, MachineFiles
+from taskvm.vm.paths import cache_dir, private_dir, replace_file
+from taskvm.vm.qemu import Qemu
+
+# Part of every key: raise it when qemu_command's devices change or a template holds something else.
+LAYOUT = 1
+FILES = ("ram", "state", "disk.qcow2", "overlay.qcow2")
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestFiles:
+    """What a guest boots from: kernel, initial file system, root disk (raw ext4), and the digest of all three."""
+
+    boot: Boot
+    rootfs: Path
+    digest: str
+
+
+class TemplateInputs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything a saved state depends on. Its digest names the template."""
+
+    layout: int
+    guest_digest: str
+    qemu_version: str
+    qemu_path: str
+    arch: str
+    machine: str
+    accelerator: str
+    cpu_model: str
+    host_cpu: str
+    kernel_arguments: str
+    cpus: int
+    memory_mib: int
+
+    @property
+    def digest(self) -> str:
+        """32 hexadecimal digits."""
+        return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()[:32]
+
+
+class FileMark(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What identifies a file's content as long as nobody has root: any write moves mtime and ctime."""
+
+    size: int
+    inode: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    inputs: TemplateInputs
+    files: dict[str, FileMark]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Template:
+    """A saved machine, ready to be forked."""
+
+    path: Path
+    qemu: Qemu
+    shape: MachineShape
+    guest: GuestFiles
+
+    async def fork(self, run_dir: Path) -> Machine:
+        """Start a copy of this machine with its disk in `run_dir`. It is loaded and paused.
+
+        Its ports are at rest (QUIESCED): send an identity, then RESUME. Raises UnavailableError or SandboxLostError.
+        """
+        disk = run_dir / "disk.qcow2"
+        copy_overlay(self.path / "overlay.qcow2", disk)
+        files = MachineFiles(
+            boot=self.guest.boot,
+            disk=disk,
+            backing=(self.path / "disk.qcow2", self.guest.rootfs),
+            memory=self.path / "ram",
+            state=self.path / "state",
+        )
+        machine = await Machine.start(self.qemu, self.shape, files)
+        try:
+            await machine.load_state()
+        except BaseException:
+            await machine.kill()
+            raise
+        return machine
+
+
+def inputs_for(qemu: Qemu, shape: MachineShape, guest: GuestFiles) -> TemplateInputs:
+    """Return what the template for these depends on."""
+    return TemplateInputs(
+        layout=LAYOUT,
+        guest_digest=guest.digest,
+        qemu_version=qemu.version,
+        qemu_path=str(qemu.path),
+        arch=shape.arch,
+        machine=shape.machine,
+        accelerator=shape.accelerator,
+        cpu_model=shape.cpu_model,
+        host_cpu=_host_cpu() if shape.accelerator == "kvm" else "",
+        kernel_arguments=shape.kernel_arguments,
+        cpus=shape.cpus,
+        memory_mib=shape.memory_mib,
+    )
+
+
+async def ensure_template(
+    qemu: Qemu, shape: MachineShape, guest: GuestFiles, progress: Progress
+) -> Template:
+    """Return the template for these inputs, building it when it is missing or stale (seconds; `progress` is told)."""
+    inputs = inputs_for(qemu, shape, guest)
+    base = private_dir(cache_dir() / "templates")
+    template = Template(path=base / inputs.digest, qemu=qemu, shape=shape, guest=guest)
+    if _is_intact(template.path, inputs):
+        return template
+    async with _locked(base / f"{inputs.digest}.lock", progress):
+        if not _is_intact(template.path, inputs):
+            progress(f"booting a {shape.memory_mib} MiB guest once, to start from its memory later")
+            await _build(template, inputs, base)
+    return template
+
+
+# Building.
+
+
+async def _build(template: Template, inputs: TemplateInputs, base: Path) -> None:
+    staging = base / f".{inputs.digest}"
+    shutil.rmtree(staging, ignore_errors=True)  # an interrupted build's; we hold the lock
+    private_dir(staging)
+    try:
+        await _boot_and_save(template, staging)
+        await create_overlay(
+            template.qemu,
+            staging / "overlay.qcow2",
+            template.path / "disk.qcow2",
+            "qcow2",
+            size_bytes=template.guest.rootfs.stat().st_size,
+        )
+        marks = {name: _seal(staging / name) for name in FILES}
+        replace_file(
+            staging / "manifest.json", msgspec.json.encode(Manifest(inputs=inputs, files=marks))
+        )
+        shutil.rmtree(template.path, ignore_errors=True)
+        staging.rename(template.path)
+    except OSError as error:
+        raise HostError(
+            f"save the template {template.path}",
+            error.strerror or str(error),
+            f"A template needs {template.shape.memory_mib} MiB of disk: free some",
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+async def _boot_and_save(template: Template, staging: Path) -> None:
+    guest = template.guest
+    disk = staging / "disk.qcow2"
+    await create_overlay(template.qemu, disk, guest.rootfs, "raw")
+    memory = staging / "ram"
+    _reserve(memory, template.shape.memory_mib)
+    files = MachineFiles(
+        boot=guest.boot, disk=disk, backing=(guest.rootfs,), memory=memory, share_memory=True
+    )
+    machine = await Machine.start(template.qemu, template.shape, files)
+    try:
+        ports = await reach_ready(machine, warm_up=True)
+        await quiesce_ports(ports)
+        await machine.execute("stop")
+        await machine.save_state(staging / "state")
+        await machine.execute("quit")
+        await asyncio.wait([machine.exited], timeout=10)
+    finally:
+        await machine.kill()
+
+
+def _reserve(memory: Path, memory_mib: int) -> None:
+    """Make the memory file, refusing early when the disk cannot hold it: a full disk would be SIGBUS in QEMU."""
+    needed = memory_mib * 1024 * 1024
+    free = shutil.disk_usage(memory.parent).free
+    if free < needed * 5 // 4:
+        raise HostError(
+            f"make the memory file {memory}",
+            f"{needed >> 20} MiB are needed and {free >> 20} MiB are free",
+            "Free disk space, or set TASKVM_CACHE to a directory on a larger disk",
+        )
+    descriptor = os.open(memory, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    os.truncate(descriptor, needed)
+    os.close(descriptor)
+
+
+def _seal(path: Path) -> FileMark:
+    """Make the file read-only, write it through to the disk, and return its mark."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fchmod(descriptor, 0o400)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return _mark(path)
+
+
+# Checking.
+
+
+def _is_intact(path: Path, inputs: TemplateInputs) -> bool:
+    try:
+        manifest = msgspec.json.decode((path / "manifest.json").read_bytes(), type=Manifest)
+        return manifest.inputs == inputs and all(
+            manifest.files.get(name) == _mark(path / name) for name in FILES
+        )
+    except (OSError, msgspec.MsgspecError):
+        return False
+
+
+def _mark(path: Path) -> FileMark:
+    status = path.stat(follow_symlinks=False)
+    return FileMark(
+        size=status.st_size,
+        inode=status.st_ino,
+        mtime_ns=status.st_mtime_ns,
+        ctime_ns=status.st_ctime_ns,
+    )
+
+
+def _host_cpu() -> str:
+    """The processor's identity: with KVM the guest sees the host's features, and a state fits no other processor."""
+    lines = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines()
+    wanted = ("model name", "flags", "microcode", "Features", "CPU part")
+    text = "\n".join(line for line in lines if line.startswith(wanted)) + os.uname().release
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@asynccontextmanager
+async def _locked(path: Path, progress: Progress) -> AsyncIterator[None]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress("waiting for another process that is preparing the same template")
+            await asyncio.to_thread(fcntl.flock, descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
