@@ -1,7 +1,9 @@
-"""Which IP addresses are not simply hosts on the public internet, and the IPv4 addresses that hide inside IPv6 ones.
+"""Which IP addresses are not simply hosts on the public internet, and the IPv4 addresses that hide
+inside IPv6 ones.
 
-The tables are the IANA special-purpose registries (RFC 6890 and its updates; read in 2026) plus the two metadata
-services that clouds run on public addresses. Written out, because `ipaddress.is_global` changes with the Python version.
+The tables are the IANA special-purpose registries (RFC 6890 and its updates; read in 2026) plus the
+two metadata services that clouds run on public addresses. Written out, because
+`ipaddress.is_global` changes with the Python version.
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ def special_range(address: IPAddress) -> str:
 
 
 def embedded_ipv4(address: IPAddress) -> ipaddress.IPv4Address | None:
-    """Return the IPv4 address that a transition mechanism would carry this IPv6 address's packets to, or None."""
+    """Return the IPv4 address that a transition mechanism sends the packets to, or None."""
     if isinstance(address, ipaddress.IPv4Address):
         return None
     for net, shift, mask in _EMBEDDED:

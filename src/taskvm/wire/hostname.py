@@ -1,7 +1,9 @@
-"""Host names and authorities as one canonical text, so that two spellings of one name compare equal.
+"""Host names and authorities as one canonical text, so that two spellings of one name compare
+equal.
 
-Canonical: lower case, no trailing dot, A-labels (`xn--`), letters, digits, `-` and `_` only (RFC 1123 section 2.1, with
-the underscore that service names use). Refused: whatever some resolver or URL parser reads as an address (`127.1`, `0x7f.1`,
+Canonical: lower case, no trailing dot, A-labels (`xn--`), letters, digits, `-` and `_` only (RFC
+1123 section 2.1, with the underscore that service names use). Refused: whatever some resolver or
+URL parser reads as an address (`127.1`, `0x7f.1`,
 `2130706433`), empty or long labels, and every other character, NUL and full-width dots among them.
 """
 
@@ -17,13 +19,14 @@ MAX_LABEL = 63
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?\Z")
-# The last label decides whether a URL parser takes the whole for an address (WHATWG URL, "ends in a number").
+# The last label decides whether a URL parser takes the whole for an address (WHATWG URL, "ends in a
+# number").
 _NUMBER = re.compile(r"(?:[0-9]+|0x[0-9a-f]*)\Z")
 _PORT = re.compile(r"[0-9]{1,5}\Z")
 
 
 class HostNameError(ValueError):
-    """Raised for a text that is no canonical host name; the message says what is wrong with it, not the text."""
+    """Raised for a text that is no canonical host name; the message does not repeat the text."""
 
 
 def parse_hostname(text: str) -> str:
@@ -41,7 +44,10 @@ def parse_hostname(text: str) -> str:
 
 
 def parse_address(text: str) -> IPAddress | None:
-    """Return the address that `text` is the usual notation of, or None. Zone identifiers are refused."""
+    """Return the address that `text` is the usual notation of, or None.
+
+    Zone identifiers are refused.
+    """
     if "%" in text:
         return None
     try:
@@ -64,7 +70,8 @@ def parse_host(text: str) -> str:
 def parse_authority(text: str, default_port: int) -> tuple[str, int]:
     """Return the canonical host and the port of `host`, `host:port`, `[v6]` or `[v6]:port`.
 
-    Userinfo, an empty port and an IPv6 address without brackets are refused (RFC 9110 section 4.2.4: userinfo misleads).
+    Userinfo, an empty port and an IPv6 address without brackets are refused (RFC 9110
+    section 4.2.4: userinfo misleads).
     """
     host, colon, port = text.rpartition(":")
     if not colon or text.endswith("]"):
@@ -88,16 +95,19 @@ def render_authority(host: str, port: int, default_port: int) -> str:
 
 
 def check_labels(labels: Iterable[str]) -> None:
-    """Raise HostNameError unless every label is a lower-case letter-digit-hyphen label, and real where it is `xn--`."""
+    """Raise HostNameError unless these are lower-case LDH labels, valid where they are `xn--`."""
     for label in labels:
         if not _LABEL.match(label):
-            raise HostNameError("a label is empty, too long, or has a character that names do not have")
+            raise HostNameError(
+                "a label is empty, too long, or has a character that names do not have"
+            )
         if label.startswith("xn--"):
             _check_punycode(label[4:])
 
 
 def _check_punycode(text: str) -> None:
-    # The decoder's own errors vary with the damage: UnicodeError, and OverflowError for huge deltas.
+    # The decoder's own errors vary with the damage: UnicodeError, and OverflowError for huge
+    # deltas.
     try:
         decoded = text.encode("ascii").decode("punycode")
     except (ValueError, OverflowError) as error:
