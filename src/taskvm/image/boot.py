@@ -1,0 +1,142 @@
+"""What QEMU boots: the image's kernel, its disk, and an initramfs of the image's modules and the guest agent.
+
+The agent changes more often than the image, so the initramfs is not part of the image: it is put together when
+first asked for (a few milliseconds) and kept under the digest of what is in it. It is a newc cpio archive, not
+compressed, since unpacking costs an emulated processor more than reading 3 MB (kernel: Documentation/driver-api/
+early-userspace/buffer-format.rst).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import stat
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from taskvm.errors import ImageError
+from taskvm.image.manifest import Image
+
+_KEPT_INITRAMFS = 16  # of the most recently used; a developer makes one with each build of the agent
+_CONSOLE = os.makedev(5, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class BootFiles:
+    """The files for QEMU's -kernel, -initrd and root disk. `digest` names all three."""
+
+    kernel: Path
+    initrd: Path
+    rootfs: Path
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class CpioEntry:
+    """One entry of an archive; `mode` holds the file's type too."""
+
+    name: str
+    mode: int
+    data: bytes = b""
+    device: int = 0
+
+
+def boot_files(image: Image, agent_path: Path) -> BootFiles:
+    """Return the files to boot `image` with the agent. Raises ImageError when there is no agent at `agent_path`."""
+    try:
+        agent = agent_path.read_bytes()
+    except OSError as error:
+        raise ImageError(
+            f"read the guest agent {agent_path}",
+            str(error.strerror),
+            "Build it: scripts/build-native",
+        ) from error
+    archive = write_cpio(initramfs_entries(image, agent))
+    digest = hashlib.sha256(archive).hexdigest()
+    directory = image.path.parent.parent / "initramfs"
+    initrd = directory / f"{digest}.cpio"
+    if initrd.exists():
+        os.utime(initrd)
+    else:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        _write_atomically(initrd, archive)
+        _remove_old(directory)
+    whole = hashlib.sha256(f"{image.digest} {digest}".encode()).hexdigest()
+    return BootFiles(image.kernel, initrd, image.rootfs, whole)
+
+
+def initramfs_entries(image: Image, agent: bytes) -> list[CpioEntry]:
+    """Return what the initramfs holds: the agent as /init, the modules, mount points and a console."""
+    directories = ("dev", "modules", "newroot", "proc", "sys")
+    return [
+        CpioEntry("init", stat.S_IFREG | 0o755, agent),
+        # The kernel opens it for /init before anything can mount devtmpfs.
+        CpioEntry("dev/console", stat.S_IFCHR | 0o600, device=_CONSOLE),
+        *(CpioEntry(name, stat.S_IFDIR | 0o755) for name in directories),
+        *(
+            CpioEntry(f"modules/{path.name}", stat.S_IFREG | 0o644, path.read_bytes())
+            for path in image.modules
+        ),
+    ]
+
+
+def write_cpio(entries: Iterable[CpioEntry]) -> bytes:
+    """Return a newc archive: sorted, owned by root, every time 0, so equal entries give equal bytes."""
+    out = bytearray()
+    # Sorted names put a directory before what is in it.
+    for number, entry in enumerate(sorted(entries, key=lambda each: each.name), start=1):
+        _append(out, number, entry)
+    _append(out, 0, CpioEntry("TRAILER!!!", 0))
+    out += bytes(-len(out) % 512)
+    return bytes(out)
+
+
+def _append(out: bytearray, number: int, entry: CpioEntry) -> None:
+    name = entry.name.encode() + b"\0"
+    links = 2 if stat.S_ISDIR(entry.mode) else 1
+    fields = (
+        number,
+        entry.mode,
+        0,  # uid
+        0,  # gid
+        links,
+        0,  # mtime
+        len(entry.data),
+        0,  # device of the file
+        0,
+        os.major(entry.device),
+        os.minor(entry.device),
+        len(name),
+        0,  # checksum, unused by newc
+    )
+    out += b"070701" + b"".join(b"%08X" % field for field in fields) + name
+    out += bytes(-len(out) % 4)
+    out += entry.data
+    out += bytes(-len(out) % 4)
+
+
+# Keeping them...
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(prefix=".new-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(handle)
+        Path(temporary).rename(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _remove_old(directory: Path) -> None:
+    archives = sorted(directory.glob("*.cpio"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in archives[_KEPT_INITRAMFS:]:
+        # Another process may have removed it first; a QEMU that runs has read it already.
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()

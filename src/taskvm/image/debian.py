@@ -1,0 +1,195 @@
+"""A Debian root file system, as a tar file, and the kernel's package, both through one run of mmdebstrap.
+
+apt checks every signature and hash, with Debian's keyring; what it fetches comes from the sources that
+`taskvm.image.sources` chose, through the proxy and with the options that the host's own apt uses. Nothing of the host's
+configuration stays in the guest (customize.sh).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections import deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from shlex import quote
+from typing import IO
+
+from taskvm.errors import ImageError
+from taskvm.image.manifest import ImageSpec
+from taskvm.image.sources import choose_sources, render_guest_sources
+from taskvm.image.tools import require_tool, run_tool
+
+BASE_PACKAGES = (
+    "bash",
+    "ca-certificates",
+    "coreutils",
+    "curl",
+    "file",
+    "git",
+    "less",
+    "procps",
+    "python3",
+    "ripgrep",
+)
+
+# Every time in the image that the build itself would set (2024-01-01 UTC): a constant, so that a build of the same
+# packages gives the same bytes.
+SOURCE_DATE_EPOCH = 1704067200
+
+# Documentation is a quarter of the files; licences stay.
+_DPKG_OPTIONS = (
+    "path-exclude=/usr/share/doc/*",
+    "path-include=/usr/share/doc/*/copyright",
+    "path-exclude=/usr/share/man/*",
+    "path-exclude=/usr/share/info/*",
+    "path-exclude=/usr/share/locale/*",
+    "path-exclude=/usr/share/lintian/*",
+)
+
+# Settings of the host's apt that say how its own indexes are kept, not how to reach a mirror.
+_LOCAL_APT_OPTIONS = re.compile(
+    r"Acquire(::(IndexTargets|Changelogs|cdrom|CompressionTypes|GzipIndexes|Languages).*)? "
+)
+
+# The metapackage's dependency is the kernel itself. apt-get verifies what it downloads here as everywhere.
+_FETCH_KERNEL = """set -eu
+export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG"
+kernel=$(apt-cache --no-recommends depends "linux-image-cloud-$TASKVM_DEBIAN_ARCH" |
+    sed -n 's/^ *Depends: \\(linux-image-[0-9].*\\)$/\\1/p' | head -n 1)
+test -n "$kernel"
+cd "$1"
+apt-get download "$kernel"
+mv linux-image-*.deb taskvm-kernel.deb
+"""
+
+
+def build_debian(spec: ImageSpec, directory: Path, progress: Callable[[str], None]) -> None:
+    """Write root.tar and kernel.deb into `directory`. Raises ImageError with what apt or dpkg complained about."""
+    program = require_tool("mmdebstrap", "mmdebstrap")
+    mode = choose_mode()
+    sources = choose_sources(spec)
+    for source in sources:
+        progress(f"using {source.suite} from {source.uri.rpartition('@')[2]}")
+    argv = [program, *mmdebstrap_options(spec, mode, directory, host_apt_options())]
+    argv += [spec.suite, "-", *(source.to_line() for source in sources)]
+    environment = {
+        "TASKVM_DEBIAN_ARCH": spec.debian_arch,
+        "TASKVM_GUEST_SOURCES": render_guest_sources(sources),
+        "SOURCE_DATE_EPOCH": str(SOURCE_DATE_EPOCH),
+        "LC_ALL": "C.UTF-8",
+    }
+    with (directory / "root.tar").open("wb") as tar:
+        _run_mmdebstrap(argv, environment, tar, progress)
+
+
+def choose_mode() -> str:
+    """Return mmdebstrap's mode for this user. Raises ImageError when an ordinary user lacks subordinate ids."""
+    if os.geteuid() == 0:
+        return "root"
+    require_tool("newuidmap", "uidmap")
+    return "unshare"
+
+
+def mmdebstrap_options(
+    spec: ImageSpec, mode: str, directory: Path, apt_options: Iterable[str]
+) -> list[str]:
+    """Return the options of mmdebstrap, each with its reason."""
+    packages = sorted({*BASE_PACKAGES, *spec.include})
+    # The hooks are passed as text, not as files: in unshare mode they run as a user who cannot enter a private home.
+    customize = Path(__file__).with_name("customize.sh").read_text(encoding="utf-8")
+    return [
+        f"--mode={mode}",
+        "--variant=apt",  # the essential packages and apt
+        "--format=tar",
+        f"--architectures={spec.debian_arch}",
+        f"--include={','.join(packages)}",
+        "--verbose",  # apt's own lines, from which progress is read
+        "--skip=output/dev",  # the agent mounts devtmpfs there
+        *(f"--aptopt={option}" for option in apt_options),
+        *(f"--dpkgopt={option}" for option in _DPKG_OPTIONS),
+        f"--customize-hook={_FETCH_KERNEL}",
+        f"--customize-hook=download /taskvm-kernel.deb {quote(str(directory / 'kernel.deb'))}",
+        f"--customize-hook={customize}",
+    ]
+
+
+def host_apt_options() -> list[str]:
+    """Return the host's settings for reaching archives: proxies, retries, validity of dates, transports."""
+    dump = run_tool("read the host's apt configuration", ["apt-config", "dump", "Acquire"])
+    return [
+        line.removesuffix(";") for line in dump.splitlines() if not _LOCAL_APT_OPTIONS.match(line)
+    ]
+
+
+# Running it, and saying how far it is...
+
+
+def _run_mmdebstrap(
+    argv: list[str], environment: dict[str, str], tar: IO[bytes], progress: Callable[[str], None]
+) -> None:
+    log: deque[str] = deque(maxlen=60)
+    meter = AptMeter(progress)
+    with subprocess.Popen(
+        argv,
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=tar,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    ) as process:
+        assert process.stderr is not None
+        try:
+            for line in process.stderr:
+                log.append(line.rstrip())
+                meter.feed(line)
+        except BaseException:
+            process.terminate()  # mmdebstrap removes its own directory then
+            raise
+    if process.returncode != 0:
+        raise ImageError(
+            "build the Debian root file system",
+            f"mmdebstrap ended with {process.returncode}: {_complaint(log)}",
+            "Check the mirror and the network, or name another mirror: taskvm image build --mirror URL",
+        )
+
+
+def _complaint(log: Iterable[str]) -> str:
+    # What went wrong stands just above mmdebstrap's own first "E:", which only says that something did.
+    lines = [line for line in log if line and not line.startswith("I: ")]
+    first = next((n for n, line in enumerate(lines) if line.startswith("E: ")), len(lines))
+    return " | ".join(lines[max(0, first - 5) : first + 1]) or "no message"
+
+
+class AptMeter:
+    """Turns the verbose output of mmdebstrap into a few lines a person wants to read."""
+
+    STEP = 20  # packages between two lines
+
+    def __init__(self, progress: Callable[[str], None]) -> None:
+        self._progress = progress
+        self._total = 0
+        self._done = {"fetched": 0, "set up": 0}
+
+    def feed(self, line: str) -> None:
+        """Take one line of output."""
+        if line.startswith("I: "):
+            self._progress(line[3:].strip().rstrip("."))
+        elif match := re.search(r"(\d+) newly installed", line):
+            self._total = int(match[1])
+            self._done = dict.fromkeys(self._done, 0)
+        elif match := re.match(r"Need to get (?:\S+/)?([\d.,]+ ?\w+)", line):
+            self._progress(f"fetching {self._total} packages, {match[1]}")
+        elif re.match(r"Get:\d+ .* Packages? \[", line):
+            return
+        elif line.startswith("Get:"):
+            self._count("fetched")
+        elif line.startswith("Setting up "):
+            self._count("set up")
+
+    def _count(self, what: str) -> None:
+        self._done[what] += 1
+        if self._total and self._done[what] % self.STEP == 0:
+            self._progress(f"{self._done[what]} of {self._total} packages {what}")

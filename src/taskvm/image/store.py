@@ -1,0 +1,266 @@
+"""The images of this user, on disk: built once, named by digest, never half made.
+
+::
+
+    images/<digest>/   manifest.json vmlinuz modules/NN-name.ko rootfs.ext4   immutable
+    refs/<name>        the digest that a name stands for
+    initramfs/         what taskvm.image.boot puts together
+    staging/           one build, while `lock` is held
+
+Rule 1: a build happens in staging/ under an exclusive flock, is fsynced, and appears in images/ by one rename.
+Rule 2: whoever holds the lock may remove whatever is in staging/: its builder is gone.
+Rule 3: the directory is private (0700): an image decides what every guest runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+
+from taskvm.errors import ImageError, UsageError
+from taskvm.image.build import BuiltAssets, build_assets
+from taskvm.image.manifest import (
+    MANIFEST_FORMAT,
+    Asset,
+    Image,
+    ImageSpec,
+    Manifest,
+    compute_digest,
+)
+
+Progress = Callable[[str], None]
+Builder = Callable[[ImageSpec, Path, Progress], BuiltAssets]
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_LEAST_PREFIX = 12  # of a digest, as people shorten it
+
+
+def default_root() -> Path:
+    """Return TASKVM_CACHE, or taskvm in XDG_CACHE_HOME, or ~/.cache/taskvm."""
+    if chosen := os.environ.get("TASKVM_CACHE"):
+        return Path(chosen).absolute()
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification: a relative path is to be ignored.
+    cache = Path(base) if Path(base).is_absolute() else Path.home() / ".cache"
+    return cache / "taskvm"
+
+
+class ImageStore:
+    """The store in `root`. Safe to use from several processes at once; every method blocks.
+
+    `builder` makes the assets of a specification in a directory: `build_assets`, or a test's.
+    """
+
+    def __init__(self, root: Path | None = None, *, builder: Builder = build_assets) -> None:
+        self.root = default_root() if root is None else root
+        self._builder = builder
+
+    def ensure(self, spec: ImageSpec, progress: Progress) -> Image:
+        """Return the image that `spec` was built into, building it first if it was not."""
+        found = self._find(spec.ref_name)
+        if found is not None:
+            return found
+        with self._locked(progress):
+            found = self._find(spec.ref_name)  # another process may have built it while we waited
+            return found if found is not None else self._build(spec, progress)
+
+    def build(self, spec: ImageSpec, progress: Progress) -> Image:
+        """Build `spec` now, whether or not it was built before, and let its name stand for the result."""
+        with self._locked(progress):
+            return self._build(spec, progress)
+
+    def get(self, name_or_digest: str) -> Image:
+        """Return an image by name, digest or the start of a digest. Raises ImageError when there is none."""
+        found = self._find(name_or_digest)
+        if found is None:
+            known = ", ".join(sorted(self.refs())) or "none"
+            raise ImageError(
+                f"find the guest image {name_or_digest!r}",
+                f"the store {self.root} does not hold it (names: {known})",
+                "Build it: taskvm image build",
+            )
+        return found
+
+    def list(self) -> list[Image]:
+        """Return all images, the newest first."""
+        directory = self.root / "images"
+        names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+        images = [self._load(name) for name in names if _DIGEST.fullmatch(name)]
+        return sorted(images, key=lambda image: image.manifest.created, reverse=True)
+
+    def refs(self) -> dict[str, str]:
+        """Return every name and the digest it stands for."""
+        directory = self.root / "refs"
+        paths = directory.iterdir() if directory.is_dir() else ()
+        return {path.name: path.read_text().strip() for path in paths if _NAME.fullmatch(path.name)}
+
+    def tag(self, image: Image, name: str) -> None:
+        """Let `name` stand for `image`."""
+        if not _NAME.fullmatch(name) or _DIGEST.fullmatch(name):
+            raise UsageError("name a guest image", f"{name!r} does not match {_NAME.pattern}")
+        self._make_private()
+        _write_atomically(self.root / "refs" / name, f"{image.digest}\n".encode())
+
+    def verify(self, image: Image) -> None:
+        """Read every asset and compare it with the manifest. Raises ImageError naming the first that differs."""
+        for name, asset in image.manifest.assets.items():
+            if measure_asset(image.path / name) != asset:
+                raise _damaged(image.path, f"{name} is not what the manifest says")
+
+    # Finding...
+
+    def _find(self, name_or_digest: str) -> Image | None:
+        if not _NAME.fullmatch(name_or_digest):
+            raise UsageError("find a guest image", f"{name_or_digest!r} is no name and no digest")
+        digest = self.refs().get(name_or_digest, name_or_digest)
+        if _DIGEST.fullmatch(digest):
+            return self._load(digest) if (self.root / "images" / digest).is_dir() else None
+        if len(digest) < _LEAST_PREFIX:
+            return None
+        matches = [image for image in self.list() if image.digest.startswith(digest)]
+        return matches[0] if len(matches) == 1 else None
+
+    def _load(self, digest: str) -> Image:
+        path = self.root / "images" / digest
+        try:
+            manifest = msgspec.json.decode((path / "manifest.json").read_bytes(), type=Manifest)
+        except (OSError, msgspec.MsgspecError) as error:
+            raise _damaged(path, f"manifest.json: {error}") from error
+        if manifest.digest != digest or manifest.format != MANIFEST_FORMAT:
+            raise _damaged(path, "manifest.json is not of this image, or of another format")
+        for name, asset in manifest.assets.items():
+            # Sizes are checked at every use, contents by `verify`: hashing 4 GiB takes seconds.
+            file = path / name
+            if not file.is_file() or file.stat().st_size != asset.size_bytes:
+                raise _damaged(path, f"{name} is missing or has another size")
+        return Image(path, manifest)
+
+    # Building, with the lock held...
+
+    @contextlib.contextmanager
+    def _locked(self, progress: Progress) -> Iterator[None]:
+        self._make_private()
+        with (self.root / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                progress("another process is building in this store; waiting for it to finish")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _build(self, spec: ImageSpec, progress: Progress) -> Image:
+        staging = self.root / "staging"
+        if staging.exists():
+            progress("removing what an interrupted build left behind")
+            shutil.rmtree(staging)
+        staging.mkdir(mode=0o700)
+        try:
+            built = self._builder(spec, staging, progress)
+            progress("computing digests")
+            manifest = _describe(spec, built, staging)
+            encoded = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
+            (staging / "manifest.json").write_bytes(encoded + b"\n")
+            image = self._publish(staging, manifest)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.tag(image, spec.ref_name)
+        progress(f"image {image.digest[:_LEAST_PREFIX]} is ready in {image.path}")
+        return image
+
+    def _publish(self, staging: Path, manifest: Manifest) -> Image:
+        final = self.root / "images" / manifest.digest
+        if not final.exists():
+            _sync_tree(staging)
+            staging.rename(final)
+            _sync(final.parent)
+        return self._load(manifest.digest)
+
+    def _make_private(self) -> None:
+        try:
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.root.chmod(0o700)
+            for name in ("images", "refs"):
+                (self.root / name).mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise ImageError(
+                f"open the image store {self.root}",
+                str(error.strerror),
+                "Set TASKVM_CACHE to a directory of your own",
+            ) from error
+
+
+def build_image(spec: ImageSpec, store: ImageStore, progress: Progress) -> Image:
+    """Build `spec` into `store` and return the image. Blocks for about a minute."""
+    return store.build(spec, progress)
+
+
+def measure_asset(path: Path) -> Asset:
+    """Return the digest and size of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Asset(sha256=digest, size_bytes=path.stat().st_size)
+
+
+# Assets and files...
+
+
+def _describe(spec: ImageSpec, built: BuiltAssets, directory: Path) -> Manifest:
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    assets = {str(path.relative_to(directory)): measure_asset(path) for path in paths}
+    return Manifest(
+        format=MANIFEST_FORMAT,
+        digest=compute_digest(spec.arch, built.kernel_release, assets),
+        arch=spec.arch,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        spec=spec,
+        kernel_release=built.kernel_release,
+        packages=built.packages,
+        assets=assets,
+    )
+
+
+def _damaged(path: Path, cause: str) -> ImageError:
+    return ImageError(
+        f"open the guest image {path}", cause, f"Remove it and build it again: rm -r {path}"
+    )
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(prefix=".new-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(handle)
+        Path(temporary).rename(path)
+        _sync(path.parent)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _sync_tree(directory: Path) -> None:
+    for path in directory.rglob("*"):
+        if path.is_file():
+            path.chmod(0o400)  # nothing may change an image, least of all a template's RAM or disk
+        _sync(path)
+    _sync(directory)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
