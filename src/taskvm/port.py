@@ -72,14 +72,14 @@ class FramePort(asyncio.Protocol):
     # Sending.
 
     def send(
-        self, type: FrameType, channel: int, stream: int, payload: bytes | memoryview = b""
+        self, kind: FrameType, channel: int, stream: int, payload: bytes | memoryview = b""
     ) -> None:
         """Queue one frame. Raises SandboxLostError when the port is gone. `wait_writable` bounds the queue."""
         if self._transport is None or self._lost is not None:
             raise SandboxLostError(
                 f"write to the guest's port {self.name}", str(self._lost or "it is closed")
             )
-        header = encode_header(type, channel, stream, len(payload))
+        header = encode_header(kind, channel, stream, len(payload))
         if len(payload) < 4096:
             self._transport.write(header + payload)
         else:
@@ -297,9 +297,7 @@ class Outlet:
                 await self._wait_for_room()
                 size = min(len(view), self._credit, MAX_DATA)
                 self._credit -= size
-                self._port.send(
-                    FrameType.DATA, self._channel, self._stream, bytes(view[:size])
-                )
+                self._port.send(FrameType.DATA, self._channel, self._stream, bytes(view[:size]))
                 view = view[size:]
 
     def end(self) -> None:

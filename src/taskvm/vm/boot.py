@@ -32,20 +32,29 @@ class Ports:
     fs: FramePort
     net: FramePort
 
+    def close(self) -> None:
+        """Close all three. Idempotent."""
+        self.control.close(SandboxLostError("use the guest", "its ports were closed"))
+        self.fs.close()
+        self.net.close()
 
-async def reach_ready(machine: Machine, *, warm_up: bool) -> Ports:
-    """Take over the machine's ports and wait for the agent's HELLO.
+
+async def reach_ready(machine: Machine) -> Ports:
+    """Take over the machine's ports, wait for the agent's HELLO, and warm the guest's caches.
 
     Raises SandboxLostError with the console's last words when it does not come.
     """
     ports = Ports(
-        await Control.open(machine.control),
-        await FramePort.open(machine.fs, PORT_FS),
-        await FramePort.open(machine.net, PORT_NET),
+        await Control.open(machine.take("control")),
+        await FramePort.open(machine.take("fs"), PORT_FS),
+        await FramePort.open(machine.take("net"), PORT_NET),
     )
-    await wait_hello(machine, ports.control)
-    if warm_up:
+    try:
+        await wait_hello(machine, ports.control)
         await _warm(ports.control)
+    except BaseException:
+        ports.close()
+        raise
     return ports
 
 

@@ -195,7 +195,9 @@ def _memory_backend(shape: MachineShape, memory: Path | None, share: bool) -> st
     size = f"id=ram,size={shape.memory_mib}M"
     if memory is None:
         return f"memory-backend-ram,{size}"
-    return f"memory-backend-file,{size},mem-path={_escaped(memory)},share={'on' if share else 'off'}"
+    return (
+        f"memory-backend-file,{size},mem-path={_escaped(memory)},share={'on' if share else 'off'}"
+    )
 
 
 def _port(name: str, descriptor: int) -> list[str]:

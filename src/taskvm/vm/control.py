@@ -67,6 +67,8 @@ class Call:
                 f"the guest did not answer within {timeout_s:.0f} s",
                 "Close the sandbox and start another",
             ) from None
+        except StreamReset as error:
+            raise GuestError(self.operation, error.errno or 5, "reset") from error
         try:
             reply = messages.decode(payload, kind)
         except messages.AnswerError as error:

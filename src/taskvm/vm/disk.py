@@ -33,7 +33,8 @@ async def create_overlay(
     if process.returncode != 0:
         raise HostError(
             f"create the disk {path}",
-            stderr.decode("utf-8", "replace").strip() or f"qemu-img exited with {process.returncode}",
+            stderr.decode("utf-8", "replace").strip()
+            or f"qemu-img exited with {process.returncode}",
             "Free disk space, or check the permissions of the cache directory",
         )
 

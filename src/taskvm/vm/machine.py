@@ -17,8 +17,9 @@ import subprocess
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError
+from qemu.qmp import ConnectError, EventListener, ExecuteError, Message, QMPClient, QMPError
 
 from taskvm.errors import HostError, SandboxLostError, UnavailableError
 from taskvm.vm.command import Boot, Descriptors, MachineShape, confine_command, qemu_command
@@ -74,21 +75,19 @@ class Tail(asyncio.Protocol):
 class Machine:
     """A QEMU process and the host's ends of its channels. Make one with `start`.
 
-    `control`, `fs` and `net` are the guest's ports: take each over once. `exited` is done when the process has ended.
+    `exited` is done when the process has ended.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], sockets: dict[str, socket.socket]) -> None:
         self._process = process
         self._qmp = QMPClient("taskvm")
-        self._qmp_socket = sockets["qmp"]
+        self._qmp_socket = sockets.pop("qmp")
         self._lifeline: int | None = None
         self._pidfd = os.pidfd_open(process.pid)
         self._state_fd: int | None = None
         self._tails: list[asyncio.BaseTransport] = []
-        self._console_socket = sockets["console"]
-        self.control = sockets["control"]
-        self.fs = sockets["fs"]
-        self.net = sockets["net"]
+        self._console_socket = sockets.pop("console")
+        self._sockets = sockets
         self.console = Tail()
         self.stderr = Tail()
         self.exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -113,6 +112,10 @@ class Machine:
         """The process id of the supervisor; QEMU is its only child."""
         return self._process.pid
 
+    def take(self, port: Literal["control", "fs", "net"]) -> socket.socket:
+        """Hand over the host's end of a port; the caller closes it. Once for each port."""
+        return self._sockets.pop(port)
+
     async def execute(self, command: str, **arguments: object) -> object:
         """Run one QMP command. Raises SandboxLostError when QEMU is gone or refuses."""
         try:
@@ -120,7 +123,7 @@ class Machine:
                 return await self._qmp.execute(command, arguments or None)
         except (QMPError, ExecuteError, TimeoutError) as error:
             raise SandboxLostError(
-                f"ask QEMU for {command}", f"{error or 'no answer'}{self.last_words()}"
+                f"ask QEMU for {command}", f"{str(error) or 'no answer'}{self.last_words()}"
             ) from error
 
     async def load_state(self) -> None:
@@ -162,7 +165,7 @@ class Machine:
             await self._qmp.disconnect()
         for transport in self._tails:
             transport.close()
-        for sock in (self.control, self.fs, self.net, self._qmp_socket):
+        for sock in (*self._sockets.values(), self._qmp_socket):
             sock.close()
         self._close_state()
         return await self.exited
@@ -221,16 +224,18 @@ class Machine:
             ],
         )
 
-    async def _migrated(self, events: asyncio.Queue[object], operation: str) -> None:
+    async def _migrated(self, events: EventListener, operation: str) -> None:
         try:
             async with asyncio.timeout(MIGRATION_TIMEOUT_S):
                 while True:
                     event = await events.get()
-                    status = event["data"]["status"]  # type: ignore[index]  # qemu.qmp's Message
+                    status = _status(event)
                     if status == "completed":
                         return
                     if status in ("failed", "cancelled"):
-                        raise SandboxLostError(operation, f"QEMU reports {status}{self.last_words()}")
+                        raise SandboxLostError(
+                            operation, f"QEMU reports {status}{self.last_words()}"
+                        )
         except TimeoutError as error:
             raise SandboxLostError(
                 operation, f"not done after {MIGRATION_TIMEOUT_S:.0f} s{self.last_words()}"
@@ -245,6 +250,11 @@ class Machine:
         if self._state_fd is not None:
             os.close(self._state_fd)
             self._state_fd = None
+
+
+def _status(event: Message) -> str:
+    data = event.get("data")
+    return str(data.get("status")) if isinstance(data, dict) else ""
 
 
 def _spawn(qemu: Qemu, shape: MachineShape, files: MachineFiles) -> Machine:
@@ -311,4 +321,3 @@ def _commands(
         lifeline=lifeline,
         accelerator=shape.accelerator,
     )
-

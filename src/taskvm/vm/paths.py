@@ -55,6 +55,4 @@ def replace_file(path: Path, content: bytes) -> None:
             os.unlink(temporary)  # noqa: PTH108
             raise
     except OSError as error:
-        raise HostError(
-            f"write {path}", error.strerror or str(error), "Free disk space"
-        ) from error
+        raise HostError(f"write {path}", error.strerror or str(error), "Free disk space") from error

@@ -196,12 +196,15 @@ async def _boot_and_save(template: Template, staging: Path) -> None:
     )
     machine = await Machine.start(template.qemu, template.shape, files)
     try:
-        ports = await reach_ready(machine, warm_up=True)
-        await quiesce_ports(ports)
-        await machine.execute("stop")
-        await machine.save_state(staging / "state")
-        await machine.execute("quit")
-        await asyncio.wait([machine.exited], timeout=10)
+        ports = await reach_ready(machine)
+        try:
+            await quiesce_ports(ports)
+            await machine.execute("stop")
+            await machine.save_state(staging / "state")
+            await machine.execute("quit")
+            await asyncio.wait([machine.exited], timeout=10)
+        finally:
+            ports.close()
     finally:
         await machine.kill()
 

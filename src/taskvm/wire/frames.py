@@ -87,21 +87,21 @@ class FrameSink(Protocol):
     """Where frames for the guest are put."""
 
     def send(
-        self, type: FrameType, channel: int, stream: int, payload: bytes | memoryview = b""
+        self, kind: FrameType, channel: int, stream: int, payload: bytes | memoryview = b""
     ) -> None:
         """Queue one frame. Never blocks; raises SandboxLostError when the port is gone."""
 
 
-def encode_header(type: FrameType, channel: int, stream: int, length: int) -> bytes:
+def encode_header(kind: FrameType, channel: int, stream: int, length: int) -> bytes:
     """Return the 12-byte header of a frame whose payload has `length` bytes."""
-    return _HEADER.pack(length, type, channel, 0, stream)
+    return _HEADER.pack(length, kind, channel, 0, stream)
 
 
 def encode_frame(
-    type: FrameType, channel: int, stream: int, payload: bytes | memoryview = b""
+    kind: FrameType, channel: int, stream: int, payload: bytes | memoryview = b""
 ) -> bytes:
     """Return a whole frame: header and payload in one bytes object."""
-    return _HEADER.pack(len(payload), type, channel, 0, stream) + payload
+    return _HEADER.pack(len(payload), kind, channel, 0, stream) + payload
 
 
 def encode_u32(value: int) -> bytes:

@@ -1,0 +1,91 @@
+"""What makes a freshly forked guest this sandbox and no other: names, user, trust, entropy, time.
+
+Pure: the values come in, the request for the agent comes out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from taskvm.wire.control import IdentityFile, IdentityRequest
+
+USER_NAME = "user"
+CA_BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
+SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+ENTROPY_BYTES = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestUser:
+    """The guest's ordinary user. It carries the host user's numbers, so that files of a mount belong to it on both sides."""
+
+    uid: int
+    gid: int
+
+    @property
+    def name(self) -> str:
+        return "root" if self.uid == 0 else USER_NAME
+
+    @property
+    def home(self) -> str:
+        return "/root" if self.uid == 0 else f"/home/{USER_NAME}"
+
+
+def identity_request(
+    *,
+    hostname: str,
+    machine_id: str,
+    user: GuestUser,
+    ca_certificate: bytes,
+    entropy: bytes,
+    time_ns: int,
+) -> IdentityRequest:
+    """Return the request that the agent carries out after every resume, before anything of the user's runs.
+
+    `machine_id` is 32 hexadecimal digits (machine-id(5)). The guest trusts `ca_certificate` alone: every connection is
+    intercepted, and loading the usual 140 roots costs a guest without KVM a second per process.
+    """
+    files = [
+        _file("/etc/hostname", f"{hostname}\n"),
+        _file("/etc/machine-id", f"{machine_id}\n", mode=0o444),
+        _file("/etc/hosts", f"127.0.0.1 localhost {hostname}\n::1 localhost\n"),
+        IdentityFile(path=CA_BUNDLE.encode(), data=ca_certificate),
+        IdentityFile(
+            path=b"/usr/local/share/ca-certificates/taskvm.crt", data=ca_certificate
+        ),
+    ]
+    if user.uid != 0:
+        account = f"{user.name}:x:{user.uid}:{user.gid}::{user.home}:/bin/bash\n"
+        files += [
+            _file("/etc/passwd", account, append=True),
+            _file("/etc/group", f"{user.name}:x:{user.gid}:\n", append=True),
+        ]
+    return IdentityRequest(
+        time_ns=time_ns, entropy=entropy, hostname=hostname, files=files
+    )
+
+
+def guest_environment(user: GuestUser) -> dict[str, str]:
+    """Return the variables that every command in the guest starts with."""
+    trust = (
+        "SSL_CERT_FILE",
+        "CURL_CA_BUNDLE",
+        "REQUESTS_CA_BUNDLE",
+        "PIP_CERT",
+        "GIT_SSL_CAINFO",
+        "NODE_EXTRA_CA_CERTS",
+    )
+    return {
+        "PATH": SEARCH_PATH,
+        "HOME": user.home,
+        "USER": user.name,
+        "LOGNAME": user.name,
+        "SHELL": "/bin/bash",
+        "LANG": "C.UTF-8",
+        "TERM": "dumb",
+        **dict.fromkeys(trust, CA_BUNDLE),
+    }
+
+
+def _file(path: str, text: str, *, mode: int = 0o644, append: bool = False) -> IdentityFile:
+    return IdentityFile(path=path.encode(), data=text.encode(), mode=mode, append=append)

@@ -1,0 +1,327 @@
+"""A sandbox: an untrusted Linux guest with its mounts, its policy and its secrets. The object a user holds in hand.
+
+    async with Sandbox.create(mounts={"/workspace": HostDir(".")}) as vm:
+        result = await vm.exec(["pytest", "-q"], cwd="/workspace", timeout_s=600)
+
+Life: `starting` → `running` → `closed`, or `lost` when the guest ends, stops answering or breaks the protocol. Everything
+a sandbox owns (processes, descriptors, its directory on the host) is released on the way to `closed`, whatever happens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any, Literal
+
+from taskvm.errors import (
+    CommandError,
+    SandboxLostError,
+    SandboxStateError,
+    UsageError,
+)
+from taskvm.files import Files, GuestPath
+from taskvm.fs.provider import Provider
+from taskvm.identity import guest_environment
+from taskvm.launch import Guest, launch
+from taskvm.options import DEFAULT_CPUS, DEFAULT_MEMORY_MIB, SandboxOptions
+from taskvm.policy import Policy
+from taskvm.process import Capture, ExecResult, Process
+from taskvm.secret import Secret
+from taskvm.vm.warm import AcceleratorChoice
+from taskvm.wire.control import ExecRequest, Started
+
+Command = str | Sequence[str]
+State = Literal["starting", "running", "lost", "closed"]
+SHELL = "/bin/bash"
+# A variable-length limit of execve(2): the kernel refuses a single string of 128 KiB and more (MAX_ARG_STRLEN).
+MAX_ARGUMENT_BYTES = 128 * 1024 - 1
+
+
+class Starting:
+    """What `Sandbox.create` returns: await it for a running sandbox, or enter it to have it closed again."""
+
+    def __init__(self, options: SandboxOptions) -> None:
+        self._options = options
+        self._sandbox: Sandbox | None = None
+
+    def __await__(self) -> Generator[Any, None, Sandbox]:
+        return self._start().__await__()
+
+    async def __aenter__(self) -> Sandbox:
+        self._sandbox = await self._start()
+        return self._sandbox
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._sandbox is not None:
+            await self._sandbox.close()
+
+    async def _start(self) -> Sandbox:
+        return Sandbox(self._options, await launch(self._options))
+
+
+class Sandbox:
+    """A running sandbox. Make one with `create`; it is closed by leaving `async with` or by `close`.
+
+    `files` are the guest's files. `id` names the sandbox in the audit log and is the guest's host name.
+    """
+
+    def __init__(self, options: SandboxOptions, guest: Guest) -> None:
+        self._guest = guest
+        self._options = options
+        self._state: State = "running"
+        self._reason = ""
+        self._processes: set[Process] = set()
+        self._environment = {
+            **guest_environment(options.user),
+            **guest.placeholders,
+            **options.env,
+        }
+        self.id = guest.id
+        self.files = Files(guest.control, options.user.uid, options.user.gid)
+        guest.on_lost = self._lose
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        mounts: Mapping[str, Provider] | None = None,
+        allow: Sequence[str] = (),
+        allow_addresses: Sequence[str] = (),
+        secrets: Sequence[Secret] = (),
+        env: Mapping[str, str] | None = None,
+        resolve: Mapping[str, str] | None = None,
+        extra_ca_files: Sequence[str | os.PathLike[str]] = (),
+        audit_path: str | os.PathLike[str] | None = None,
+        image: str | None = None,
+        cpus: int = DEFAULT_CPUS,
+        memory_mib: int = DEFAULT_MEMORY_MIB,
+        accel: AcceleratorChoice = "auto",
+        warm: bool = True,
+        on_progress: Callable[[str], None] | None = None,
+    ) -> Starting:
+        """Start a sandbox: `await` the result, or use it with `async with`.
+
+        mounts: guest path → provider, such as `HostDir(".")`; the path is made when missing.
+        allow: hosts that may be reached: `api.example.com`, `*.example.com` (subdomains), with or without `:port`. None: nothing.
+        allow_addresses: addresses or networks that are otherwise refused (loopback, private, metadata), such as
+            `127.0.0.1:8443`. The name must be allowed as well.
+        secrets: values that the guest never sees; it finds a placeholder in the variable of the secret's name.
+        env: further variables for every command. resolve: name → address, instead of the host's resolver.
+        extra_ca_files: PEM files that upstream certificates are verified with, besides the host's own.
+        audit_path: file that every egress decision is appended to as a JSON line; default below the user's state directory.
+        image: a name or digest of the image store; default the standard image, built when missing (minutes, once).
+        cpus: virtual CPUs. memory_mib: guest memory in MiB. accel: "auto" proves KVM before it believes in it.
+        warm: start from the saved memory of a booted guest (made on first use); False boots.
+        on_progress: called with a line of text about work that takes seconds.
+
+        Raises, when awaited: UsageError for wrong arguments; UnavailableError, ImageError or HostError when this host cannot
+        start a sandbox; SandboxLostError when the guest does not come up. Nothing is left behind then.
+        """
+        options = SandboxOptions(
+            mounts=dict(mounts or {}),
+            policy=Policy.parse(allow=allow, allow_addresses=allow_addresses),
+            secrets=tuple(secrets),
+            env=dict(env or {}),
+            resolve=dict(resolve or {}),
+            extra_ca_files=tuple(Path(path) for path in extra_ca_files),
+            audit_path=None if audit_path is None else Path(audit_path),
+            image=image,
+            cpus=cpus,
+            memory_mib=memory_mib,
+            accel=accel,
+            warm=warm,
+            **({} if on_progress is None else {"on_progress": on_progress}),
+        )
+        return Starting(options)
+
+    # What it is.
+
+    @property
+    def state(self) -> State:
+        """`running`, `lost` (the guest is gone) or `closed`."""
+        return self._state
+
+    @property
+    def placeholders(self) -> Mapping[str, str]:
+        """What the guest sees instead of each secret, by the secret's name."""
+        return dict(self._guest.placeholders)
+
+    @property
+    def audit_path(self) -> Path:
+        """The file of egress decisions, one JSON object in a line."""
+        return self._guest.audit_path
+
+    @property
+    def accelerator(self) -> str:
+        """What runs the guest: "kvm" or "tcg"."""
+        return self._guest.accelerator
+
+    @property
+    def host_pid(self) -> int:
+        """The host's process that supervises QEMU."""
+        return self._guest.machine.pid
+
+    # What it does.
+
+    async def exec(
+        self,
+        command: Command,
+        *,
+        cwd: GuestPath | None = None,
+        env: Mapping[str, str] | None = None,
+        stdin: bytes | AsyncIterator[bytes] | None = None,
+        timeout_s: float | None = None,
+        check: bool = False,
+        user: str | None = None,
+    ) -> ExecResult:
+        """Run a command to its end and return what it wrote and how it ended.
+
+        A list is executed as it is; a str runs in the guest's bash. `cwd` defaults to /workspace when that is mounted, else the
+        user's home. `timeout_s`, or cancelling this call, kills everything that the command started. `user` is "root" or None
+        for the sandbox's user. Up to 64 MiB of each stream are kept.
+
+        Raises GuestError when the program cannot be started (ENOENT, EACCES), CommandError with `check` when it
+        does not exit with 0, SandboxStateError, SandboxLostError.
+        """
+        process = await self.spawn(command, cwd=cwd, env=env, user=user)
+        capture = Capture()
+        try:
+            result = await self._run(process, capture, stdin, timeout_s)
+        finally:
+            process.abandon()
+            self._processes.discard(process)
+        if check and not result.ok:
+            raise CommandError(process.command, result)
+        return result
+
+    async def spawn(
+        self,
+        command: Command,
+        *,
+        cwd: GuestPath | None = None,
+        env: Mapping[str, str] | None = None,
+        merge_output: bool = False,
+        user: str | None = None,
+    ) -> Process:
+        """Start a command and return it running, with live streams. Read them: what is not read stops its writer.
+
+        With `merge_output` standard error goes down the same pipe as standard output. Raises as `exec`.
+        """
+        self._require_running("start a command")
+        request = self._exec_request(command, cwd, env, merge_output, user)
+        text = command if isinstance(command, str) else shlex.join(command)
+        call = self._guest.control.open_call(request, f"run {text[:200]!r} in the guest", (1, 2))
+        try:
+            started = await call.answer(Started)
+        except BaseException:
+            call.forget(errno=125)
+            raise
+        process = Process(call, text[:200], started.pid)
+        self._processes.add(process)
+        return process
+
+    async def close(self) -> None:
+        """End the sandbox and everything in it, and remove what it kept on the host. Idempotent.
+
+        What the guest's programs have written to mounts is on the host; its own disk is gone.
+        """
+        if self._state == "closed":
+            return
+        running = self._state == "running"
+        self._state = "closed"
+        await self._guest.close(flush=running)
+
+    async def __aenter__(self) -> Sandbox:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    # How.
+
+    async def _run(
+        self,
+        process: Process,
+        capture: Capture,
+        stdin: bytes | AsyncIterator[bytes] | None,
+        timeout_s: float | None,
+    ) -> ExecResult:
+        try:
+            async with asyncio.timeout(timeout_s) as deadline:
+                return await capture.run(process, stdin)
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            await process.kill_all()
+            return capture.result(await process.wait(), timed_out=True)
+        except BaseExceptionGroup as group:
+            # One stream's failure (the sandbox is lost) is the command's failure.
+            raise group.exceptions[0] from None
+
+    def _exec_request(
+        self,
+        command: Command,
+        cwd: GuestPath | None,
+        env: Mapping[str, str] | None,
+        merge: bool,
+        user: str | None,
+    ) -> ExecRequest:
+        argv = [SHELL, "-c", command] if isinstance(command, str) else [str(item) for item in command]
+        if not argv or any("\0" in item for item in argv):
+            raise UsageError(
+                f"run {command!r} in the guest", "it is empty or holds a NUL", "Pass a command"
+            )
+        if any(len(os.fsencode(item)) > MAX_ARGUMENT_BYTES for item in argv):
+            raise UsageError(
+                f"run {argv[0]!r} in the guest",
+                f"an argument has more than {MAX_ARGUMENT_BYTES} bytes (MAX_ARG_STRLEN)",
+                "Pass it through stdin or a file",
+            )
+        if user not in (None, "root"):
+            raise UsageError(f"run a command as {user!r}", "only root and the default user exist")
+        environment = {**self._environment, **(env or {})}
+        numbers = self._options.user
+        uid, gid = (0, 0) if user == "root" else (numbers.uid, numbers.gid)
+        if user == "root":
+            environment |= {"HOME": "/root", "USER": "root", "LOGNAME": "root", **(env or {})}
+        return ExecRequest(
+            argv=[os.fsencode(item) for item in argv],
+            env=[os.fsencode(f"{name}={value}") for name, value in environment.items()],
+            cwd=os.fsencode(str(cwd or self._default_cwd)),
+            uid=uid,
+            gid=gid,
+            groups=[gid],
+            merge=merge,
+        )
+
+    @property
+    def _default_cwd(self) -> PurePosixPath:
+        workspace = "/workspace" in self._options.mounts
+        return PurePosixPath("/workspace" if workspace else self._options.user.home)
+
+    def _require_running(self, operation: str) -> None:
+        if self._state == "lost":
+            raise SandboxLostError(operation, self._reason, "Start another sandbox")
+        if self._state != "running":
+            raise SandboxStateError(
+                operation, f"the sandbox {self.id} is {self._state}", "Create a new one"
+            )
+
+    def _lose(self, error: Exception) -> None:
+        if self._state == "running":
+            self._state = "lost"
+            self._reason = str(error)
