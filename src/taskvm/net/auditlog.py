@@ -1,0 +1,121 @@
+"""Writing the audit record: one line for an event, appended whole, to a file that only its owner
+reads.
+
+Rule 1: one writer per file (an exclusive flock).
+Rule 2: no record, no egress: a full or failing log answers False, and the gateway refuses what it
+        cannot record.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+import time
+from collections.abc import Callable
+from typing import Any
+
+from taskvm.audit import AuditEvent, Kind, Verdict, render_event, render_time
+from taskvm.errors import HostError
+
+# A guest can cause lines as fast as it likes; this is about a million of them.
+MAX_LOG_BYTES = 256 * 1024 * 1024
+
+
+class AuditLog:
+    """Where the events of one sandbox go.
+
+    `write` takes one line, whole; `listener` sees each event.
+    """
+
+    def __init__(
+        self,
+        write: Callable[[bytes], None],
+        sandbox: str,
+        *,
+        listener: Callable[[AuditEvent], None] | None = None,
+        max_bytes: int = MAX_LOG_BYTES,
+    ) -> None:
+        self._write = write
+        self._sandbox = sandbox
+        self._listener = listener
+        self._room = max_bytes
+        self._broken = False
+        self._close: Callable[[], None] = lambda: None
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        sandbox: str,
+        *,
+        listener: Callable[[AuditEvent], None] | None = None,
+        max_bytes: int = MAX_LOG_BYTES,
+    ) -> AuditLog:
+        """Append to the file at `path`, made 0600.
+
+        Raises HostError when it cannot be ours alone.
+        """
+        operation = f"open the audit log {os.fspath(path)}"
+        try:
+            # O_NOFOLLOW: a link planted at the path must not choose the file.
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            descriptor = os.open(path, flags | os.O_NONBLOCK, 0o600)
+        except OSError as error:
+            raise HostError(operation, error.strerror or "it cannot be opened") from error
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise HostError(operation, "it is not a regular file")
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.fchmod(descriptor, 0o600)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise HostError(
+                operation, "another sandbox writes to it", "Use another file"
+            ) from error
+        except (OSError, HostError):
+            os.close(descriptor)
+            raise
+        log = cls(_appender(descriptor), sandbox, listener=listener, max_bytes=max_bytes)
+        log._close = lambda: os.close(descriptor)
+        return log
+
+    def record(self, kind: Kind, decision: Verdict, **fields: Any) -> bool:
+        """Write one event. False: it is not recorded, and what it allows must not happen.
+
+        `fields` are those of AuditEvent.
+        """
+        if self._broken:
+            return False
+        now = render_time(time.time_ns())
+        event = AuditEvent(time=now, sandbox=self._sandbox, kind=kind, decision=decision, **fields)
+        line = render_event(event)
+        if len(line) > self._room:
+            self._broken = True
+            full = AuditEvent(
+                time=now, sandbox=self._sandbox, kind="log", decision="error",
+                reason="the audit log is full: nothing leaves this sandbox any more",
+            )  # fmt: skip
+            event, line = full, render_event(full)
+        self._room -= len(line)
+        try:
+            self._write(line)
+        except OSError:
+            self._broken = True
+        if self._listener is not None:
+            self._listener(event)
+        return not self._broken
+
+    def close(self) -> None:
+        """Close the file. Idempotent; later events are not recorded."""
+        self._broken = True
+        close, self._close = self._close, lambda: None
+        close()
+
+
+def _appender(descriptor: int) -> Callable[[bytes], None]:
+    def append(line: bytes) -> None:
+        if os.write(descriptor, line) != len(line):
+            raise OSError("the audit log took only a part of a line (the disk is full)")
+
+    return append

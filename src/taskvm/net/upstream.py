@@ -1,0 +1,178 @@
+"""Connecting to servers: look the allowed name up, judge every address, dial exactly the judged
+one, verify TLS.
+
+Rule 1: there is one lookup for one connection, and no name is given to `connect`: nothing can
+        change in between.
+Rule 2: an address of this host is internal, even a public one: what listens here is not for guests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import os
+import socket
+import ssl
+from collections.abc import Iterable
+from contextlib import closing
+
+from taskvm.errors import UpstreamError, UsageError
+from taskvm.net.resolver import Resolver
+from taskvm.net.streams import ByteStream, SocketStream
+from taskvm.net.tlsstream import TlsStream
+from taskvm.policy import Decision, Policy, decide_address
+from taskvm.wire.hostname import IPAddress, parse_address
+from taskvm.wire.http1 import Origin
+
+CONNECT_TIMEOUT_S = 10.0  # for one address
+HANDSHAKE_TIMEOUT_S = 15.0
+MAX_ADDRESSES = 8  # tried at most, of those that a name has
+
+
+class AddressRefused(Exception):  # noqa: N818 - a decision, not a fault
+    """Raised when no address of an allowed name may be connected to.
+
+    `address` is for the audit log only.
+    """
+
+    def __init__(self, decision: Decision, address: IPAddress) -> None:
+        super().__init__(decision.reason)
+        self.decision = decision
+        self.address = address
+
+
+class Upstream:
+    """An open connection to a server."""
+
+    def __init__(self, stream: ByteStream, wire: SocketStream, address: str, rule: str) -> None:
+        self.stream = stream
+        self.address = address
+        self.rule = rule
+        self._wire = wire
+
+    def is_quiet(self) -> bool:
+        """Say whether the idle connection can take another request."""
+        return self._wire.is_quiet()
+
+    def abort(self) -> None:
+        """Close it at once."""
+        self._wire.abort()
+
+
+class Dialer:
+    """Opens connections to servers for one sandbox."""
+
+    def __init__(self, policy: Policy, resolver: Resolver, tls: ssl.SSLContext) -> None:
+        self._policy = policy
+        self._resolver = resolver
+        self._tls = tls
+
+    async def connect(self, origin: Origin) -> Upstream:
+        """Open a connection to `origin`, which the policy has allowed.
+
+        Raises AddressRefused, UpstreamError.
+        """
+        literal = parse_address(origin.host)
+        found = [literal] if literal is not None else await self._resolver.resolve(origin.host)
+        allowed, refusal = self._judge(origin, found[:MAX_ADDRESSES])
+        if not allowed:
+            assert refusal is not None, "a resolver returns at least one address"
+            raise refusal
+        failure = ""
+        for address, rule in allowed:
+            try:
+                sock = await _dial(address, origin.port)
+            except OSError as error:
+                failure = error.strerror or "no answer in time"
+                continue
+            return await self._secure(origin, sock, str(address), rule)
+        raise UpstreamError(f"connect to {origin.authority}", failure)
+
+    def _judge(
+        self, origin: Origin, found: Iterable[IPAddress]
+    ) -> tuple[list[tuple[IPAddress, str]], AddressRefused | None]:
+        allowed: list[tuple[IPAddress, str]] = []
+        refusal: AddressRefused | None = None
+        for address in found:
+            decision = decide_address(self._policy, origin.host, address, origin.port)
+            if decision.allowed and decision.rule == "public" and is_own_address(address):
+                decision = Decision(
+                    False, "special-address", "the host's address is the sandbox host's own",
+                    "Ask the owner of this sandbox for an address rule",
+                )  # fmt: skip
+            if decision.allowed:
+                allowed.append((address, decision.rule))
+            else:
+                refusal = refusal or AddressRefused(decision, address)
+        return allowed, refusal
+
+    async def _secure(
+        self, origin: Origin, sock: socket.socket, address: str, rule: str
+    ) -> Upstream:
+        wire = SocketStream(sock)
+        if origin.scheme == "http":
+            return Upstream(wire, wire, address, rule)
+        stream = TlsStream(wire, self._tls, server_hostname=origin.host)
+        try:
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+                await stream.handshake()
+        except BaseException as error:
+            wire.abort()
+            if isinstance(error, OSError):  # ssl.SSLError and TimeoutError are
+                raise UpstreamError(f"connect to {origin.authority}", _say(error)) from error
+            raise
+        return Upstream(stream, wire, address, rule)
+
+
+def client_context(extra_ca_files: Iterable[str | os.PathLike[str]] = ()) -> ssl.SSLContext:
+    """Return the context that servers are verified with: the host's trust store, and these files.
+
+    Raises UsageError for a file that cannot be read.
+    """
+    context = ssl.create_default_context()
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    for path in extra_ca_files:
+        try:
+            context.load_verify_locations(cafile=os.fspath(path))
+        except (OSError, ssl.SSLError) as error:
+            raise UsageError(
+                f"read the CA file {os.fspath(path)}",
+                error.strerror or "it is not a certificate",
+                "Give a file with certificates in PEM form",
+            ) from error
+    return context
+
+
+def is_own_address(address: IPAddress) -> bool:
+    """Say whether packets to `address` would come back to this host.
+
+    Sends none: a UDP connect only routes.
+    """
+    family = socket.AF_INET if isinstance(address, ipaddress.IPv4Address) else socket.AF_INET6
+    with closing(socket.socket(family, socket.SOCK_DGRAM)) as probe:
+        try:
+            probe.connect((str(address), 9))
+        except OSError:
+            return False  # no route: connecting will fail and say so
+        return bool(probe.getsockname()[0] == str(address))
+
+
+async def _dial(address: IPAddress, port: int) -> socket.socket:
+    family = socket.AF_INET if isinstance(address, ipaddress.IPv4Address) else socket.AF_INET6
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            await asyncio.get_running_loop().sock_connect(sock, (str(address), port))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _say(error: OSError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted ({error.verify_message})"
+    if isinstance(error, TimeoutError):
+        return "the TLS handshake did not end in time"
+    return f"TLS failed ({error.strerror or 'connection closed'})"
