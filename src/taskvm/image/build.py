@@ -25,6 +25,7 @@ _TOOLS = {
     "apt-config": "apt",
     "tar": "tar",
     "mke2fs": "e2fsprogs",
+    "debugfs": "e2fsprogs",
 }
 
 

@@ -8,6 +8,8 @@ instructions), and all tables initialised now, so that no kernel thread does it 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from taskvm.errors import ImageError
@@ -23,12 +25,16 @@ _FEATURES = (
     "uninit_bg,resize_inode"
 )
 _BYTES_PER_INODE = 16384
+_INODES = re.compile(r"^(Inode count|Free inodes): +(\d+)$", re.MULTILINE)
 _ROOM_BYTES = 512 * 1024 * 1024  # least free space in a guest, whatever `size_mib` says
 
-# One shell, because fakeroot remembers owners only as long as it runs.
+# One shell, because fakeroot remembers owners only as long as it runs. The tar file has no /dev (its device nodes are
+# nothing a user may extract), the guest needs a mount point there.
 _EXTRACT_AND_FORMAT = """set -eu
 mkdir "$2"
 tar --extract --numeric-owner --preserve-permissions --file="$1" --directory="$2"
+mkdir -p "$2/dev"
+touch --date="@$E2FSPROGS_FAKE_TIME" "$2/dev" "$2"
 shift
 tree=$1
 shift
@@ -51,6 +57,7 @@ def build_rootfs(tar: Path, scratch: Path, image: Path, size_mib: int) -> dict[s
     if os.geteuid() != 0:
         argv = [require_tool("fakeroot", "fakeroot"), "--", *argv]
     run_tool("make the root file system", argv, environment)
+    _settle_times(image, scratch / "times", environment)
     return _package_versions(tree)
 
 
@@ -78,6 +85,21 @@ def mke2fs_options() -> list[str]:
         "-E",
         f"hash_seed={_UUID},lazy_itable_init=0,root_owner=0:0",
     ]
+
+
+def _settle_times(image: Path, script: Path, environment: Mapping[str, str]) -> None:
+    # mke2fs -d copies each file's ctime and atime, which are those of the extraction a moment ago.
+    header = run_tool("read the file system's header", ["dumpe2fs", "-h", str(image)])
+    numbers = {name: int(value) for name, value in _INODES.findall(header)}
+    in_use = numbers["Inode count"] - numbers["Free inodes"]  # a new file system uses the first ones
+    script.write_text(
+        "".join(
+            f"set_inode_field <{inode}> {field} @{SOURCE_DATE_EPOCH}\n"
+            for inode in range(1, in_use + 1)
+            for field in ("atime", "ctime")
+        )
+    )
+    run_tool("settle the times of files", ["debugfs", "-w", "-f", str(script), str(image)], environment)
 
 
 def _package_versions(tree: Path) -> dict[str, str]:
