@@ -1,3 +1,3 @@
-"""taskvm: an untrusted Linux guest in a QEMU micro-VM, with mediated network, injected secrets and a programmable file system."""
+"""taskvm: an untrusted Linux guest in a QEMU micro-VM, with mediated egress, injected secrets and served mounts."""
 
 __version__ = "0.1.0"

@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from taskvm.background import Background
@@ -18,6 +19,7 @@ from taskvm.errors import SandboxLostError, TaskvmError
 from taskvm.fs.server import FsServer
 from taskvm.identity import ENTROPY_BYTES, identity_request
 from taskvm.image.boot import boot_files
+from taskvm.image.manifest import Image, ImageSpec
 from taskvm.image.store import ImageStore
 from taskvm.injection import bind_secrets
 from taskvm.net.auditlog import AuditLog
@@ -27,6 +29,7 @@ from taskvm.net.resolver import HostResolver, MappedResolver
 from taskvm.options import SandboxOptions
 from taskvm.port import FramePort
 from taskvm.vm.boot import wait_hello
+from taskvm.vm.command import Boot
 from taskvm.vm.control import Control
 from taskvm.vm.machine import Machine
 from taskvm.vm.native import guest_binary
@@ -34,7 +37,7 @@ from taskvm.vm.paths import private_dir, state_dir
 from taskvm.vm.qemu import Qemu, find_qemu, host_arch
 from taskvm.vm.rundir import RunDir
 from taskvm.vm.template import GuestFiles
-from taskvm.vm.warm import boot_cold, prepare
+from taskvm.vm.warm import Wanted, boot_cold, prepare
 from taskvm.wire.control import Done, MkdirRequest, MountRequest, SyncRequest
 from taskvm.wire.frames import PORT_NET
 
@@ -200,17 +203,36 @@ async def launch(options: SandboxOptions) -> Guest:
 async def _start_machine(
     options: SandboxOptions, qemu: Qemu, files: GuestFiles, run_dir: RunDir
 ) -> tuple[Machine, str]:
-    arguments = (qemu, files, options.accel, options.cpus, options.memory_mib, options.on_progress)
+    wanted = Wanted(
+        qemu=qemu,
+        guest=files,
+        accel=options.accel,
+        cpus=options.cpus,
+        memory_mib=options.memory_mib,
+        progress=options.on_progress,
+    )
     if not options.warm:
-        return await boot_cold(*arguments, run_dir.path)
-    template = await prepare(*arguments)
+        return await boot_cold(wanted, run_dir.path)
+    template = await prepare(wanted)
     return await template.fork(run_dir.path), template.shape.accelerator
 
 
 def _guest_files(options: SandboxOptions, qemu: Qemu) -> GuestFiles:
     store = ImageStore()
-    image = store.resolve(options.image, qemu.arch, options.on_progress)
-    return boot_files(store, image, guest_binary(qemu.arch))
+    if options.image is None:
+        image = store.ensure(ImageSpec(arch=qemu.arch), options.on_progress)
+    else:
+        image = store.get(options.image)
+    agent = guest_binary(qemu.arch)
+    return _boot_files(image.path, image, agent, agent.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=16)  # reading and hashing 4 MB costs 15 ms of every start otherwise
+def _boot_files(path: Path, image: Image, agent: Path, changed_ns: int) -> GuestFiles:
+    files = boot_files(image, agent)
+    return GuestFiles(
+        boot=Boot(kernel=files.kernel, initrd=files.initrd), rootfs=files.rootfs, digest=files.digest
+    )
 
 
 def _make_ca() -> CertificateAuthority:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -24,110 +25,104 @@ MIN_MEMORY_MIB = 128
 MAX_CPUS = 64
 
 
-def shape_for(qemu: Qemu, accelerator: Accelerator, cpus: int, memory_mib: int) -> MachineShape:
-    """Return the shape of a machine. Raises UsageError for sizes that no guest boots with."""
-    if not 1 <= cpus <= MAX_CPUS:
-        raise UsageError(f"start a sandbox with cpus={cpus}", f"it must be 1 to {MAX_CPUS}")
-    if memory_mib < MIN_MEMORY_MIB:
-        raise UsageError(
-            f"start a sandbox with memory_mib={memory_mib}", f"it must be at least {MIN_MEMORY_MIB}"
-        )
-    return MachineShape(
-        arch=qemu.arch,
-        machine=qemu.machine,
-        accelerator=accelerator,
-        cpus=cpus,
-        memory_mib=memory_mib,
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """The machine that somebody wants. `progress` is told about work that takes seconds."""
 
+    qemu: Qemu
+    guest: GuestFiles
+    accel: AcceleratorChoice
+    cpus: int
+    memory_mib: int
+    progress: Progress
 
-async def prepare(
-    qemu: Qemu,
-    guest: GuestFiles,
-    choice: AcceleratorChoice,
-    cpus: int,
-    memory_mib: int,
-    progress: Progress,
-) -> Template:
-    """Return the template to fork from, finding out about KVM first when `choice` is "auto".
-
-    Raises UnavailableError when `choice` is "kvm" and KVM does not run guests here.
-    """
-    accelerator = await _choose(qemu, guest, choice, cpus, memory_mib, progress)
-    shape = shape_for(qemu, accelerator, cpus, memory_mib)
-    return await ensure_template(qemu, shape, guest, progress)
-
-
-async def boot_cold(
-    qemu: Qemu,
-    guest: GuestFiles,
-    choice: AcceleratorChoice,
-    cpus: int,
-    memory_mib: int,
-    progress: Progress,
-    run_dir: Path,
-) -> tuple[Machine, Accelerator]:
-    """Return a machine that has begun to boot, with its disk in `run_dir`. Raises as `prepare`."""
-    accelerator = await _choose(qemu, guest, choice, cpus, memory_mib, progress)
-    disk = run_dir / "disk.qcow2"
-    await create_overlay(qemu, disk, guest.rootfs, "raw")
-    files = MachineFiles(boot=guest.boot, disk=disk, backing=(guest.rootfs,))
-    shape = shape_for(qemu, accelerator, cpus, memory_mib)
-    return await Machine.start(qemu, shape, files), accelerator
-
-
-async def _choose(
-    qemu: Qemu,
-    guest: GuestFiles,
-    choice: AcceleratorChoice,
-    cpus: int,
-    memory_mib: int,
-    progress: Progress,
-) -> Accelerator:
-    if choice != "tcg":
-        reason = await _kvm_fault(qemu, guest, cpus, memory_mib, progress)
-        if reason is None:
-            return "kvm"
-        if choice == "kvm":
-            raise UnavailableError(
-                "start a sandbox with KVM", reason, "Use accel='auto' or 'tcg' (slower)"
+    def __post_init__(self) -> None:
+        if not 1 <= self.cpus <= MAX_CPUS:
+            raise UsageError(
+                f"start a sandbox with cpus={self.cpus}", f"it must be 1 to {MAX_CPUS}"
             )
+        if self.memory_mib < MIN_MEMORY_MIB:
+            raise UsageError(
+                f"start a sandbox with memory_mib={self.memory_mib}",
+                f"it must be at least {MIN_MEMORY_MIB}",
+            )
+
+    def shape(self, accelerator: Accelerator) -> MachineShape:
+        """The machine's shape when `accelerator` runs it."""
+        return MachineShape(
+            arch=self.qemu.arch,
+            machine=self.qemu.machine,
+            accelerator=accelerator,
+            cpus=self.cpus,
+            memory_mib=self.memory_mib,
+        )
+
+
+async def prepare(wanted: Wanted) -> Template:
+    """Return the template to fork from, finding out about KVM first when the choice is "auto".
+
+    Raises UnavailableError when the choice is "kvm" and KVM does not run guests here.
+    """
+    shape = wanted.shape(await choose_accelerator(wanted))
+    return await ensure_template(wanted.qemu, shape, wanted.guest, wanted.progress)
+
+
+async def boot_cold(wanted: Wanted, run_dir: Path) -> tuple[Machine, Accelerator]:
+    """Return a machine that has begun to boot, with its disk in `run_dir`. Raises as `prepare`."""
+    accelerator = await choose_accelerator(wanted)
+    disk = run_dir / "disk.qcow2"
+    await create_overlay(wanted.qemu, disk, wanted.guest.rootfs, "raw")
+    files = MachineFiles(boot=wanted.guest.boot, disk=disk, backing=(wanted.guest.rootfs,))
+    return await Machine.start(wanted.qemu, wanted.shape(accelerator), files), accelerator
+
+
+async def choose_accelerator(wanted: Wanted) -> Accelerator:
+    """Return what will run the guest. Raises UnavailableError when "kvm" was demanded and does not work."""
+    if wanted.accel == "tcg":
+        return "tcg"
+    reason = await kvm_fault(wanted)
+    if reason is None:
+        return "kvm"
+    if wanted.accel == "kvm":
+        raise UnavailableError(
+            "start a sandbox with KVM", reason, "Use accel='auto' or 'tcg' (slower)"
+        )
     return "tcg"
 
 
-async def _kvm_fault(
-    qemu: Qemu, guest: GuestFiles, cpus: int, memory_mib: int, progress: Progress
-) -> str | None:
-    """Why KVM is not used, or None when it has run a guest."""
-    obstacle = kvm_obstacle(qemu.arch)
+async def kvm_fault(wanted: Wanted) -> str | None:
+    """Return why KVM is not used on this host, or None when it has run a guest. May take PROOF_TIMEOUT_S, once."""
+    obstacle = kvm_obstacle(wanted.qemu.arch)
     if obstacle is not None:
         return obstacle
-    verdict = recall_verdict(qemu)
+    verdict = recall_verdict(wanted.qemu)
     if verdict is None:
-        progress("finding out whether KVM works on this host (once per boot of the host)")
-        fault = await _try_kvm(qemu, guest, shape_for(qemu, "kvm", cpus, memory_mib), progress)
-        verdict = remember_verdict(qemu, works=fault is None, reason=fault or "ran a guest")
+        wanted.progress("finding out whether KVM works on this host (once per boot of the host)")
+        fault = await _try_kvm(wanted)
+        verdict = remember_verdict(
+            wanted.qemu, works=fault is None, reason=fault or "it ran a guest"
+        )
         if fault is not None:
-            progress(f"KVM does not run guests here, using TCG, which is slower: {fault}")
+            wanted.progress(f"KVM does not run guests here, using TCG, which is slower: {fault}")
     return None if verdict.works else verdict.reason
 
 
-async def _try_kvm(
-    qemu: Qemu, guest: GuestFiles, shape: MachineShape, progress: Progress
-) -> str | None:
+async def _try_kvm(wanted: Wanted) -> str | None:
     try:
         async with asyncio.timeout(PROOF_TIMEOUT_S):
-            template = await ensure_template(qemu, shape, guest, progress)
+            template = await ensure_template(
+                wanted.qemu, wanted.shape("kvm"), wanted.guest, wanted.progress
+            )
             await _answer_once(template)
     except TimeoutError:
         return f"a guest did not boot, save, fork and answer within {PROOF_TIMEOUT_S:.0f} s"
     except TaskvmError as error:
-        return f"{error.operation}: {error.cause}".split("; the guest's console:")[0][:500]
+        return f"{error.operation}: {error.cause}"[:500]
     return None
 
 
 async def _answer_once(template: Template) -> None:
-    run_dir = RunDir.create(f"proof-{template.path.name[:12]}-{os.getpid()}")
+    run_dir = RunDir.create(f"proof-{os.getpid()}-{os.urandom(4).hex()}")
     try:
         machine = await template.fork(run_dir.path)
         try:

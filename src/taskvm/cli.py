@@ -1,0 +1,310 @@
+"""The command line: `taskvm run`, `taskvm image`, `taskvm doctor`. A thin shell over the public names of the package."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
+
+import click
+
+import taskvm
+from taskvm import HostDir, ImageSpec, ImageStore, Process, Sandbox, Secret, TaskvmError, UsageError
+from taskvm import examine as examine_host
+
+# Exit statuses, besides those of the guest's command: 124 as timeout(1), 125 as env(1) for our own failures.
+EXIT_TIMEOUT = 124
+EXIT_FAILURE = 125
+EXIT_INTERRUPTED = 130
+
+
+class Commands(click.Group):
+    """Turns our errors into one line and an exit status."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except TaskvmError as error:
+            click.echo(f"taskvm: {error}", err=True)
+            ctx.exit(2 if isinstance(error, UsageError) else EXIT_FAILURE)
+        except KeyboardInterrupt:
+            ctx.exit(EXIT_INTERRUPTED)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(taskvm.__version__)
+def main() -> None:
+    """Run untrusted programs in a micro-VM: no network but what you allow, no secret inside, only the folders you mount."""
+
+
+# taskvm run
+
+
+@main.command(context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False})
+@click.option("--image", metavar="NAME", help="Image of the store (name or digest). [default: the standard image]")
+@click.option("--cpus", default=2, show_default=True, help="Virtual CPUs.")
+@click.option("--memory", default=512, show_default=True, metavar="MIB", help="Guest memory in MiB.")
+@click.option(
+    "--mount", "mounts", multiple=True, metavar="HOST:GUEST[:ro]", help="Mount a host directory, read-write or read-only."
+)
+@click.option("--allow", multiple=True, metavar="HOST", help="A host that may be reached: example.com, *.example.com, with :PORT or not.")
+@click.option(
+    "--allow-address",
+    "allow_addresses",
+    multiple=True,
+    metavar="ADDRESS",
+    help="An internal address or network that an allowed name may lead to, such as 127.0.0.1:8443.",
+)
+@click.option("--resolve", multiple=True, metavar="HOST=ADDRESS", help="Use ADDRESS for HOST instead of looking it up.")
+@click.option(
+    "--secret",
+    "secrets",
+    multiple=True,
+    metavar="NAME@HOST[,HOST…]",
+    help="Send the value of the variable NAME to these hosts; the guest sees a placeholder in $NAME.",
+)
+@click.option(
+    "--secret-file",
+    "secret_files",
+    multiple=True,
+    metavar="NAME=FILE@HOST[,HOST…]",
+    help="The same with the value from FILE.",
+)
+@click.option("--ca-file", "ca_files", multiple=True, metavar="PEM", help="Verify servers with these certificates too.")
+@click.option("--env", "env", multiple=True, metavar="K=V", help="Set a variable in the guest.")
+@click.option("--cwd", metavar="DIR", help="Working directory in the guest. [default: /workspace if mounted]")
+@click.option("--timeout", type=float, metavar="S", help="Kill the command after S seconds (exit status 124).")
+@click.option("--audit", metavar="FILE", help="Append each egress decision to FILE as a JSON line.")
+@click.option("--accel", type=click.Choice(["auto", "kvm", "tcg"]), default="auto", show_default=True, help="What runs the guest.")
+@click.option("--cold", is_flag=True, help="Boot instead of starting from a warm template.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress on standard error.")
+@click.argument("command", nargs=-1, required=True)
+def run(
+    image: str | None,
+    cpus: int,
+    memory: int,
+    mounts: tuple[str, ...],
+    allow: tuple[str, ...],
+    allow_addresses: tuple[str, ...],
+    resolve: tuple[str, ...],
+    secrets: tuple[str, ...],
+    secret_files: tuple[str, ...],
+    ca_files: tuple[str, ...],
+    env: tuple[str, ...],
+    cwd: str | None,
+    timeout: float | None,
+    audit: str | None,
+    accel: str,
+    cold: bool,
+    quiet: bool,
+    command: tuple[str, ...],
+) -> None:
+    """Run COMMAND in a new sandbox, stream its output, and exit as it does.
+
+    Values of secrets come from the environment or a file, never from the command line.
+    """
+    starting = Sandbox.create(
+        mounts=dict(_mount(text) for text in mounts),
+        allow=allow,
+        allow_addresses=allow_addresses,
+        resolve=dict(_pair(text, "--resolve", "HOST=ADDRESS") for text in resolve),
+        secrets=[*map(_secret, secrets), *map(_secret_file, secret_files)],
+        extra_ca_files=[Path(path) for path in ca_files],
+        env=dict(_pair(text, "--env", "K=V") for text in env),
+        audit_path=audit,
+        image=image,
+        cpus=cpus,
+        memory_mib=memory,
+        accel=accel,  # type: ignore[arg-type]  # click.Choice has checked it
+        warm=not cold,
+        on_progress=_silent if quiet else _progress,
+    )
+    sys.exit(asyncio.run(_run(starting, command, cwd, timeout)))
+
+
+async def _run(
+    starting: taskvm.Starting, command: tuple[str, ...], cwd: str | None, timeout_s: float | None
+) -> int:
+    async with starting as vm, await vm.spawn(list(command), cwd=cwd) as process:
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await _relay(process)
+        except TimeoutError:
+            await process.kill_all()
+            click.echo(f"taskvm: {process.command}: killed after {timeout_s:g} s", err=True)
+            return EXIT_TIMEOUT
+
+
+async def _relay(process: Process) -> int:
+    async with asyncio.TaskGroup() as group:
+        feeding = group.create_task(_feed(process))
+        outputs = [
+            group.create_task(_copy(process.stdout, sys.stdout.buffer.raw.fileno())),  # type: ignore[attr-defined]  # a real file
+            group.create_task(_copy(process.stderr, sys.stderr.buffer.raw.fileno())),  # type: ignore[attr-defined]  # a real file
+        ]
+        result = await process.wait()
+        await asyncio.wait(outputs)
+        feeding.cancel()
+    return result.exit_code
+
+
+async def _copy(stream: AsyncIterator[bytes], descriptor: int) -> None:
+    async for data in stream:
+        await asyncio.to_thread(_write_all, descriptor, data)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+async def _feed(process: Process) -> None:
+    """Pass standard input on. Nothing is read ahead of what the guest takes."""
+    loop = asyncio.get_running_loop()
+    try:
+        reader = asyncio.StreamReader()
+        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    except (ValueError, OSError):  # a regular file, or closed: read it in a thread
+        await _feed_file(process)
+        return
+    try:
+        while data := await reader.read(65536):
+            await process.write(data)
+        await process.close_stdin()
+    except (BrokenPipeError, ConnectionError):
+        return
+
+
+async def _feed_file(process: Process) -> None:
+    try:
+        while data := await asyncio.to_thread(os.read, 0, 65536):
+            await process.write(data)
+        await process.close_stdin()
+    except (OSError, BrokenPipeError):
+        return
+
+
+# taskvm image
+
+
+@main.group()
+def image() -> None:
+    """Guest images: kernel, modules and root file system, named by digest."""
+
+
+@image.command("build")
+@click.option("--mirror", metavar="URL", help="Debian archive to use. [default: the host's own apt sources]")
+@click.option("--suite", default=ImageSpec().suite, show_default=True, help="Debian suite.")
+@click.option("--include", multiple=True, metavar="PKG", help="A further package to install.")
+@click.option("--name", metavar="NAME", help="Give the image a name.")
+def image_build(mirror: str | None, suite: str, include: tuple[str, ...], name: str | None) -> None:
+    """Build a guest image (about a minute), whether or not it was built before."""
+    store = ImageStore()
+    built = store.build(ImageSpec(suite=suite, mirror=mirror, include=include), _progress)
+    if name is not None:
+        store.tag(built, name)
+    click.echo(built.digest)
+
+
+@image.command("list")
+def image_list() -> None:
+    """List the images of the store."""
+    store = ImageStore()
+    names: dict[str, list[str]] = {}
+    for ref, digest in store.refs().items():
+        names.setdefault(digest, []).append(ref)
+    for item in store.list():
+        manifest = item.manifest
+        size = sum(asset.size for asset in manifest.assets.values()) >> 20
+        click.echo(
+            f"{item.digest[:12]}  {manifest.arch}  {size:5} MiB  {manifest.created}  "
+            f"{', '.join(sorted(names.get(item.digest, [])))}"
+        )
+
+
+@image.command("show")
+@click.argument("name")
+def image_show(name: str) -> None:
+    """Print the manifest of the image NAME (a name, a digest, or the start of a digest) as JSON."""
+    click.echo(ImageStore().get(name).manifest.to_json())
+
+
+# taskvm doctor
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+def doctor(as_json: bool) -> None:
+    """Explain what this host can do, and what is in the way. Exits with 1 when no sandbox can start."""
+    findings = asyncio.run(examine_host())
+    if as_json:
+        click.echo(taskvm.render_findings(findings))
+    else:
+        marks = {"ok": "ok   ", "note": "note ", "fault": "FAULT"}
+        for finding in findings:
+            click.echo(f"{marks[finding.status]} {finding.name:12} {finding.text}")
+            if finding.remedy:
+                click.echo(f"{'':19}{finding.remedy}")
+    sys.exit(1 if any(finding.status == "fault" for finding in findings) else 0)
+
+
+# Reading options...
+
+
+def _mount(text: str) -> tuple[str, HostDir]:
+    parts = text.split(":")
+    if len(parts) == 3 and parts[2] in ("ro", "rw"):
+        host, guest, mode = parts
+    elif len(parts) == 2:
+        (host, guest), mode = parts, "rw"
+    else:
+        raise UsageError(f"read --mount {text}", "it is not HOST:GUEST or HOST:GUEST:ro")
+    return guest, HostDir(host or ".", mode="ro" if mode == "ro" else "direct")
+
+
+def _pair(text: str, option: str, form: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise UsageError(f"read {option} {text}", f"it is not {form}")
+    return name, value
+
+
+def _secret(text: str) -> Secret:
+    name, separator, hosts = text.partition("@")
+    if "=" in text:
+        # The text may hold the value itself: it is not repeated.
+        raise UsageError(
+            "read --secret",
+            "a value does not belong on the command line, where every user of this host can read it",
+            "Put it into the environment and write --secret NAME@HOST",
+        )
+    if not separator:
+        raise UsageError(f"read --secret {text}", "it is not NAME@HOST[,HOST…]")
+    return Secret.from_env(name, hosts=_hosts(hosts))
+
+
+def _secret_file(text: str) -> Secret:
+    name, equals, rest = text.partition("=")
+    path, separator, hosts = rest.rpartition("@")
+    if not (name and equals and path and separator):
+        raise UsageError(f"read --secret-file {text}", "it is not NAME=FILE@HOST[,HOST…]")
+    return Secret.from_file(path, name=name, hosts=_hosts(hosts))
+
+
+def _hosts(text: str) -> Iterable[str]:
+    return [host for host in text.split(",") if host]
+
+
+def _progress(line: str) -> None:
+    click.echo(f"taskvm: {line}", err=True)
+
+
+def _silent(line: str) -> None:
+    """For --quiet."""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""The asyncio port: credit in both directions, bounded memory, resets, rest."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+
+import pytest
+
+from taskvm.errors import GuestProtocolError, SandboxLostError
+from taskvm.port import FramePort, Inlet, Outlet, StreamReset
+from taskvm.wire.frames import (
+    INITIAL_CREDIT,
+    MAX_DATA,
+    Frame,
+    FrameType,
+    decode_u32,
+    encode_u32,
+)
+
+
+class Peer:
+    """A port whose frames are kept."""
+
+    def __init__(self, port: FramePort) -> None:
+        self.port = port
+        self.frames: list[Frame] = []
+        self.lost: list[Exception] = []
+        port.on_frame = self.frames.append
+        port.on_lost = self.lost.append
+
+    async def until(self, count: int) -> None:
+        async with asyncio.timeout(5):
+            while len(self.frames) < count:
+                await asyncio.sleep(0.001)
+
+
+@contextlib.asynccontextmanager
+async def pair() -> AsyncIterator[tuple[Peer, Peer]]:
+    left, right = socket.socketpair()
+    ours = Peer(await FramePort.open(left, "test"))
+    theirs = Peer(await FramePort.open(right, "guest"))
+    try:
+        yield ours, theirs
+    finally:
+        ours.port.close()
+        theirs.port.close()
+        await asyncio.sleep(0)
+
+
+async def test_a_writer_stops_when_its_credit_is_spent() -> None:
+    """No byte beyond the window is sent until the receiver grants more."""
+    async with pair() as (ours, theirs), asyncio.TaskGroup() as group:
+        outlet = Outlet(ours.port, 1, 0)
+        writing = group.create_task(outlet.write(b"x" * (INITIAL_CREDIT + MAX_DATA)))
+        await theirs.until(INITIAL_CREDIT // MAX_DATA)
+        await asyncio.sleep(0.02)
+        sent_before = sum(len(frame.payload) for frame in theirs.frames)
+        outlet.feed_credit(MAX_DATA)
+        await writing
+        await theirs.until(INITIAL_CREDIT // MAX_DATA + 1)
+
+    assert sent_before == INITIAL_CREDIT
+    assert sum(len(frame.payload) for frame in theirs.frames) == INITIAL_CREDIT + MAX_DATA
+
+
+async def test_a_reader_grants_what_it_has_consumed() -> None:
+    """Credit comes back for bytes that were read, and only for those."""
+    async with pair() as (ours, theirs):
+        inlet = Inlet(ours.port, 1, 1)
+        for _ in range(INITIAL_CREDIT // MAX_DATA):
+            inlet.feed(b"y" * MAX_DATA)
+        read = b""
+        while len(read) < INITIAL_CREDIT:
+            read += await inlet.read()
+        await theirs.until(2)
+        granted = sum(decode_u32(frame.payload) for frame in theirs.frames)
+
+    assert read == b"y" * INITIAL_CREDIT
+    assert granted == INITIAL_CREDIT
+
+
+async def test_more_data_than_credit_ends_the_port() -> None:
+    """A guest that ignores the window is ended; nothing beyond the window is kept."""
+    async with pair() as (ours, _):
+        inlet = Inlet(ours.port, 1, 1, window=10)
+        inlet.feed(b"0123456789")
+        inlet.feed(b"!")
+
+    assert [type(error) for error in ours.lost] == [GuestProtocolError]
+
+
+async def test_bytes_before_a_failure_are_read_first() -> None:
+    """What arrived in order stays readable, then the failure shows."""
+    async with pair() as (ours, _):
+        inlet = Inlet(ours.port, 1, 1)
+        inlet.feed(b"last words")
+        inlet.fail(StreamReset(104))
+        words = await inlet.read()
+        with pytest.raises(StreamReset):
+            await inlet.read()
+
+    assert words == b"last words"
+
+
+async def test_a_discarding_inlet_grants_without_keeping() -> None:
+    """A writer whose output nobody wants can still come to its end."""
+    async with pair() as (ours, theirs):
+        inlet = Inlet(ours.port, 1, 1)
+        inlet.discard()
+        for _ in range(INITIAL_CREDIT // MAX_DATA):
+            inlet.feed(b"z" * MAX_DATA)
+        inlet.feed_end()
+        await theirs.until(2)
+        rest = await inlet.read()
+
+    assert rest == b""
+    assert sum(decode_u32(frame.payload) for frame in theirs.frames) == INITIAL_CREDIT
+
+
+async def test_reset_tells_the_guest_and_stops_the_writer() -> None:
+    """RESET carries the errno; writing afterwards raises."""
+    async with pair() as (ours, theirs):
+        outlet = Outlet(ours.port, 9, 0)
+        outlet.reset(32)
+        await theirs.until(1)
+        with pytest.raises(StreamReset):
+            await outlet.write(b"more")
+
+    frame = theirs.frames[0]
+    assert (frame.type, frame.stream, bytes(frame.payload)) == (
+        FrameType.RESET,
+        9,
+        encode_u32(32),
+    )
+
+
+async def test_quiesce_waits_for_the_answer() -> None:
+    """`quiesce` returns when the guest says QUIESCED, and not before."""
+    async with pair() as (ours, theirs), asyncio.TaskGroup() as group:
+        resting = group.create_task(ours.port.quiesce())
+        await theirs.until(1)
+        before = resting.done()
+        theirs.port.send(FrameType.QUIESCED, 0, 0)
+        await resting
+
+    assert not before
+    assert theirs.frames[0].type is FrameType.QUIESCE
+
+
+async def test_sending_on_a_lost_port_says_so() -> None:
+    """A port whose guest is gone raises SandboxLostError with the reason."""
+    async with pair() as (ours, theirs):
+        theirs.port.close()
+        async with asyncio.timeout(5):
+            while not ours.lost:
+                await asyncio.sleep(0.001)
+        with pytest.raises(SandboxLostError):
+            ours.port.send(FrameType.RESUME, 0, 0)

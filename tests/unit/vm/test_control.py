@@ -1,0 +1,158 @@
+"""The control port: messages as closed schemas, calls matched to frames, and a guest that lies."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from taskvm.errors import GuestError, GuestProtocolError, SandboxLostError
+from taskvm.vm.control import Control
+from taskvm.wire import control as messages
+from taskvm.wire.frames import Frame, FrameDecoder, FrameType, encode_frame, encode_u32
+
+
+class Guest:
+    """The other end of a control port, played by the test."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._decoder = FrameDecoder()
+        self._frames: list[Frame] = []
+
+    async def receive(self) -> Frame:
+        while not self._frames:
+            data = await asyncio.get_running_loop().sock_recv(self._sock, 65536)
+            assert data, "the host closed the port"
+            self._frames += self._decoder.feed(data)
+        return self._frames.pop(0)
+
+    async def send(
+        self, kind: FrameType, stream: int, payload: object = b"", channel: int = 0
+    ) -> None:
+        body = payload if isinstance(payload, bytes) else msgspec.msgpack.encode(payload)
+        await asyncio.get_running_loop().sock_sendall(
+            self._sock, encode_frame(kind, channel, stream, body)
+        )
+
+
+@contextlib.asynccontextmanager
+async def control_and_guest() -> AsyncIterator[tuple[Control, Guest]]:
+    ours, theirs = socket.socketpair()
+    control = await Control.open(ours)
+    try:
+        with theirs:
+            yield control, Guest(theirs)
+    finally:
+        control.close(SandboxLostError("test", "over"))
+        await asyncio.sleep(0)
+
+
+async def test_a_request_is_answered_on_its_stream() -> None:
+    """The OPEN carries the operation; the REPLY on the same stream ends the wait."""
+    async with control_and_guest() as (control, guest), asyncio.TaskGroup() as group:
+        asking = group.create_task(
+            control.request(messages.StatRequest(path=b"/x"), messages.FileStat, "stat /x")
+        )
+        opened = await guest.receive()
+        asked = msgspec.msgpack.decode(opened.payload)
+        answer = {"type": "file", "mode": 0o644, "size": 3, "uid": 0, "gid": 0}
+        await guest.send(
+            FrameType.REPLY, opened.stream, {**answer, "nlink": 1, "ino": 5, "mtime_ns": 1}
+        )
+        status = await asking
+
+    assert asked == {"op": "stat", "path": b"/x", "follow": True}
+    assert (status.type, status.size) == ("file", 3)
+
+
+async def test_a_refusal_becomes_a_guest_error_with_the_errno() -> None:
+    """A reply with an errno raises GuestError that names operation, cause and call."""
+    async with control_and_guest() as (control, guest), asyncio.TaskGroup() as group:
+        asking = group.create_task(_outcome(control, messages.ListRequest(path=b"/none")))
+        opened = await guest.receive()
+        await guest.send(FrameType.REPLY, opened.stream, {"errno": 2, "call": "openat"})
+        error = await asking
+
+    assert isinstance(error, GuestError)
+    assert error.errno == 2
+    assert "No such file" in str(error)
+    assert "openat" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("kind", "payload", "channel"),
+    [
+        (FrameType.REPLY, {"surprise": 1}, 0),
+        (FrameType.DATA, b"nobody asked", 7),
+        (FrameType.FUSE, b"x" * 40, 0),
+        (FrameType.EXIT, {"code": "zero"}, 0),
+        (FrameType.HELLO, {"version": "1"}, 0),
+        (FrameType.QUIESCED, b"", 0),
+        (FrameType.CREDIT, encode_u32(2**32 - 1), 0),
+    ],
+)
+async def test_a_guest_that_breaks_the_protocol_loses_the_port(
+    kind: FrameType, payload: object, channel: int
+) -> None:
+    """A lie ends the port with GuestProtocolError, and every call that waits on it."""
+    async with control_and_guest() as (control, guest), asyncio.TaskGroup() as group:
+        lost: list[Exception] = []
+        control.on_lost = lost.append
+        asking = group.create_task(_outcome(control, messages.PingRequest()))
+        opened = await guest.receive()
+        await guest.send(kind, opened.stream, payload, channel)
+        error = await asking
+
+    assert isinstance(error, GuestProtocolError | SandboxLostError)
+    assert [type(item) for item in lost] == [GuestProtocolError]
+
+
+async def test_frames_for_a_stream_that_the_host_dropped_are_ignored() -> None:
+    """What was under way when a call ended does no harm; a stream that the guest numbers itself does."""
+    async with control_and_guest() as (control, guest):
+        lost: list[Exception] = []
+        control.on_lost = lost.append
+        call = control.open_call(messages.PingRequest(), "ping")
+        await guest.receive()
+        call.forget()
+        await guest.send(FrameType.REPLY, call.stream, {})
+        await asyncio.sleep(0.05)
+        still_fine = not lost
+        await guest.send(FrameType.REPLY, 0x8000_0001, {})
+        await asyncio.sleep(0.05)
+
+    assert still_fine
+    assert [type(item) for item in lost] == [GuestProtocolError]
+
+
+async def test_the_end_of_the_guest_fails_every_waiting_call() -> None:
+    """Nobody waits for a guest that is gone."""
+    async with control_and_guest() as (control, guest), asyncio.TaskGroup() as group:
+        asking = group.create_task(_outcome(control, messages.PingRequest()))
+        await guest.receive()
+        guest._sock.close()
+        error = await asking
+
+    assert isinstance(error, SandboxLostError)
+
+
+async def _outcome(control: Control, request: messages.Request) -> Exception | None:
+    try:
+        await control.request(request, messages.Done, "test")
+    except Exception as error:  # noqa: BLE001 - the test judges it
+        return error
+    return None
+
+
+@given(st.binary(max_size=200))
+def test_random_answers_raise_nothing_but_answer_error(noise: bytes) -> None:
+    """Bytes from the guest become a typed answer or AnswerError."""
+    for kind in (messages.FileStat, messages.Done, messages.Exited, messages.Hello):
+        with contextlib.suppress(messages.AnswerError):
+            assert isinstance(messages.decode(noise, kind), kind | messages.Failure)
