@@ -7,12 +7,12 @@ from taskvm.image.manifest import Asset, Image, ImageSpec, Manifest
 from taskvm.image.store import ImageStore, build_image
 
 __all__ = [
-    "ImageStore",
-    "ImageSpec",
-    "Image",
-    "build_image",
-    "BootFiles",
-    "boot_files",
-    "Manifest",
     "Asset",
+    "BootFiles",
+    "Image",
+    "ImageSpec",
+    "ImageStore",
+    "Manifest",
+    "boot_files",
+    "build_image",
 ]

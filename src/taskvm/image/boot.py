@@ -20,7 +20,9 @@ from pathlib import Path
 from taskvm.errors import ImageError
 from taskvm.image.manifest import Image
 
-_KEPT_INITRAMFS = 16  # of the most recently used; a developer makes one with each build of the agent
+_KEPT_INITRAMFS = (
+    16  # of the most recently used; a developer makes one with each build of the agent
+)
 _CONSOLE = os.makedev(5, 1)
 
 

@@ -175,15 +175,15 @@ class AptMeter:
 
     def feed(self, line: str) -> None:
         """Take one line of output."""
-        if line.startswith("I: "):
+        if line.startswith("I: running --customize-hook"):
+            self._progress("setting the guest up")
+        elif line.startswith("I: ") and "chroot architecture" not in line:
             self._progress(line[3:].strip().rstrip("."))
         elif match := re.search(r"(\d+) newly installed", line):
             self._total = int(match[1])
             self._done = dict.fromkeys(self._done, 0)
-        elif match := re.match(r"Need to get (?:\S+/)?([\d.,]+ ?\w+)", line):
+        elif match := re.match(r"Need to get ([\d.,]+ \w+)", line):
             self._progress(f"fetching {self._total} packages, {match[1]}")
-        elif re.match(r"Get:\d+ .* Packages? \[", line):
-            return
         elif line.startswith("Get:"):
             self._count("fetched")
         elif line.startswith("Setting up "):

@@ -55,7 +55,9 @@ def unpack_kernel(package: Path, scratch: Path, target: Path) -> str:
     run_tool("unpack the kernel package", ["dpkg-deb", "--extract", str(package), str(scratch)])
     kernels = sorted((scratch / "boot").glob("vmlinuz-*"))
     if len(kernels) != 1:
-        raise ImageError(f"unpack the kernel package {package.name}", f"it holds {len(kernels)} kernels, not one")
+        raise ImageError(
+            f"unpack the kernel package {package.name}", f"it holds {len(kernels)} kernels, not one"
+        )
     release = kernels[0].name.removeprefix("vmlinuz-")
     shutil.copyfile(kernels[0], target / "vmlinuz")
     tree = next(path for path in _module_trees(scratch, release) if path.is_dir())
@@ -85,7 +87,11 @@ def load_order(
         if name in order:
             return
         if name not in available or name in open_names:
-            cause = "they depend on each other" if name in open_names else "the package does not hold it"
+            cause = (
+                "they depend on each other"
+                if name in open_names
+                else "the package does not hold it"
+            )
             raise ImageError(f"order the kernel modules {' <- '.join([*open_names, name])}", cause)
         open_names.append(name)
         for dependency in depends(name):

@@ -17,6 +17,9 @@ import msgspec
 from taskvm.errors import UsageError
 
 MANIFEST_FORMAT = 1
+# Raised when the same ImageSpec gives a different guest, such as by another kernel module: what an older recipe made
+# is then built anew.
+RECIPE = 1
 DEFAULT_SUITE = "bookworm"
 DEFAULT_SIZE_MIB = 4096  # virtual: the file is sparse, and each sandbox writes to its own overlay
 
@@ -50,7 +53,9 @@ class ImageSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         if not _SUITE.fullmatch(self.suite):
             raise _bad_spec(f"{self.suite!r} is not the name of a Debian suite")
         if self.arch not in DEBIAN_ARCHITECTURES:
-            raise _bad_spec(f"architecture {self.arch!r} is none of {', '.join(DEBIAN_ARCHITECTURES)}")
+            raise _bad_spec(
+                f"architecture {self.arch!r} is none of {', '.join(DEBIAN_ARCHITECTURES)}"
+            )
         for package in self.include:
             if not _PACKAGE.fullmatch(package):
                 raise _bad_spec(f"{package!r} is not the name of a Debian package")
@@ -84,6 +89,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """The file manifest.json of an image. `assets` maps paths relative to the image's directory."""
 
     format: int
+    recipe: int
     digest: str
     arch: str
     created: str

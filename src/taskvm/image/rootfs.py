@@ -91,7 +91,9 @@ def _settle_times(image: Path, script: Path, environment: Mapping[str, str]) -> 
     # mke2fs -d copies each file's ctime and atime, which are those of the extraction a moment ago.
     header = run_tool("read the file system's header", ["dumpe2fs", "-h", str(image)])
     numbers = {name: int(value) for name, value in _INODES.findall(header)}
-    in_use = numbers["Inode count"] - numbers["Free inodes"]  # a new file system uses the first ones
+    in_use = (
+        numbers["Inode count"] - numbers["Free inodes"]
+    )  # a new file system uses the first ones
     script.write_text(
         "".join(
             f"set_inode_field <{inode}> {field} @{SOURCE_DATE_EPOCH}\n"
@@ -99,7 +101,9 @@ def _settle_times(image: Path, script: Path, environment: Mapping[str, str]) -> 
             for field in ("atime", "ctime")
         )
     )
-    run_tool("settle the times of files", ["debugfs", "-w", "-f", str(script), str(image)], environment)
+    run_tool(
+        "settle the times of files", ["debugfs", "-w", "-f", str(script), str(image)], environment
+    )
 
 
 def _package_versions(tree: Path) -> dict[str, str]:
@@ -114,5 +118,7 @@ def _package_versions(tree: Path) -> dict[str, str]:
     )
     versions = dict(line.split(" ", 1) for line in listing.splitlines())
     if "libc6" not in versions:
-        raise ImageError("list the packages of the image", "it holds no libc6: the build is incomplete")
+        raise ImageError(
+            "list the packages of the image", "it holds no libc6: the build is incomplete"
+        )
     return versions

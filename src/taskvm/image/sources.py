@@ -20,7 +20,9 @@ from taskvm.image.manifest import ImageSpec
 APT_DIRECTORY = Path("/etc/apt")
 DEBIAN_KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
-_ONE_LINE = re.compile(r"deb\s+(?:\[(?P<options>[^\]]*)\]\s+)?(?P<uri>\S+)\s+(?P<suite>\S+)\s+(?P<rest>[^#]+)")
+_ONE_LINE = re.compile(
+    r"deb\s+(?:\[(?P<options>[^\]]*)\]\s+)?(?P<uri>\S+)\s+(?P<suite>\S+)\s+(?P<rest>[^#]+)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,9 @@ class AptSource:
 def choose_sources(spec: ImageSpec, apt_directory: Path = APT_DIRECTORY) -> list[AptSource]:
     """Return the sources to build `spec` from. Raises ImageError when neither it nor the host names one."""
     if spec.mirror is not None:
-        return [source for url in spec.mirror.split() for source in _mirror_sources(url, spec.suite)]
+        return [
+            source for url in spec.mirror.split() for source in _mirror_sources(url, spec.suite)
+        ]
     chosen = [
         source
         for source in read_apt_sources(apt_directory)
@@ -60,7 +64,9 @@ def read_apt_sources(apt_directory: Path) -> list[AptSource]:
     """Return every enabled binary source of an apt configuration directory."""
     parts = apt_directory / "sources.list.d"
     one_line = [apt_directory / "sources.list", *sorted(parts.glob("*.list"))]
-    sources = [source for path in one_line if path.is_file() for source in parse_one_line(_text(path))]
+    sources = [
+        source for path in one_line if path.is_file() for source in parse_one_line(_text(path))
+    ]
     for path in sorted(parts.glob("*.sources")):
         sources += parse_deb822(_text(path))
     return sources
@@ -124,7 +130,9 @@ def _is_debian(source: AptSource, suite: str, debian_arch: str) -> bool:
 
 
 def _mirror_sources(url: str, suite: str) -> list[AptSource]:
-    suites = [f"{suite}-security"] if "security" in urlsplit(url).path else [suite, f"{suite}-updates"]
+    suites = (
+        [f"{suite}-security"] if "security" in urlsplit(url).path else [suite, f"{suite}-updates"]
+    )
     return [AptSource(url, each, ("main",)) for each in suites]
 
 

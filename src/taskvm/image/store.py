@@ -15,7 +15,7 @@ Rule 3: the directory is private (0700): an image decides what every guest runs.
 from __future__ import annotations
 
 import contextlib
-import datetime
+import datetime as dt
 import fcntl
 import hashlib
 import os
@@ -31,6 +31,7 @@ from taskvm.errors import ImageError, UsageError
 from taskvm.image.build import BuiltAssets, build_assets
 from taskvm.image.manifest import (
     MANIFEST_FORMAT,
+    RECIPE,
     Asset,
     Image,
     ImageSpec,
@@ -68,12 +69,12 @@ class ImageStore:
 
     def ensure(self, spec: ImageSpec, progress: Progress) -> Image:
         """Return the image that `spec` was built into, building it first if it was not."""
-        found = self._find(spec.ref_name)
+        found = self._find_current(spec)
         if found is not None:
             return found
         with self._locked(progress):
-            found = self._find(spec.ref_name)  # another process may have built it while we waited
-            return found if found is not None else self._build(spec, progress)
+            # Another process may have built it while this one waited.
+            return self._find_current(spec) or self._build(spec, progress)
 
     def build(self, spec: ImageSpec, progress: Progress) -> Image:
         """Build `spec` now, whether or not it was built before, and let its name stand for the result."""
@@ -120,6 +121,10 @@ class ImageStore:
 
     # Finding...
 
+    def _find_current(self, spec: ImageSpec) -> Image | None:
+        found = self._find(spec.ref_name)
+        return found if found is not None and found.manifest.recipe == RECIPE else None
+
     def _find(self, name_or_digest: str) -> Image | None:
         if not _NAME.fullmatch(name_or_digest):
             raise UsageError("find a guest image", f"{name_or_digest!r} is no name and no digest")
@@ -164,27 +169,30 @@ class ImageStore:
         if staging.exists():
             progress("removing what an interrupted build left behind")
             shutil.rmtree(staging)
-        staging.mkdir(mode=0o700)
+        new = staging / "new"
+        new.mkdir(mode=0o700, parents=True)
         try:
-            built = self._builder(spec, staging, progress)
+            built = self._builder(spec, new, progress)
             progress("computing digests")
-            manifest = _describe(spec, built, staging)
+            manifest = _describe(spec, built, new)
             encoded = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
-            (staging / "manifest.json").write_bytes(encoded + b"\n")
-            image = self._publish(staging, manifest)
+            (new / "manifest.json").write_bytes(encoded + b"\n")
+            image = self._publish(new, manifest.digest)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         self.tag(image, spec.ref_name)
         progress(f"image {image.digest[:_LEAST_PREFIX]} is ready in {image.path}")
         return image
 
-    def _publish(self, staging: Path, manifest: Manifest) -> Image:
-        final = self.root / "images" / manifest.digest
-        if not final.exists():
-            _sync_tree(staging)
-            staging.rename(final)
-            _sync(final.parent)
-        return self._load(manifest.digest)
+    def _publish(self, new: Path, digest: str) -> Image:
+        final = self.root / "images" / digest
+        _sync_tree(new)
+        if final.exists():
+            # The same bytes, or a damaged copy of them. Who has the old files open keeps them.
+            final.rename(new.with_name("old"))
+        new.rename(final)
+        _sync(final.parent)
+        return self._load(digest)
 
     def _make_private(self) -> None:
         try:
@@ -220,9 +228,10 @@ def _describe(spec: ImageSpec, built: BuiltAssets, directory: Path) -> Manifest:
     assets = {str(path.relative_to(directory)): measure_asset(path) for path in paths}
     return Manifest(
         format=MANIFEST_FORMAT,
+        recipe=RECIPE,
         digest=compute_digest(spec.arch, built.kernel_release, assets),
         arch=spec.arch,
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         spec=spec,
         kernel_release=built.kernel_release,
         packages=built.packages,
