@@ -1,0 +1,21 @@
+# Both public targets work in a fresh clone: they set up what is missing first.
+
+.PHONY: demo test setup check clean
+
+demo: setup
+	@scripts/demo
+
+# pytest is last, so that its own summary is the last line.
+test: setup check
+	@guest/tests/run
+	@.venv/bin/python -m pytest -q
+
+setup:
+	@scripts/setup
+
+check: setup
+	@scripts/check
+
+# Guest images stay: they are shared by all checkouts, and `taskvm image` removes them.
+clean:
+	rm -rf build dist src/taskvm/_native .mypy_cache .pytest_cache .ruff_cache .hypothesis .venv/.setup-stamp
