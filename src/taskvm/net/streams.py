@@ -42,7 +42,7 @@ class GuestStream:
         self._inlet = inlet
         self._outlet = outlet
         self._unread = b""
-        self._over = False
+        self._ended = False
 
     async def read(self, max_bytes: int = READ_SIZE) -> bytes:
         if self._unread:
@@ -58,12 +58,13 @@ class GuestStream:
         await self._outlet.write(data)
 
     async def end(self) -> None:
+        self._ended = True
         self._outlet.end()
-        self._over = self._over or self._inlet.ended
 
     def abort(self, reason: int = errno.ECONNRESET) -> None:
-        if not self._over:
-            self._over = True
+        # After an END from both sides the stream's number is free: a RESET could hit its successor.
+        if not (self._ended and self._inlet.ended):
+            self._ended = True
             self._outlet.reset(reason)
 
 

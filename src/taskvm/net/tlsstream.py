@@ -9,6 +9,7 @@ order; a reader may send too (a key update is answered while reading).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 from collections.abc import Callable
 from typing import TypeVar
@@ -64,10 +65,8 @@ class TlsStream:
             await self._flush()
 
     async def end(self) -> None:
-        try:
-            self._tls.unwrap()
-        except ssl.SSLError:
-            pass  # our close_notify is in the outgoing bytes; the peer's is not waited for
+        with contextlib.suppress(ssl.SSLError):
+            self._tls.unwrap()  # writes our close_notify; the peer's is not waited for
         await self._flush()
         await self._raw.end()
 
@@ -82,8 +81,8 @@ class TlsStream:
             except ssl.SSLWantReadError:
                 await self._flush()
                 data = await self._raw.read()
-                # An end without close_notify is an error (SSLEOFError): the message may be cut
-                # short.
+                # An end without close_notify reads as an end: many servers send none, and HTTP's
+                # own framing tells whether the message was whole.
                 self._incoming.write(data) if data else self._incoming.write_eof()
             else:
                 await self._flush()

@@ -1,0 +1,203 @@
+"""One connection of the guest, from its first byte: find out what it speaks, and that it means whom
+it was made to.
+
+Rule 1: the destination is a synthetic address that this sandbox was given, or an IP literal that a
+        rule names.
+Rule 2: the name that the connection claims (SNI, Host) is the name that its address was given for.
+Rule 3: what is neither HTTP/1 nor TLS is refused: there is nothing to judge it by.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import ipaddress
+import ssl
+from dataclasses import dataclass
+
+from taskvm.audit import Kind, Verdict
+from taskvm.net.egress import UNRECORDED, Egress, Refusal
+from taskvm.net.names import SYNTHETIC_NETWORK
+from taskvm.net.relay import HttpRelay
+from taskvm.net.streams import ByteStream, GuestStream
+from taskvm.net.tlsstream import TlsStream
+from taskvm.policy import Decision, decide_name
+from taskvm.wire.hostname import parse_address
+from taskvm.wire.http1 import Origin, Scheme, looks_like_request
+from taskvm.wire.tls import MAX_CLIENT_HELLO, ClientHello, TlsError, is_tls, parse_client_hello
+
+SNIFF_TIMEOUT_S = 10.0
+# A client that waits for a server's greeting (SSH, SMTP) is not kept waiting for a refusal.
+DENIED_SNIFF_TIMEOUT_S = 2.0
+HANDSHAKE_TIMEOUT_S = 15.0
+# After our last byte the guest may still be sending; closing at once would cost it our answer.
+LINGER_S = 2.0
+LINGER_BYTES = 1024 * 1024
+
+_HTTP_ALPN = frozenset({b"http/1.1", b"http/1.0"})
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where the guest's program connected to."""
+
+    address: ipaddress.IPv4Address
+    port: int
+
+
+class GuestConnection:
+    """Serves one connection; `run` returns when it is over, and leaves the stream closed."""
+
+    def __init__(
+        self, egress: Egress, stream: GuestStream, destination: Destination, number: int
+    ) -> None:
+        self._egress = egress
+        self._stream = stream
+        self._destination = destination
+        self._number = number
+        self._host, self._decision = self._identify()
+
+    async def run(self) -> None:
+        """Serve the connection to its end. Raises OSError when the guest is gone."""
+        recorded = self._record_opening()
+        if not recorded:
+            self._decision = UNRECORDED
+        limit_s = SNIFF_TIMEOUT_S if self._decision.allowed else DENIED_SNIFF_TIMEOUT_S
+        try:
+            async with asyncio.timeout(limit_s):
+                scheme, hello = await self._sniff()
+        except (TimeoutError, TlsError, _UnknownProtocolError) as error:
+            self._refuse_protocol(error)
+            return
+        if scheme == "https":
+            await self._serve_tls(hello)
+        else:
+            await self._serve("http", self._stream, self._host, self._denial())
+        await self._close(self._stream)
+
+    def _identify(self) -> tuple[str, Decision]:
+        """Return the host that the connection was made to, and whether it may be."""
+        address, port = self._destination.address, self._destination.port
+        if address not in SYNTHETIC_NETWORK:
+            return str(address), decide_name(self._egress.policy, str(address), port)
+        name = self._egress.names.name_at(address)
+        if name is None:
+            reason = "this sandbox was not given the address"
+            return str(address), Decision(False, "unknown-address", reason, "Look the name up")
+        return name, decide_name(self._egress.policy, name, port)
+
+    # What it speaks.
+
+    async def _sniff(self) -> tuple[Scheme, ClientHello | None]:
+        """Look at the first bytes, and put them back."""
+        data = b""
+        while True:
+            received = await self._stream.read(MAX_CLIENT_HELLO)
+            data += received
+            if is_tls(data):
+                hello = parse_client_hello(data)
+                if hello is not None:
+                    self._stream.unread(data)
+                    return "https", hello
+            elif (verdict := looks_like_request(data)) is not None:
+                if not verdict:
+                    raise _UnknownProtocolError("it is neither HTTP/1 nor TLS")
+                self._stream.unread(data)
+                return "http", None
+            if not received:
+                raise _UnknownProtocolError("it ended before it said anything")
+
+    def _refuse_protocol(self, error: Exception) -> None:
+        reason = "it said nothing in time" if isinstance(error, TimeoutError) else str(error)
+        kind: Kind = "tls" if isinstance(error, TlsError) else "connect"
+        self._record(kind, "deny", rule="protocol", reason=f"unknown protocol: {reason}")
+        self._stream.abort(errno.ECONNREFUSED)
+
+    # TLS.
+
+    async def _serve_tls(self, hello: ClientHello | None) -> None:
+        assert hello is not None, "https is sniffed by its ClientHello"
+        denied = self._denial() or self._judge_hello(hello)
+        # A client verifies against the name that it sent: a refusal in TLS must have that name.
+        name = hello.server_name or self._host
+        stream = TlsStream(self._stream, self._egress.ca.server_context(name), server_side=True)
+        try:
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+                await stream.handshake()
+        except (ssl.SSLError, TimeoutError) as error:
+            reason = getattr(error, "reason", None) or "the handshake did not end"
+            self._record("tls", "error", reason=f"the guest's TLS failed: {reason}")
+            self._stream.abort()
+            return
+        if denied is None:
+            self._record("tls", "allow", rule=self._decision.rule, reason=stream.version)
+        await self._serve("https", stream, self._host, denied)
+
+    def _judge_hello(self, hello: ClientHello) -> Refusal | None:
+        is_literal = parse_address(self._host) is not None
+        reason = ""
+        if hello.encrypted:
+            reason = "the server name is encrypted (ECH)"
+        elif is_literal and hello.server_name is not None:
+            reason = "the connection was made to an address, and names a server"
+        elif not is_literal and hello.server_name is None:
+            reason = "the TLS handshake names no server (SNI)"
+        elif not is_literal and hello.server_name != self._host:
+            reason = "the TLS handshake names another server than the connection was made to"
+        elif hello.alpn and not _HTTP_ALPN.intersection(hello.alpn):
+            reason = "the client speaks no HTTP/1.1"
+        if not reason:
+            return None
+        self._record("tls", "deny", rule="tls", reason=reason)
+        return Refusal(403, "egress_denied", "tls", reason)
+
+    # HTTP.
+
+    async def _serve(
+        self, scheme: Scheme, stream: ByteStream, host: str, denied: Refusal | None
+    ) -> None:
+        origin = Origin(scheme, host, self._destination.port)
+        relay = HttpRelay(self._egress, stream, origin, self._number, denied)
+        try:
+            await relay.run()
+            await stream.end()
+        except ssl.SSLError:
+            self._stream.abort()
+
+    def _denial(self) -> Refusal | None:
+        return None if self._decision.allowed else Refusal.of(self._decision)
+
+    async def _close(self, stream: GuestStream) -> None:
+        """Read on for a moment, so that our last bytes reach the guest; then end the stream."""
+        left = LINGER_BYTES
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                while left > 0 and (data := await stream.read()):
+                    left -= len(data)
+        stream.abort()
+
+    # The record.
+
+    def _record_opening(self) -> bool:
+        if self._decision.allowed:
+            return True  # recorded when the server is dialled, with its address
+        decision = self._decision
+        return self._record("connect", "deny", rule=decision.rule, reason=decision.reason)
+
+    def _record(self, kind: Kind, verdict: Verdict, *, reason: str, rule: str = "") -> bool:
+        named = parse_address(self._host) is None
+        return self._egress.audit.record(
+            kind,
+            verdict,
+            rule=rule,
+            reason=reason,
+            connection=self._number,
+            host=self._host if named else "",
+            address="" if named else self._host,
+            port=self._destination.port,
+        )
+
+
+class _UnknownProtocolError(Exception):
+    """Raised while sniffing, when the first bytes are nothing that the gateway speaks."""

@@ -1,0 +1,51 @@
+"""What all connections of one sandbox share, and the one shape that every refusal takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from taskvm.injection import Injector
+from taskvm.net.auditlog import AuditLog
+from taskvm.net.certs import CertificateAuthority
+from taskvm.net.names import SyntheticNames
+from taskvm.net.upstream import Dialer
+from taskvm.policy import Decision, Policy
+
+
+@dataclass(frozen=True, slots=True)
+class Egress:
+    """The parts that decide about, and carry, what leaves one sandbox."""
+
+    policy: Policy
+    injector: Injector
+    audit: AuditLog
+    ca: CertificateAuthority
+    dialer: Dialer
+    names: SyntheticNames
+
+
+class Refusal(Exception):  # noqa: N818 - an answer for the guest, not a fault
+    """Raised where a request ends without its server's answer.
+
+    `kind` is the type in the JSON body: egress_denied (policy), bad_request (the guest's HTTP),
+    upstream_failed.
+    """
+
+    def __init__(self, status: int, kind: str, rule: str, reason: str, hint: str = "") -> None:
+        super().__init__(reason)
+        self.status = status
+        self.kind = kind
+        self.rule = rule
+        self.reason = reason
+        self.hint = hint
+
+    @classmethod
+    def of(cls, decision: Decision) -> Refusal:
+        """Return the refusal that a denial of the policy means."""
+        return cls(403, "egress_denied", decision.rule, decision.reason, decision.hint)
+
+
+UNRECORDED = Decision(
+    False, "audit", "the decision cannot be recorded",
+    "The audit log of this sandbox is full or cannot be written",
+)  # fmt: skip

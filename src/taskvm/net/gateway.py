@@ -1,0 +1,236 @@
+"""The network of one sandbox: serves the guest's `taskvm.net` port (docs/protocol-control.md, "The
+net port").
+
+Owns every task of every connection. A connection that fails takes nothing else with it; a guest
+that breaks the port's rules loses the port; cancelling `run` ends everything.
+
+Rule 1: what the guest can make us hold is bounded: connections, their windows, and answers it does
+        not read.
+Rule 2: frames of an unknown stream are late ones of a stream that we reset, and dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import ipaddress
+import logging
+import os
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from taskvm.errors import SandboxLostError
+from taskvm.injection import BoundSecret, Injector
+from taskvm.net.auditlog import AuditLog
+from taskvm.net.certs import CertificateAuthority
+from taskvm.net.connection import Destination, GuestConnection
+from taskvm.net.egress import Egress
+from taskvm.net.names import SyntheticNames
+from taskvm.net.nameserver import NameServer
+from taskvm.net.resolver import Resolver
+from taskvm.net.streams import GuestStream
+from taskvm.net.upstream import Dialer, client_context
+from taskvm.policy import Policy
+from taskvm.port import FramePort, Inlet, Outlet, StreamReset
+from taskvm.wire.frames import GUEST_STREAM_BIT, Frame, FrameType, decode_u32, encode_u32
+
+MAX_CONNECTIONS = 256
+MAX_ANSWERS = 256  # DNS answers that wait for the port (protocol page: the oldest is dropped)
+
+_logger = logging.getLogger(__name__)
+
+
+class ConnectRequest(
+    msgspec.Struct, frozen=True, tag_field="op", tag="connect", forbid_unknown_fields=True
+):
+    """The OPEN of a connection: where the guest's program connected to."""
+
+    addr: str
+    port: int
+
+
+class _Stream:
+    """An open stream: its two flows and the task that serves it."""
+
+    def __init__(self, port: FramePort, number: int) -> None:
+        self.inlet = Inlet(port, number, 0)
+        self.outlet = Outlet(port, number, 0)
+        self.task: asyncio.Task[None] | None = None
+
+
+class Gateway:
+    """Mediates what leaves one sandbox. It owns the port's callbacks from its creation on.
+
+    `names` continues the synthetic addresses of a sandbox that was checkpointed.
+    """
+
+    def __init__(
+        self,
+        port: FramePort,
+        *,
+        policy: Policy,
+        secrets: Sequence[BoundSecret],
+        audit: AuditLog,
+        ca: CertificateAuthority,
+        resolver: Resolver,
+        extra_ca_files: Iterable[str | os.PathLike[str]] = (),
+        names: SyntheticNames | None = None,
+    ) -> None:
+        self.names = names if names is not None else SyntheticNames()
+        dialer = Dialer(policy, resolver, client_context(extra_ca_files))
+        self._egress = Egress(policy, Injector(secrets), audit, ca, dialer, self.names)
+        self._nameserver = NameServer(policy, self.names, audit)
+        self._audit = audit
+        self._port = port
+        self._streams: dict[int, _Stream] = {}
+        self._tasks: asyncio.TaskGroup | None = None
+        self._answers: asyncio.Queue[tuple[FrameType, int, bytes]] = asyncio.Queue(MAX_ANSWERS)
+        self._lost: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
+        self._early: list[Frame] = []
+        port.on_frame = self._on_frame
+        port.on_lost = self._on_lost
+
+    async def run(self) -> None:
+        """Serve the guest until its port is lost, then raise why:
+
+        SandboxLostError or GuestProtocolError.
+        """
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            answering = tasks.create_task(self._send_answers())
+            early, self._early = self._early, []
+            for frame in early:
+                self._on_frame(frame)
+            reason = await asyncio.shield(self._lost)
+            answering.cancel()
+            for stream in list(self._streams.values()):
+                if stream.task is not None:
+                    stream.task.cancel()
+        raise reason
+
+    @property
+    def connections(self) -> int:
+        """How many connections of the guest are open."""
+        return len(self._streams)
+
+    # Frames of the guest.
+
+    def _on_frame(self, frame: Frame) -> None:
+        if self._tasks is None:
+            self._hold(frame)
+        elif not frame.stream & GUEST_STREAM_BIT:
+            self._port.fail(f"{frame.type.name} on stream {frame.stream}, which is not the guest's")
+        elif frame.type is FrameType.OPEN:
+            self._open(frame)
+        elif frame.type is FrameType.DATAGRAM:
+            self._answer(
+                FrameType.DATAGRAM, frame.stream, self._nameserver.answer(bytes(frame.payload))
+            )
+        elif frame.type in _FLOW_FRAMES and frame.channel == 0:
+            self._flow(frame)
+        else:
+            self._port.fail(f"{frame.type.name} on channel {frame.channel} of the net port")
+
+    def _flow(self, frame: Frame) -> None:
+        stream = self._streams.get(frame.stream)
+        if stream is None:
+            return
+        if frame.type is FrameType.DATA:
+            stream.inlet.feed(frame.payload)
+        elif frame.type is FrameType.END:
+            stream.inlet.feed_end()
+        elif frame.type is FrameType.CREDIT:
+            stream.outlet.feed_credit(decode_u32(frame.payload))
+        else:
+            self._reset(stream, decode_u32(frame.payload))
+
+    def _reset(self, stream: _Stream, reason: int) -> None:
+        error = StreamReset(reason)
+        stream.inlet.fail(error)
+        stream.outlet.fail(error)
+        if stream.task is not None:
+            stream.task.cancel()
+
+    def _hold(self, frame: Frame) -> None:
+        if len(self._early) >= MAX_ANSWERS:
+            self._port.fail("too many frames before the sandbox's network was started")
+        self._early.append(frame)
+
+    def _open(self, frame: Frame) -> None:
+        assert self._tasks is not None, "frames are held until run has started"
+        if frame.stream in self._streams:
+            self._port.fail(f"OPEN of stream {frame.stream}, which is open")
+            return
+        try:
+            request = msgspec.msgpack.decode(frame.payload, type=ConnectRequest)
+            address = ipaddress.IPv4Address(request.addr)
+            if not 0 < request.port < 65536:
+                raise ValueError("the port is out of range")
+        except (ValueError, msgspec.MsgspecError) as error:
+            self._port.fail(f"malformed OPEN on the net port: {type(error).__name__}")
+            return
+        if len(self._streams) >= MAX_CONNECTIONS:
+            self._audit.record(
+                "connect", "deny", rule="connection-limit", connection=frame.stream,
+                reason=f"{MAX_CONNECTIONS} connections are open", address=str(address),
+                port=request.port,
+            )  # fmt: skip
+            self._answer(FrameType.RESET, frame.stream, encode_u32(errno.EAGAIN))
+            return
+        stream = self._streams[frame.stream] = _Stream(self._port, frame.stream)
+        destination = Destination(address, request.port)
+        task = self._tasks.create_task(
+            self._serve(frame.stream, stream, destination), name=f"egress {frame.stream:#x}"
+        )
+        # Not in the task itself: one that is cancelled before it starts runs none of its code.
+        task.add_done_callback(lambda _: self._streams.pop(frame.stream, None))
+        stream.task = task
+
+    # Answers, which wait here when the guest does not read.
+
+    def _answer(self, kind: FrameType, stream: int, payload: bytes) -> None:
+        if not payload:
+            return
+        if self._answers.full():
+            dropped, _, _ = self._answers.get_nowait()
+            if dropped is FrameType.RESET:
+                self._port.fail("the guest opens connections and does not read the answers")
+                return
+        self._answers.put_nowait((kind, stream, payload))
+
+    async def _send_answers(self) -> None:
+        while True:
+            kind, stream, payload = await self._answers.get()
+            await self._port.wait_writable()
+            try:
+                self._port.send(kind, 0, stream, payload)
+            except SandboxLostError:
+                return  # run has been told
+
+    # Connections.
+
+    async def _serve(self, number: int, stream: _Stream, destination: Destination) -> None:
+        guest = GuestStream(stream.inlet, stream.outlet)
+        try:
+            await self._port.wait_writable()
+            self._port.send(FrameType.REPLY, 0, number, _EMPTY_MAP)
+            await GuestConnection(self._egress, guest, destination, number).run()
+        except (OSError, SandboxLostError):
+            pass  # the guest's side is gone: nobody is left to tell
+        except Exception:
+            # Our own bug: this connection ends, the sandbox's others go on.
+            _logger.exception("connection %#x of the guest failed", number)
+            self._audit.record("connect", "error", connection=number, reason="internal error")
+        finally:
+            with contextlib.suppress(SandboxLostError):
+                guest.abort()
+
+    def _on_lost(self, reason: Exception) -> None:
+        if not self._lost.done():
+            self._lost.set_result(reason)
+
+
+_FLOW_FRAMES = frozenset({FrameType.DATA, FrameType.END, FrameType.CREDIT, FrameType.RESET})
+_EMPTY_MAP = msgspec.msgpack.encode({})

@@ -1,0 +1,65 @@
+"""Answering the guest's DNS queries: every answer is made here, none is asked for anywhere.
+
+An allowed name gets its synthetic address, a denied one NXDOMAIN. Nothing else exists.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from taskvm.audit import Verdict
+from taskvm.net.auditlog import AuditLog
+from taskvm.net.names import SyntheticNames
+from taskvm.policy import Policy, decide_name
+from taskvm.wire.dns import DnsError, QType, Query, RCode, build_answer, parse_query
+
+# A name is recorded when it is first asked for; of this many it is remembered that it was.
+MAX_REMEMBERED = 4096
+
+_KNOWN_TYPES = frozenset(QType)
+
+
+class NameServer:
+    """The DNS of one sandbox."""
+
+    def __init__(self, policy: Policy, names: SyntheticNames, audit: AuditLog) -> None:
+        self._policy = policy
+        self._names = names
+        self._audit = audit
+        self._recorded: OrderedDict[tuple[str, Verdict], None] = OrderedDict()
+
+    def answer(self, message: bytes) -> bytes:
+        """Return the answer to one message, or b"" where there is none."""
+        try:
+            query = parse_query(message)
+        except DnsError as error:
+            self._record("", "deny", "dns", str(error))
+            return error.reply
+        if query.qtype not in _KNOWN_TYPES:
+            return build_answer(query, RCode.REFUSED)
+        return self._answer_name(query)
+
+    def _answer_name(self, query: Query) -> bytes:
+        decision = decide_name(self._policy, query.name, None)
+        if not decision.allowed:
+            self._record(query.name, "deny", decision.rule, decision.reason)
+            return build_answer(query, RCode.NXDOMAIN)
+        if query.qtype != QType.A:
+            return build_answer(query, RCode.NOERROR)
+        address = self._names.address_of(query.name)
+        if address is None:
+            self._record(query.name, "deny", "name-limit", "the sandbox has used up its names")
+            return build_answer(query, RCode.SERVFAIL)
+        if not self._record(query.name, "allow", decision.rule, decision.reason):
+            return build_answer(query, RCode.SERVFAIL)
+        return build_answer(query, RCode.NOERROR, address)
+
+    def _record(self, name: str, verdict: Verdict, rule: str, reason: str) -> bool:
+        key = (name or reason, verdict)
+        if key in self._recorded:
+            self._recorded.move_to_end(key)
+            return True
+        self._recorded[key] = None
+        if len(self._recorded) > MAX_REMEMBERED:
+            self._recorded.popitem(last=False)
+        return self._audit.record("dns", verdict, host=name, rule=rule, reason=reason)
