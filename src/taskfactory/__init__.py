@@ -1,0 +1,1 @@
+"""taskfactory: runs the tasks of coding agents, with the agents' tools acting inside a taskvm sandbox."""

@@ -1,0 +1,1 @@
+"""Who does the work: the models, the loop that drives them, and the tools they are given."""
