@@ -1,0 +1,109 @@
+"""The command lines: what QEMU is given, and what the supervisor lets it touch."""
+
+from pathlib import Path
+
+import pytest
+
+from taskvm.vm.command import (
+    Boot,
+    Descriptors,
+    MachineShape,
+    confine_command,
+    qemu_command,
+)
+
+SHAPE = MachineShape(
+    arch="x86_64", machine="pc-q35-7.2", accelerator="tcg", cpus=2, memory_mib=512
+)
+BOOT = Boot(kernel=Path("/i/vmlinuz"), initrd=Path("/i/initrd"))
+DESCRIPTORS = Descriptors(qmp=10, console=11, control=12, fs=13, net=14)
+
+
+def command(shape: MachineShape = SHAPE, **changes: object) -> list[str]:
+    options = {
+        "boot": BOOT,
+        "disk": Path("/run/disk.qcow2"),
+        "memory": Path("/t/ram"),
+        "share_memory": False,
+        "incoming": True,
+        "descriptors": DESCRIPTORS,
+    }
+    return qemu_command(Path("/usr/bin/qemu"), shape, **{**options, **changes})  # type: ignore[arg-type]
+
+
+def test_nothing_exists_that_is_not_named() -> None:
+    """No default devices, no configuration files, QEMU's own sandbox on, and no network device at all."""
+    words = command()
+
+    assert {"-nodefaults", "-no-user-config", "-no-reboot"} <= set(words)
+    assert words[words.index("-sandbox") + 1].startswith("on,")
+    assert "spawn=deny" in words[words.index("-sandbox") + 1]
+    assert not [word for word in words if "net" in word and "taskvm.net" not in word and "id=net" not in word and "chardev=net" not in word]
+
+
+def test_a_fork_maps_memory_privately_and_waits_for_state() -> None:
+    """A fork's memory is copy-on-write and its state comes later."""
+    words = command()
+
+    assert "share=off" in words[words.index("-object") + 1]
+    assert words[-2:] == ["-incoming", "defer"]
+
+
+def test_a_template_being_made_shares_its_memory_and_boots() -> None:
+    """Only the machine that makes a template writes to the memory file."""
+    words = command(share_memory=True, incoming=False)
+
+    assert "share=on" in words[words.index("-object") + 1]
+    assert "-incoming" not in words
+
+
+def test_the_disk_format_is_never_guessed() -> None:
+    """A guest that writes a qcow2 header into its disk gains nothing."""
+    words = command()
+
+    assert "format=qcow2" in words[words.index("-drive") + 1]
+
+
+def test_a_comma_in_a_path_stays_in_the_path() -> None:
+    """QEMU splits options at commas; a doubled comma is one."""
+    words = command(disk=Path("/run/a,readonly=on/disk.qcow2"))
+
+    assert "file=/run/a,,readonly=on/disk.qcow2,format" in words[words.index("-drive") + 1]
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "arch", "model"),
+    [
+        ("tcg", "x86_64", "max,-erms,-fsrm"),
+        ("kvm", "x86_64", "host"),
+        ("tcg", "aarch64", "max"),
+    ],
+)
+def test_the_cpu_model_fits_the_accelerator(accelerator: str, arch: str, model: str) -> None:
+    """TCG gets no string instructions that it emulates bytewise; KVM gets the host's processor."""
+    shape = MachineShape(
+        arch=arch, machine="m", accelerator=accelerator, cpus=1, memory_mib=128  # type: ignore[arg-type]
+    )
+
+    assert shape.cpu_model == model
+
+
+def test_the_supervisor_gives_write_access_to_the_disk_alone() -> None:
+    """Memory, images and firmware are for reading; /dev/kvm only with KVM."""
+    words = confine_command(
+        Path("/c"),
+        ["/usr/bin/qemu"],
+        read=[Path("/i/rootfs")],
+        write=[Path("/run/disk.qcow2")],
+        copy_on_write=Path("/t/ram"),
+        file_size_bytes=1024,
+        lifeline=7,
+        accelerator="tcg",
+    )
+
+    pairs = list(zip(words, words[1:], strict=False))
+    written = [value for option, value in pairs if option == "--write"]
+    assert written == ["/dev/null", "/dev/zero", "/dev/urandom", "/run/disk.qcow2"]
+    assert ("--copy-on-write", "/t/ram") in pairs
+    assert ("--read", "/i/rootfs") in pairs
+    assert words[-2:] == ["--", "/usr/bin/qemu"]

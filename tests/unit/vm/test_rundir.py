@@ -1,0 +1,61 @@
+"""Directories of running sandboxes: owned by a lock, removed with it or after its owner's death."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from taskvm.errors import HostError
+from taskvm.vm.rundir import RunDir, run_base, sweep
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TASKVM_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_a_directory_is_private_and_removed_by_its_owner() -> None:
+    """Nobody else can look in; `remove` leaves nothing and may be called twice."""
+    run_dir = RunDir.create("one")
+    mode = run_dir.path.stat().st_mode & 0o777
+    (run_dir.path / "disk").write_text("x")
+
+    run_dir.remove()
+    run_dir.remove()
+
+    assert mode == 0o700
+    assert list(run_base().iterdir()) == []
+
+
+def test_a_sweep_takes_the_dead_and_leaves_the_living() -> None:
+    """The directory of a killed process goes; that of a running one stays."""
+    living = RunDir.create("living")
+    program = (
+        "from taskvm.vm.rundir import RunDir; import time\n"
+        "RunDir.create('dead'); print('made', flush=True); time.sleep(60)"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    assert owner.stdout.readline() == "made\n"
+    before = sweep(run_base())
+    os.kill(owner.pid, signal.SIGKILL)
+    owner.wait()
+    owner.stdout.close()
+
+    after = sweep(run_base())
+
+    assert (before, after) == ([], ["dead"])
+    assert living.path.is_dir()
+    living.remove()
+
+
+def test_a_directory_that_cannot_be_made_is_a_host_error(cache: Path) -> None:
+    """The error names the directory and the cause."""
+    (run_base() / ".one").write_text("in the way")
+
+    with pytest.raises(HostError, match="File exists"):
+        RunDir.create("one")

@@ -1,0 +1,223 @@
+"""Commands in a real guest: output, input, endings, and the death of everything they started."""
+
+import asyncio
+import signal
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+
+from taskvm import CommandError, GuestError, Sandbox, UsageError
+
+pytestmark = pytest.mark.vm
+
+
+async def test_a_list_is_executed_as_it_is(vm: Sandbox) -> None:
+    """No shell touches an argument vector."""
+    result = await vm.exec(["printf", "%s|", "a b", "$HOME", "*", ""])
+
+    assert result.stdout == "a b|$HOME|*||"
+    assert result.ok
+
+
+async def test_a_string_runs_in_the_guests_shell(vm: Sandbox) -> None:
+    """Pipes, variables and the shell's own exit status work."""
+    result = await vm.exec("echo $((6*7)) | tr 4 X; exit 3")
+
+    assert (result.stdout, result.exit_code) == ("X2\n", 3)
+
+
+async def test_standard_output_and_error_are_apart(vm: Sandbox) -> None:
+    """Each stream arrives on its own."""
+    result = await vm.exec("echo out; echo err >&2")
+
+    assert (result.stdout, result.stderr) == ("out\n", "err\n")
+
+
+async def test_merged_output_keeps_the_order(vm: Sandbox) -> None:
+    """With merge_output both streams share one pipe."""
+    async with await vm.spawn("echo 1; echo 2 >&2; echo 3", merge_output=True) as process:
+        output = b"".join([data async for data in process.stdout])
+
+    assert output == b"1\n2\n3\n"
+
+
+async def test_output_is_live(vm: Sandbox) -> None:
+    """A line is readable while the process still runs."""
+    async with await vm.spawn("echo first; cat") as process:
+        first = await process.stdout.read()
+        await process.write(b"second\n")
+        second = await process.stdout.read()
+        await process.close_stdin()
+        result = await process.wait()
+
+    assert (first, second, result.exit_code) == (b"first\n", b"second\n", 0)
+
+
+async def test_stdin_takes_bytes_and_streams(vm: Sandbox) -> None:
+    """Standard input is bytes or an asynchronous stream, and ends."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for number in range(5):
+            yield f"{number}".encode()
+
+    from_bytes = await vm.exec("wc -c", stdin=b"x" * 1_000_000)
+    from_stream = await vm.exec("cat", stdin=pieces())
+
+    assert from_bytes.stdout.strip() == "1000000"
+    assert from_stream.stdout == "01234"
+
+
+async def test_every_byte_of_large_output_arrives(vm: Sandbox) -> None:
+    """Sixteen megabytes keep their length and their content."""
+    result = await vm.exec("head -c 16000000 /dev/zero | tr '\\0' 'q'")
+
+    assert result.stdout_bytes == b"q" * 16_000_000
+
+
+async def test_text_is_decoded_across_chunk_borders(vm: Sandbox) -> None:
+    """A character that is cut by a chunk comes out whole."""
+    command = r"printf '\xe2\x82'; sleep 0.2; printf '\xac!'"
+    async with await vm.spawn(command) as process:
+        text = "".join([piece async for piece in process.stdout.text()])
+
+    assert text == "€!"
+
+
+async def test_working_directory_and_environment(vm: Sandbox) -> None:
+    """cwd and env are the call's; nothing of the host's environment is there."""
+    result = await vm.exec("pwd; echo $GREETING; env", cwd="/tmp", env={"GREETING": "hello"})
+
+    lines = result.stdout.splitlines()
+    assert lines[:2] == ["/tmp", "hello"]
+    assert not any(line.startswith(("PYTEST", "VIRTUAL_ENV", "SSH_")) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("command", "number"),
+    [(["/no/such/program"], 2), (["/etc/passwd"], 13), (["no-such-program"], 2)],
+)
+async def test_a_program_that_cannot_start_says_why(
+    vm: Sandbox, command: list[str], number: int
+) -> None:
+    """The guest's errno is in the error."""
+    with pytest.raises(GuestError) as caught:
+        await vm.exec(command)
+
+    assert caught.value.errno == number
+    assert command[0] in str(caught.value)
+
+
+async def test_a_missing_working_directory_is_told_from_a_missing_program(vm: Sandbox) -> None:
+    """The failed call is named."""
+    with pytest.raises(GuestError) as caught:
+        await vm.exec(["true"], cwd="/no/such/dir")
+
+    assert caught.value.call == "chdir"
+
+
+async def test_check_raises_with_the_output(vm: Sandbox) -> None:
+    """check=True turns an exit status into an error that holds the result."""
+    with pytest.raises(CommandError, match="exit code 4.*broken") as caught:
+        await vm.exec("echo broken >&2; exit 4", check=True)
+
+    assert caught.value.result.exit_code == 4
+
+
+async def test_a_signal_is_reported_as_one(vm: Sandbox) -> None:
+    """A process that a signal ends shows the signal, and 128 + its number."""
+    result = await vm.exec("kill -SEGV $$")
+
+    assert (result.signal, result.exit_code) == (signal.SIGSEGV, 128 + signal.SIGSEGV)
+    assert "SIGSEGV" in result.outcome
+
+
+async def test_kill_reaches_the_process_group(vm: Sandbox) -> None:
+    """A child in the same group gets the signal too."""
+    process = await vm.spawn("trap 'echo parent' TERM; (trap 'echo child; exit' TERM; echo up; sleep 60 & wait) & wait; wait")
+    await process.stdout.read()
+    await process.kill(signal.SIGTERM)
+    output = b"".join([data async for data in process.stdout])
+
+    assert b"child" in output
+    assert b"parent" in output
+
+
+async def test_a_timeout_ends_double_forked_daemons(vm: Sandbox) -> None:
+    """What an exec started dies with it: setsid, nohup and ignored signals do not help."""
+    command = (
+        "setsid sh -c 'trap \"\" TERM HUP INT; exec -a taskvm-daemon sleep 500' >/dev/null 2>&1 & "
+        "echo started; sleep 500"
+    )
+
+    result = await vm.exec(["bash", "-c", command], timeout_s=2)
+    left = await vm.exec("pgrep -fc 'taskvm-[d]aemon|sleep [5]00'")
+
+    assert result.timed_out
+    assert result.stdout == "started\n"
+    assert left.stdout.strip() == "0"
+
+
+async def test_cancelling_the_call_ends_what_it_started(vm: Sandbox) -> None:
+    """A cancelled exec leaves nothing running in the guest."""
+    task = asyncio.get_running_loop().create_task(vm.exec("sleep 4321"))
+    while (await vm.exec("pgrep -fc 'sleep [4]321'")).stdout.strip() == "0":
+        await asyncio.sleep(0.05)
+
+    task.cancel()
+    await asyncio.wait([task])
+    async with asyncio.timeout(10):
+        while (await vm.exec("pgrep -fc 'sleep [4]321'")).stdout.strip() != "0":
+            await asyncio.sleep(0.05)
+
+    assert task.cancelled()
+
+
+async def test_a_background_child_that_holds_stdout_does_not_hold_the_exec(vm: Sandbox) -> None:
+    """The exec ends with its main process, although a child keeps the pipe open."""
+    started = time.monotonic()
+    result = await vm.exec("sleep 55 & echo done")
+
+    assert result.stdout == "done\n"
+    assert time.monotonic() - started < 30  # a hang limit, not a measurement
+
+
+async def test_the_last_bytes_before_the_exit_are_not_lost(vm: Sandbox) -> None:
+    """Output that is still in the pipe when the process ends arrives, every time."""
+    results = [await vm.exec(["head", "-c", "50000", "/dev/zero"]) for _ in range(20)]
+
+    assert [len(result.stdout_bytes) for result in results] == [50000] * 20
+
+
+async def test_an_unread_stream_blocks_only_its_writer(vm: Sandbox) -> None:
+    """A process whose output nobody reads stops; the next command runs."""
+    flood = await vm.spawn("yes")
+    result = await vm.exec(["echo", "alive"])
+    flooded = await flood.stdout.read()
+    await flood.kill_all()
+
+    assert result.stdout == "alive\n"
+    assert flooded.startswith(b"y\n")
+
+
+async def test_many_commands_at_once_keep_their_outputs_apart(vm: Sandbox) -> None:
+    """Thirty-two concurrent commands each get their own bytes."""
+    commands = [f"for i in $(seq 50); do echo {number}; done" for number in range(32)]
+    results = await asyncio.gather(*(vm.exec(command) for command in commands))
+
+    assert [result.stdout for result in results] == [f"{number}\n" * 50 for number in range(32)]
+
+
+async def test_leaving_the_process_block_ends_it(vm: Sandbox) -> None:
+    """`async with` around a process does not leave it running."""
+    async with await vm.spawn("sleep 7654"):
+        pass
+    left = await vm.exec("pgrep -fc 'sleep [7]654'")
+
+    assert left.stdout.strip() == "0"
+
+
+async def test_a_nul_in_an_argument_is_refused_on_the_host(vm: Sandbox) -> None:
+    """What execve cannot express is an error before anything is sent."""
+    with pytest.raises(UsageError):
+        await vm.exec(["echo", "a\0b"])
