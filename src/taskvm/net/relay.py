@@ -241,6 +241,7 @@ class HttpRelay:
                     await upstream.stream.write(self._server.send(request))
                 async with asyncio.TaskGroup() as group:
                     upload = group.create_task(self._send_body(exchange, upstream))
+                    await asyncio.sleep(0)  # a request without a body ends before its answer
                     await self._relay_response(exchange, upstream)
                     upload.cancel()  # an answer before the request's end is final; we close then
         except TimeoutError as error:
