@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import ipaddress
 import os
 import socket
@@ -15,7 +16,7 @@ import ssl
 import struct
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,17 +25,32 @@ import msgspec
 import trustme
 
 from taskvm.audit import AuditEvent, parse_event
+from taskvm.errors import UpstreamError
 from taskvm.injection import BoundSecret, bind_secrets
 from taskvm.net.auditlog import AuditLog
 from taskvm.net.certs import CertificateAuthority
 from taskvm.net.gateway import Gateway
-from taskvm.net.resolver import StaticResolver
 from taskvm.policy import Policy
 from taskvm.port import FramePort, Inlet, Outlet, StreamReset
 from taskvm.secret import Secret
 from taskvm.wire.frames import GUEST_STREAM_BIT, Frame, FrameType, decode_u32
+from taskvm.wire.hostname import IPAddress
 
 SERVER_CA = trustme.CA()
+
+
+class RecordingResolver:
+    """The host's resolver: a table, and a record of what it was asked."""
+
+    def __init__(self, table: Mapping[str, Sequence[str]]) -> None:
+        self._table = table
+        self.asked: list[str] = []
+
+    async def resolve(self, host: str) -> Sequence[IPAddress]:
+        self.asked.append(host)
+        if host not in self._table:
+            raise UpstreamError(f"look up {host}", "the name does not exist or has no address")
+        return [ipaddress.ip_address(text) for text in self._table[host]]
 
 
 class Guest:
@@ -197,7 +213,7 @@ class Lab:
     policy: Policy
     secrets: tuple[BoundSecret, ...]
     ca: CertificateAuthority
-    resolver: StaticResolver
+    resolver: RecordingResolver
     ca_file: str
     lines: list[bytes]
 
@@ -239,7 +255,7 @@ async def egress_lab(
     bound = bind_secrets(policy, secrets, os.urandom)
     lines: list[bytes] = []
     audit = AuditLog(lines.append, "box", max_bytes=max_log_bytes)
-    resolver = StaticResolver(hosts or {})
+    resolver = RecordingResolver(hosts or {})
     ca = CertificateAuthority.create()
     host_end, guest_end = socket.socketpair()
     with tempfile.TemporaryDirectory() as folder:
@@ -387,7 +403,7 @@ def dns_query(name: str, qtype: int = 1) -> bytes:
 
 def _tls_context(names: Sequence[str], expired: bool, untrusted: bool) -> ssl.SSLContext:
     authority = trustme.CA() if untrusted else SERVER_CA
-    past = __import__("datetime").datetime(2020, 1, 1) if expired else None
+    past = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC) if expired else None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert(*names, not_after=past).configure_cert(context)
     return context

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from taskvm.errors import UpstreamError
-from taskvm.wire.hostname import IPAddress, parse_address
+from taskvm.errors import UpstreamError, UsageError
+from taskvm.wire.hostname import HostNameError, IPAddress, parse_address, parse_hostname
 
 LOOKUP_TIMEOUT_S = 10.0
 # getaddrinfo blocks its thread for as long as the host's resolver likes; more lookups wait.
@@ -50,23 +50,33 @@ class HostResolver:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-class StaticResolver:
-    """A table instead of a resolver, for tests and for hosts without DNS.
+class MappedResolver:
+    """A person's table of names before another resolver.
 
-    Counts what it was asked.
+    The policy judges its addresses like any others.
     """
 
-    def __init__(self, table: Mapping[str, Sequence[str]]) -> None:
-        self._table = table
-        self.asked: list[str] = []
+    def __init__(self, table: Mapping[str, str], others: Resolver) -> None:
+        """Raises UsageError for an entry that is not a host name and an IP address."""
+        self._table = dict(_parse_entry(name, address) for name, address in table.items())
+        self._others = others
 
     async def resolve(self, host: str) -> Sequence[IPAddress]:
-        self.asked.append(host)
-        found = [parse_address(text) for text in self._table.get(host, ())]
-        addresses = [address for address in found if address is not None]
-        if not addresses:
-            raise UpstreamError(f"look up {host}", "the name does not exist or has no address")
-        return addresses
+        address = self._table.get(host)
+        return await self._others.resolve(host) if address is None else [address]
+
+
+def _parse_entry(name: str, text: str) -> tuple[str, IPAddress]:
+    operation = f"read the entry {name!r} = {text!r} of the table of names"
+    address = parse_address(text)
+    if address is None:
+        raise UsageError(operation, "the second is not an IP address", "Write name=address")
+    try:
+        return parse_hostname(name), address
+    except HostNameError as error:
+        raise UsageError(
+            operation, f"the name is refused: {error}", "Write name=address"
+        ) from error
 
 
 def _lookup(host: str) -> list[IPAddress]:

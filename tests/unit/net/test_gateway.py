@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import http.client
-import json
 import socket
 from pathlib import Path
 
-import pytest
-from egress_lab import Lab, egress_lab, http_server, scripted_server
-
-from taskvm.secret import Secret
+from egress_lab import Lab, egress_lab, http_server
 
 VALUE = "sk-live-0123456789abcdef"
 
