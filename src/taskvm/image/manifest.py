@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -98,6 +98,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     packages: dict[str, str]
     assets: dict[str, Asset]
 
+    def to_json(self) -> str:
+        """Return the text of manifest.json."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=2).decode()
+
 
 def compute_digest(arch: str, kernel_release: str, assets: dict[str, Asset]) -> str:
     """Return the digest that names an image with these assets."""
@@ -110,7 +114,7 @@ class Image:
     """A finished image in a store: kernel, modules and root file system."""
 
     path: Path
-    manifest: Manifest
+    manifest: Manifest = field(hash=False)  # it holds maps; the path ends in the digest
 
     @property
     def digest(self) -> str:
@@ -123,6 +127,11 @@ class Image:
     @property
     def rootfs(self) -> Path:
         return self.path / "rootfs.ext4"
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the image takes on the host's disk; its root file system is sparse."""
+        return sum((self.path / name).stat().st_blocks * 512 for name in self.manifest.assets)
 
     @property
     def modules(self) -> tuple[Path, ...]:

@@ -68,13 +68,13 @@ class ImageStore:
         self._builder = builder
 
     def ensure(self, spec: ImageSpec, progress: Progress) -> Image:
-        """Return the image that `spec` was built into, building it first if it was not."""
-        found = self._find_current(spec)
+        """Return the image that `spec` was built into; build it first if it was not, or is damaged or outdated."""
+        found = self._find_current(spec, progress)
         if found is not None:
             return found
         with self._locked(progress):
             # Another process may have built it while this one waited.
-            return self._find_current(spec) or self._build(spec, progress)
+            return self._find_current(spec, progress) or self._build(spec, progress)
 
     def build(self, spec: ImageSpec, progress: Progress) -> Image:
         """Build `spec` now, whether or not it was built before, and let its name stand for the result."""
@@ -121,8 +121,12 @@ class ImageStore:
 
     # Finding...
 
-    def _find_current(self, spec: ImageSpec) -> Image | None:
-        found = self._find(spec.ref_name)
+    def _find_current(self, spec: ImageSpec, progress: Progress) -> Image | None:
+        try:
+            found = self._find(spec.ref_name)
+        except ImageError as error:
+            progress(f"{error.operation}: {error.cause}; building it anew")
+            return None
         return found if found is not None and found.manifest.recipe == RECIPE else None
 
     def _find(self, name_or_digest: str) -> Image | None:
@@ -175,8 +179,7 @@ class ImageStore:
             built = self._builder(spec, new, progress)
             progress("computing digests")
             manifest = _describe(spec, built, new)
-            encoded = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
-            (new / "manifest.json").write_bytes(encoded + b"\n")
+            (new / "manifest.json").write_text(f"{manifest.to_json()}\n", encoding="utf-8")
             image = self._publish(new, manifest.digest)
         finally:
             shutil.rmtree(staging, ignore_errors=True)

@@ -1,0 +1,70 @@
+"""taskvm.image.debian: what mmdebstrap is asked for, and what its output is turned into."""
+
+from pathlib import Path
+
+import pytest
+
+from taskvm.image.debian import AptMeter, host_apt_options, mmdebstrap_options
+from taskvm.image.manifest import ImageSpec
+
+
+def test_the_hosts_proxy_is_used_and_its_index_settings_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configuration = tmp_path / "apt.conf"
+    configuration.write_text(
+        'Acquire::http::Proxy "http://proxy.example:3128";\n'
+        'Acquire::Retries "7";\n'
+        'Acquire::Languages "de";\n'
+        'Acquire::IndexTargets::deb::Extra::MetaKey "x";\n'
+        'APT::Get::AllowUnauthenticated "true";\n'
+    )
+    monkeypatch.setenv("APT_CONFIG", str(configuration))
+
+    options = host_apt_options()
+
+    assert 'Acquire::http::Proxy "http://proxy.example:3128"' in options
+    assert 'Acquire::Retries "7"' in options
+    assert not [option for option in options if "Languages" in option or "IndexTargets" in option]
+    assert not [option for option in options if "Unauthenticated" in option]
+
+
+def test_the_wanted_packages_join_the_base() -> None:
+    spec = ImageSpec(include=("make", "git"))
+
+    options = mmdebstrap_options(spec, "root", Path("/somewhere"), [])
+
+    includes = [option for option in options if option.startswith("--include=")]
+    assert includes == [
+        "--include=bash,ca-certificates,coreutils,curl,file,git,less,make,procps,python3,ripgrep"
+    ]
+
+
+def test_the_kernel_is_fetched_before_the_mirrors_configuration_is_removed() -> None:
+    options = mmdebstrap_options(ImageSpec(), "root", Path("/a b"), [])
+
+    hooks = [option for option in options if option.startswith("--customize-hook=")]
+    assert "apt-get download" in hooks[0]
+    assert hooks[1] == "--customize-hook=download /taskvm-kernel.deb '/a b/kernel.deb'"
+    assert "99mmdebstrap" in hooks[2]
+
+
+def test_progress_counts_packages_of_each_batch_and_keeps_quiet_about_the_rest() -> None:
+    said: list[str] = []
+    meter = AptMeter(said.append)
+
+    meter.feed("I: running apt-get update...\n")
+    meter.feed("Get:1 http://mirror.example/debian bookworm InRelease [151 kB]\n")
+    meter.feed("0 upgraded, 40 newly installed, 0 to remove and 0 not upgraded.\n")
+    meter.feed("Need to get 38.0 MB of archives.\n")
+    for number in range(40):
+        meter.feed(f"Get:{number} http://mirror.example/debian bookworm/main amd64 p{number} 1\n")
+    for number in range(19):
+        meter.feed(f"Setting up p{number} (1) ...\n")
+
+    assert said == [
+        "running apt-get update",
+        "fetching 40 packages, 38.0 MB",
+        "20 of 40 packages fetched",
+        "40 of 40 packages fetched",
+    ]
