@@ -19,7 +19,9 @@ GUEST = {"cpus": 1, "memory_mib": 256}
 
 
 @pytest.fixture(autouse=True)
-def private_state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def private_state(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Audit logs of tests do not land in the user's state directory."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "state"))
 
@@ -48,4 +50,3 @@ async def vm_with_workspace(workspace: Path) -> AsyncIterator[Sandbox]:
 
     async with Sandbox.create(mounts={"/workspace": HostDir(workspace)}, **GUEST) as sandbox:
         yield sandbox
-

@@ -1,17 +1,29 @@
-"""The command line: `taskvm run`, `taskvm image`, `taskvm doctor`. A thin shell over the public names of the package."""
+"""The command line: `taskvm run`, `taskvm image`, `taskvm doctor`. A thin shell over the public names of the
+package.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
 
 import taskvm
-from taskvm import HostDir, ImageSpec, ImageStore, Process, Sandbox, Secret, TaskvmError, UsageError
+from taskvm import (
+    ByteStream,
+    HostDir,
+    ImageSpec,
+    ImageStore,
+    Process,
+    Sandbox,
+    Secret,
+    TaskvmError,
+    UsageError,
+)
 from taskvm import examine as examine_host
 
 # Exit statuses, besides those of the guest's command: 124 as timeout(1), 125 as env(1) for our own failures.
@@ -36,20 +48,37 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(taskvm.__version__)
 def main() -> None:
-    """Run untrusted programs in a micro-VM: no network but what you allow, no secret inside, only the folders you mount."""
+    """Run untrusted programs in a micro-VM: no network but what you allow, no secret inside, only the folders
+    you mount.
+    """
 
 
 # taskvm run
 
 
 @main.command(context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False})
-@click.option("--image", metavar="NAME", help="Image of the store (name or digest). [default: the standard image]")
-@click.option("--cpus", default=2, show_default=True, help="Virtual CPUs.")
-@click.option("--memory", default=512, show_default=True, metavar="MIB", help="Guest memory in MiB.")
 @click.option(
-    "--mount", "mounts", multiple=True, metavar="HOST:GUEST[:ro]", help="Mount a host directory, read-write or read-only."
+    "--image",
+    metavar="NAME",
+    help="Image of the store (name or digest). [default: the standard image]",
 )
-@click.option("--allow", multiple=True, metavar="HOST", help="A host that may be reached: example.com, *.example.com, with :PORT or not.")
+@click.option("--cpus", default=2, show_default=True, help="Virtual CPUs.")
+@click.option(
+    "--memory", default=512, show_default=True, metavar="MIB", help="Guest memory in MiB."
+)
+@click.option(
+    "--mount",
+    "mounts",
+    multiple=True,
+    metavar="HOST:GUEST[:ro]",
+    help="Mount a host directory, read-write or read-only.",
+)
+@click.option(
+    "--allow",
+    multiple=True,
+    metavar="HOST",
+    help="A host that may be reached: example.com, *.example.com, with :PORT or not.",
+)
 @click.option(
     "--allow-address",
     "allow_addresses",
@@ -57,7 +86,12 @@ def main() -> None:
     metavar="ADDRESS",
     help="An internal address or network that an allowed name may lead to, such as 127.0.0.1:8443.",
 )
-@click.option("--resolve", multiple=True, metavar="HOST=ADDRESS", help="Use ADDRESS for HOST instead of looking it up.")
+@click.option(
+    "--resolve",
+    multiple=True,
+    metavar="HOST=ADDRESS",
+    help="Use ADDRESS for HOST instead of looking it up.",
+)
 @click.option(
     "--secret",
     "secrets",
@@ -72,12 +106,28 @@ def main() -> None:
     metavar="NAME=FILE@HOST[,HOST…]",
     help="The same with the value from FILE.",
 )
-@click.option("--ca-file", "ca_files", multiple=True, metavar="PEM", help="Verify servers with these certificates too.")
+@click.option(
+    "--ca-file",
+    "ca_files",
+    multiple=True,
+    metavar="PEM",
+    help="Verify servers with these certificates too.",
+)
 @click.option("--env", "env", multiple=True, metavar="K=V", help="Set a variable in the guest.")
-@click.option("--cwd", metavar="DIR", help="Working directory in the guest. [default: /workspace if mounted]")
-@click.option("--timeout", type=float, metavar="S", help="Kill the command after S seconds (exit status 124).")
+@click.option(
+    "--cwd", metavar="DIR", help="Working directory in the guest. [default: /workspace if mounted]"
+)
+@click.option(
+    "--timeout", type=float, metavar="S", help="Kill the command after S seconds (exit status 124)."
+)
 @click.option("--audit", metavar="FILE", help="Append each egress decision to FILE as a JSON line.")
-@click.option("--accel", type=click.Choice(["auto", "kvm", "tcg"]), default="auto", show_default=True, help="What runs the guest.")
+@click.option(
+    "--accel",
+    type=click.Choice(["auto", "kvm", "tcg"]),
+    default="auto",
+    show_default=True,
+    help="What runs the guest.",
+)
 @click.option("--cold", is_flag=True, help="Boot instead of starting from a warm template.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress on standard error.")
 @click.argument("command", nargs=-1, required=True)
@@ -141,8 +191,8 @@ async def _relay(process: Process) -> int:
     async with asyncio.TaskGroup() as group:
         feeding = group.create_task(_feed(process))
         outputs = [
-            group.create_task(_copy(process.stdout, sys.stdout.buffer.raw.fileno())),  # type: ignore[attr-defined]  # a real file
-            group.create_task(_copy(process.stderr, sys.stderr.buffer.raw.fileno())),  # type: ignore[attr-defined]  # a real file
+            group.create_task(_copy(process.stdout, sys.stdout.fileno())),
+            group.create_task(_copy(process.stderr, sys.stderr.fileno())),
         ]
         result = await process.wait()
         await asyncio.wait(outputs)
@@ -150,7 +200,7 @@ async def _relay(process: Process) -> int:
     return result.exit_code
 
 
-async def _copy(stream: AsyncIterator[bytes], descriptor: int) -> None:
+async def _copy(stream: ByteStream, descriptor: int) -> None:
     async for data in stream:
         await asyncio.to_thread(_write_all, descriptor, data)
 
@@ -196,7 +246,9 @@ def image() -> None:
 
 
 @image.command("build")
-@click.option("--mirror", metavar="URL", help="Debian archive to use. [default: the host's own apt sources]")
+@click.option(
+    "--mirror", metavar="URL", help="Debian archive to use. [default: the host's own apt sources]"
+)
 @click.option("--suite", default=ImageSpec().suite, show_default=True, help="Debian suite.")
 @click.option("--include", multiple=True, metavar="PKG", help="A further package to install.")
 @click.option("--name", metavar="NAME", help="Give the image a name.")

@@ -45,7 +45,10 @@ def _guarded(name: str, look: Callable[[], Finding]) -> Finding:
         return look()
     except TaskvmError as error:
         return Finding(
-            name=name, status="fault", text=f"{error.operation}: {error.cause}", remedy=error.next_step
+            name=name,
+            status="fault",
+            text=f"{error.operation}: {error.cause}",
+            remedy=error.next_step,
         )
 
 
@@ -92,7 +95,15 @@ def _tcg(reason: str) -> Finding:
 
 
 def _confinement() -> Finding:
-    command = [str(confine_binary()), "--execute", "/usr", "--execute", "/lib", "--execute", "/lib64"]
+    command = [
+        str(confine_binary()),
+        "--execute",
+        "/usr",
+        "--execute",
+        "/lib",
+        "--execute",
+        "/lib64",
+    ]
     read, write = os.pipe()
     try:
         done = subprocess.run(
@@ -119,7 +130,9 @@ def _confinement() -> Finding:
     parts = [f"Landlock {report['landlock']}", "seccomp", "no capabilities"]
     if report["namespaces"]:
         return Finding(
-            name="confinement", status="ok", text=", ".join([*parts, "network and process namespaces"])
+            name="confinement",
+            status="ok",
+            text=", ".join([*parts, "network and process namespaces"]),
         )
     return Finding(
         name="confinement",

@@ -54,7 +54,9 @@ class HostError(TaskvmError):
 
 
 class UnavailableError(HostError):
-    """Raised when no sandbox can start on this host. ``taskvm doctor`` explains; nothing was run on the host instead."""
+    """Raised when no sandbox can start on this host. ``taskvm doctor`` explains; nothing was run on the host
+    instead.
+    """
 
 
 class ImageError(HostError):
@@ -114,4 +116,6 @@ class CommandError(TaskvmError):
     def __init__(self, command: str, result: ExecResult) -> None:
         self.result = result
         tail = result.stderr.strip()[-500:] or result.stdout.strip()[-500:]
-        super().__init__(f"run {command!r} in the guest", f"{result.outcome}; {tail or 'no output'}")
+        super().__init__(
+            f"run {command!r} in the guest", f"{result.outcome}; {tail or 'no output'}"
+        )

@@ -136,7 +136,9 @@ class Files:
             finally:
                 call.forget()
         if written.size != len(data):
-            raise SandboxLostError(operation, f"the guest wrote {written.size} of {len(data)} bytes")
+            raise SandboxLostError(
+                operation, f"the guest wrote {written.size} of {len(data)} bytes"
+            )
 
     async def write_text(
         self, path: GuestPath, text: str, *, mode: int = 0o644, parents: bool = True
@@ -219,9 +221,7 @@ class Files:
         )
         await self._request(request, Done, operation)
 
-    async def _request(
-        self, request: Request, kind: type[_A], operation: str
-    ) -> _A:
+    async def _request(self, request: Request, kind: type[_A], operation: str) -> _A:
         async with self._slots:
             return await self._control.request(request, kind, operation, WRITE_TIMEOUT_S)
 

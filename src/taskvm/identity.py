@@ -17,7 +17,9 @@ ENTROPY_BYTES = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuestUser:
-    """The guest's ordinary user. It carries the host user's numbers, so that files of a mount belong to it on both sides."""
+    """The guest's ordinary user. It carries the host user's numbers, so that files of a mount belong to it on
+    both sides.
+    """
 
     uid: int
     gid: int
@@ -50,9 +52,7 @@ def identity_request(
         _file("/etc/machine-id", f"{machine_id}\n", mode=0o444),
         _file("/etc/hosts", f"127.0.0.1 localhost {hostname}\n::1 localhost\n"),
         IdentityFile(path=CA_BUNDLE.encode(), data=ca_certificate),
-        IdentityFile(
-            path=b"/usr/local/share/ca-certificates/taskvm.crt", data=ca_certificate
-        ),
+        IdentityFile(path=b"/usr/local/share/ca-certificates/taskvm.crt", data=ca_certificate),
     ]
     if user.uid != 0:
         account = f"{user.name}:x:{user.uid}:{user.gid}::{user.home}:/bin/bash\n"
@@ -60,9 +60,7 @@ def identity_request(
             _file("/etc/passwd", account, append=True),
             _file("/etc/group", f"{user.name}:x:{user.gid}:\n", append=True),
         ]
-    return IdentityRequest(
-        time_ns=time_ns, entropy=entropy, hostname=hostname, files=files
-    )
+    return IdentityRequest(time_ns=time_ns, entropy=entropy, hostname=hostname, files=files)
 
 
 def guest_environment(user: GuestUser) -> dict[str, str]:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from taskvm.errors import UsageError
 from taskvm.fs.provider import Provider
@@ -15,21 +16,38 @@ from taskvm.policy import Policy
 from taskvm.secret import Secret
 from taskvm.vm.warm import AcceleratorChoice
 
+if TYPE_CHECKING:
+    from taskvm.pool import WarmPool
+
 DEFAULT_CPUS = 2
 DEFAULT_MEMORY_MIB = 512
 MAX_MOUNTS = 64
 # Directories of the guest that a mount would break: they belong to its kernel and its agent.
-_RESERVED = ("/", "/proc", "/sys", "/dev", "/run", "/etc", "/usr", "/bin", "/lib", "/lib64", "/sbin")
+_RESERVED = (
+    "/",
+    "/proc",
+    "/sys",
+    "/dev",
+    "/run",
+    "/etc",
+    "/usr",
+    "/bin",
+    "/lib",
+    "/lib64",
+    "/sbin",
+)
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 
-def _no_progress(line: str) -> None:
-    """Progress that nobody wants to hear."""
+def ignore_progress(line: str) -> None:
+    """For progress that nobody wants to hear."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SandboxOptions:
-    """What `Sandbox.create` was asked for. `image` is a name or digest of the image store; None is the default image."""
+    """What `Sandbox.create` was asked for. `image` is a name or digest of the image store; None is the default
+    image.
+    """
 
     mounts: Mapping[str, Provider] = field(default_factory=dict)
     policy: Policy
@@ -43,7 +61,8 @@ class SandboxOptions:
     memory_mib: int = DEFAULT_MEMORY_MIB
     accel: AcceleratorChoice = "auto"
     warm: bool = True
-    on_progress: Callable[[str], None] = _no_progress
+    pool: WarmPool | None = None
+    on_progress: Callable[[str], None] = ignore_progress
 
     def __post_init__(self) -> None:
         if len(self.mounts) > MAX_MOUNTS:

@@ -114,7 +114,7 @@ class FramePort(asyncio.Protocol):
     # Called by the event loop.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # sockets have Transports
+        self._transport = cast("asyncio.Transport", transport)  # sockets have Transports
         self._transport.set_write_buffer_limits(high=WRITE_HIGH_WATER)
 
     def data_received(self, data: bytes) -> None:

@@ -8,6 +8,7 @@ import signal as signals
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Self
 
 from taskvm.errors import SandboxLostError
 from taskvm.port import Inlet, StreamReset
@@ -158,7 +159,7 @@ class Process:
         if not self._call.exited.done():
             self._call.forget(errno=_CANCELLED)
 
-    async def __aenter__(self) -> Process:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(

@@ -3,7 +3,8 @@
     async with Sandbox.create(mounts={"/workspace": HostDir(".")}) as vm:
         result = await vm.exec(["pytest", "-q"], cwd="/workspace", timeout_s=600)
 
-Life: `starting` → `running` → `closed`, or `lost` when the guest ends, stops answering or breaks the protocol. Everything
+Life: `starting` → `running` → `closed`, or `lost` when the guest ends, stops answering or breaks the protocol.
+Everything
 a sandbox owns (processes, descriptors, its directory on the host) is released on the way to `closed`, whatever happens.
 """
 
@@ -15,7 +16,7 @@ import shlex
 from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from taskvm.errors import (
     CommandError,
@@ -29,6 +30,7 @@ from taskvm.identity import guest_environment
 from taskvm.launch import Guest, launch
 from taskvm.options import DEFAULT_CPUS, DEFAULT_MEMORY_MIB, SandboxOptions
 from taskvm.policy import Policy
+from taskvm.pool import WarmPool
 from taskvm.process import Capture, ExecResult, Process
 from taskvm.secret import Secret
 from taskvm.vm.warm import AcceleratorChoice
@@ -106,24 +108,29 @@ class Sandbox:
         memory_mib: int = DEFAULT_MEMORY_MIB,
         accel: AcceleratorChoice = "auto",
         warm: bool = True,
+        pool: WarmPool | None = None,
         on_progress: Callable[[str], None] | None = None,
     ) -> Starting:
         """Start a sandbox: `await` the result, or use it with `async with`.
 
         mounts: guest path → provider, such as `HostDir(".")`; the path is made when missing.
-        allow: hosts that may be reached: `api.example.com`, `*.example.com` (subdomains), with or without `:port`. None: nothing.
+        allow: hosts that may be reached: `api.example.com`, `*.example.com` (subdomains), with or without
+        `:port`. None: nothing.
         allow_addresses: addresses or networks that are otherwise refused (loopback, private, metadata), such as
             `127.0.0.1:8443`. The name must be allowed as well.
         secrets: values that the guest never sees; it finds a placeholder in the variable of the secret's name.
         env: further variables for every command. resolve: name → address, instead of the host's resolver.
         extra_ca_files: PEM files that upstream certificates are verified with, besides the host's own.
-        audit_path: file that every egress decision is appended to as a JSON line; default below the user's state directory.
+        audit_path: file that every egress decision is appended to as a JSON line; default below the user's
+        state directory.
         image: a name or digest of the image store; default the standard image, built when missing (minutes, once).
         cpus: virtual CPUs. memory_mib: guest memory in MiB. accel: "auto" proves KVM before it believes in it.
         warm: start from the saved memory of a booted guest (made on first use); False boots.
+        pool: machines started ahead to take one from.
         on_progress: called with a line of text about work that takes seconds.
 
-        Raises, when awaited: UsageError for wrong arguments; UnavailableError, ImageError or HostError when this host cannot
+        Raises, when awaited: UsageError for wrong arguments; UnavailableError, ImageError or HostError when
+        this host cannot
         start a sandbox; SandboxLostError when the guest does not come up. Nothing is left behind then.
         """
         options = SandboxOptions(
@@ -139,6 +146,7 @@ class Sandbox:
             memory_mib=memory_mib,
             accel=accel,
             warm=warm,
+            pool=pool,
             **({} if on_progress is None else {"on_progress": on_progress}),
         )
         return Starting(options)
@@ -185,8 +193,10 @@ class Sandbox:
     ) -> ExecResult:
         """Run a command to its end and return what it wrote and how it ended.
 
-        A list is executed as it is; a str runs in the guest's bash. `cwd` defaults to /workspace when that is mounted, else the
-        user's home. `timeout_s`, or cancelling this call, kills everything that the command started. `user` is "root" or None
+        A list is executed as it is; a str runs in the guest's bash. `cwd` defaults to /workspace when that is
+        mounted, else the
+        user's home. `timeout_s`, or cancelling this call, kills everything that the command started. `user` is
+        "root" or None
         for the sandbox's user. Up to 64 MiB of each stream are kept.
 
         Raises GuestError when the program cannot be started (ENOENT, EACCES), CommandError with `check` when it
@@ -240,7 +250,7 @@ class Sandbox:
         self._state = "closed"
         await self._guest.close(flush=running)
 
-    async def __aenter__(self) -> Sandbox:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(
@@ -280,7 +290,9 @@ class Sandbox:
         merge: bool,
         user: str | None,
     ) -> ExecRequest:
-        argv = [SHELL, "-c", command] if isinstance(command, str) else [str(item) for item in command]
+        argv = (
+            [SHELL, "-c", command] if isinstance(command, str) else [str(item) for item in command]
+        )
         if not argv or any("\0" in item for item in argv):
             raise UsageError(
                 f"run {command!r} in the guest", "it is empty or holds a NUL", "Pass a command"

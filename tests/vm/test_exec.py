@@ -134,7 +134,9 @@ async def test_a_signal_is_reported_as_one(vm: Sandbox) -> None:
 
 async def test_kill_reaches_the_process_group(vm: Sandbox) -> None:
     """A child in the same group gets the signal too."""
-    process = await vm.spawn("trap 'echo parent' TERM; (trap 'echo child; exit' TERM; echo up; sleep 60 & wait) & wait; wait")
+    process = await vm.spawn(
+        "trap 'echo parent' TERM; (trap 'echo child; exit' TERM; echo up; sleep 60 & wait) & wait; wait"
+    )
     await process.stdout.read()
     await process.kill(signal.SIGTERM)
     output = b"".join([data async for data in process.stdout])

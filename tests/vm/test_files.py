@@ -60,7 +60,9 @@ async def test_directories(vm: Sandbox) -> None:
 
 async def test_remove_does_not_follow_symbolic_links(vm: Sandbox) -> None:
     """A recursive removal takes the link and leaves what it leads to."""
-    await vm.exec("mkdir -p /tmp/keep /tmp/gone; echo x > /tmp/keep/file; ln -s /tmp/keep /tmp/gone/link")
+    await vm.exec(
+        "mkdir -p /tmp/keep /tmp/gone; echo x > /tmp/keep/file; ln -s /tmp/keep /tmp/gone/link"
+    )
     link = await vm.files.stat("/tmp/gone/link", follow=False)
 
     await vm.files.remove("/tmp/gone", recursive=True)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.conftest import GUEST
 
 from taskvm import (
     HostDir,
@@ -21,7 +22,6 @@ from taskvm import (
     UsageError,
 )
 from taskvm.vm.rundir import run_base, sweep
-from tests.conftest import GUEST
 
 pytestmark = pytest.mark.vm
 

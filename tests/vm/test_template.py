@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.conftest import GUEST
 
 from taskvm import Sandbox
 from taskvm.vm.paths import cache_dir
-from tests.conftest import GUEST
 
 pytestmark = pytest.mark.vm
 

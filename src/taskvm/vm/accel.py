@@ -1,7 +1,8 @@
 """Which accelerator this host really has: believed when it has run a guest, not when a device node exists.
 
 `/dev/kvm` can exist, open, create a VM and still never run one (seen on nested hosts: QEMU aborts on an MSR with
-`-cpu host`, or spins). So KVM is proven by boot, save, fork and an answer of the guest's agent within a short time; the verdict is
+`-cpu host`, or spins). So KVM is proven by boot, save, fork and an answer of the guest's agent within a short
+time; the verdict is
 remembered for this boot of the host and this QEMU.
 """
 

@@ -129,8 +129,7 @@ def qemu_command(
         shape.kernel_arguments,
         # cache=unsafe: the overlay is thrown away with the sandbox, so nothing is worth an fsync on the host.
         "-drive",
-        f"if=none,id=root,file={_escaped(disk)},format=qcow2,cache=unsafe,discard=unmap,"
-        "detect-zeroes=unmap",
+        _root_drive(disk),
         "-device",
         "virtio-blk-pci,drive=root",
         "-device",
@@ -198,6 +197,11 @@ def _memory_backend(shape: MachineShape, memory: Path | None, share: bool) -> st
     return (
         f"memory-backend-file,{size},mem-path={_escaped(memory)},share={'on' if share else 'off'}"
     )
+
+
+def _root_drive(disk: Path) -> str:
+    file = f"if=none,id=root,file={_escaped(disk)},format=qcow2"
+    return f"{file},cache=unsafe,discard=unmap,detect-zeroes=unmap"
 
 
 def _port(name: str, descriptor: int) -> list[str]:

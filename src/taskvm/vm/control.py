@@ -31,7 +31,7 @@ REPLY_TIMEOUT_S = 60.0
 # in flight is our own bug.
 MAX_STREAMS = 4096
 
-_A = TypeVar("_A", bound=messages._Answer)  # noqa: SLF001 - the family of answers is one module's
+_A = TypeVar("_A", bound=messages._Answer)
 
 
 class Call:
@@ -249,10 +249,10 @@ class Control:
 
 
 _HANDLERS: dict[FrameType, Callable[[Control, Call, Frame], None]] = {
-    FrameType.REPLY: Control._reply,  # noqa: SLF001 - the table of this class
-    FrameType.DATA: Control._data,  # noqa: SLF001
-    FrameType.END: Control._finish,  # noqa: SLF001
-    FrameType.CREDIT: Control._credit,  # noqa: SLF001
-    FrameType.RESET: Control._reset,  # noqa: SLF001
-    FrameType.EXIT: Control._exit,  # noqa: SLF001
+    FrameType.REPLY: Control._reply,
+    FrameType.DATA: Control._data,
+    FrameType.END: Control._finish,
+    FrameType.CREDIT: Control._credit,
+    FrameType.RESET: Control._reset,
+    FrameType.EXIT: Control._exit,
 }

@@ -1,9 +1,11 @@
 """One QEMU process: started confined, driven over QMP, ended without a trace.
 
-The machine knows nothing of what its ports carry. Every channel is a socket pair made before QEMU starts and inherited by
+The machine knows nothing of what its ports carry. Every channel is a socket pair made before QEMU starts and
+inherited by
 it: there is no socket file, no race for its name, and nothing to clean up.
 
-The process ends with its owner: `taskvm-confine` holds the read end of a pipe (the lifeline) whose write end is only here.
+The process ends with its owner: `taskvm-confine` holds the read end of a pipe (the lifeline) whose write end
+is only here.
 """
 
 from __future__ import annotations
@@ -287,8 +289,8 @@ def _spawn(qemu: Qemu, shape: MachineShape, files: MachineFiles) -> Machine:
             os.close(lifeline_write)
             raise HostError(f"start {command[0]}", error.strerror or str(error)) from error
     machine = Machine(process, ours)
-    machine._lifeline = lifeline_write  # noqa: SLF001 - built here
-    machine._state_fd = state_fd  # noqa: SLF001
+    machine._lifeline = lifeline_write
+    machine._state_fd = state_fd
     return machine
 
 

@@ -97,7 +97,9 @@ def _version(path: Path) -> str:
 
 def _machine_type(path: Path, alias: str) -> str:
     """The versioned type behind `q35` or `virt`: a saved state belongs to it."""
-    found = re.search(rf"^{alias}\s.*alias of ([\w.-]+)\)", _ask(path, "-machine", "help"), re.M)
+    found = re.search(
+        rf"^{alias}\s.*alias of ([\w.-]+)\)", _ask(path, "-machine", "help"), re.MULTILINE
+    )
     if found is None:
         raise UnavailableError(
             f"find the machine type {alias} of {path}",

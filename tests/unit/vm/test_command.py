@@ -1,5 +1,6 @@
 """The command lines: what QEMU is given, and what the supervisor lets it touch."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,7 @@ from taskvm.vm.command import (
     qemu_command,
 )
 
-SHAPE = MachineShape(
-    arch="x86_64", machine="pc-q35-7.2", accelerator="tcg", cpus=2, memory_mib=512
-)
+SHAPE = MachineShape(arch="x86_64", machine="pc-q35-7.2", accelerator="tcg", cpus=2, memory_mib=512)
 BOOT = Boot(kernel=Path("/i/vmlinuz"), initrd=Path("/i/initrd"))
 DESCRIPTORS = Descriptors(qmp=10, console=11, control=12, fs=13, net=14)
 
@@ -38,7 +37,14 @@ def test_nothing_exists_that_is_not_named() -> None:
     assert {"-nodefaults", "-no-user-config", "-no-reboot"} <= set(words)
     assert words[words.index("-sandbox") + 1].startswith("on,")
     assert "spawn=deny" in words[words.index("-sandbox") + 1]
-    assert not [word for word in words if "net" in word and "taskvm.net" not in word and "id=net" not in word and "chardev=net" not in word]
+    assert not [
+        word
+        for word in words
+        if "net" in word
+        and "taskvm.net" not in word
+        and "id=net" not in word
+        and "chardev=net" not in word
+    ]
 
 
 def test_a_fork_maps_memory_privately_and_waits_for_state() -> None:
@@ -82,7 +88,11 @@ def test_a_comma_in_a_path_stays_in_the_path() -> None:
 def test_the_cpu_model_fits_the_accelerator(accelerator: str, arch: str, model: str) -> None:
     """TCG gets no string instructions that it emulates bytewise; KVM gets the host's processor."""
     shape = MachineShape(
-        arch=arch, machine="m", accelerator=accelerator, cpus=1, memory_mib=128  # type: ignore[arg-type]
+        arch=arch,
+        machine="m",
+        accelerator=accelerator,
+        cpus=1,
+        memory_mib=128,  # type: ignore[arg-type]
     )
 
     assert shape.cpu_model == model
@@ -101,7 +111,7 @@ def test_the_supervisor_gives_write_access_to_the_disk_alone() -> None:
         accelerator="tcg",
     )
 
-    pairs = list(zip(words, words[1:], strict=False))
+    pairs = list(itertools.pairwise(words))
     written = [value for option, value in pairs if option == "--write"]
     assert written == ["/dev/null", "/dev/zero", "/dev/urandom", "/run/disk.qcow2"]
     assert ("--copy-on-write", "/t/ram") in pairs

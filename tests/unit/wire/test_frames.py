@@ -1,6 +1,7 @@
 """The frame codec: round trips, any cut, and nothing but FrameError whatever comes."""
 
 import contextlib
+import itertools
 
 import pytest
 from hypothesis import given
@@ -42,7 +43,7 @@ def test_frames_survive_any_cut(frames: list[Frame], cuts: list[int]) -> None:
 
     got = [
         frame
-        for start, end in zip(edges, edges[1:], strict=False)
+        for start, end in itertools.pairwise(edges)
         for frame in decoder.feed(stream[start:end])
     ]
 

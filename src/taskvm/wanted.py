@@ -1,0 +1,49 @@
+"""Which machine is meant: this host's QEMU, an image of the store with the current agent, an accelerator and a size."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import lru_cache
+from pathlib import Path
+
+from taskvm.image.boot import boot_files
+from taskvm.image.manifest import Image, ImageSpec
+from taskvm.image.store import ImageStore
+from taskvm.vm.command import Boot
+from taskvm.vm.native import guest_binary
+from taskvm.vm.qemu import find_qemu, host_arch
+from taskvm.vm.template import GuestFiles, Progress
+from taskvm.vm.warm import AcceleratorChoice, Wanted
+
+
+async def find_wanted(
+    *,
+    image: str | None,
+    accel: AcceleratorChoice,
+    cpus: int,
+    memory_mib: int,
+    progress: Progress,
+) -> Wanted:
+    """Return the machine for these options, building the default image when it is missing (minutes, once).
+
+    Raises UnavailableError without QEMU, ImageError for an image that is not there or cannot be built, UsageError.
+    """
+    qemu = await asyncio.to_thread(find_qemu, host_arch())
+    guest = await asyncio.to_thread(_guest_files, image, qemu.arch, progress)
+    return Wanted(
+        qemu=qemu, guest=guest, accel=accel, cpus=cpus, memory_mib=memory_mib, progress=progress
+    )
+
+
+def _guest_files(name: str | None, arch: str, progress: Progress) -> GuestFiles:
+    store = ImageStore()
+    image = store.ensure(ImageSpec(arch=arch), progress) if name is None else store.get(name)
+    agent = guest_binary(arch)
+    return _boot_files(image.path, image, agent, agent.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=16)  # reading and hashing 4 MB would cost 15 ms of every start
+def _boot_files(path: Path, image: Image, agent: Path, changed_ns: int) -> GuestFiles:
+    files = boot_files(image, agent)
+    boot = Boot(kernel=files.kernel, initrd=files.initrd)
+    return GuestFiles(boot=boot, rootfs=files.rootfs, digest=files.digest)
