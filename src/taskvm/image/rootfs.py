@@ -32,7 +32,7 @@ _ROOM_BYTES = 512 * 1024 * 1024  # least free space in a guest, whatever `size_m
 # nothing a user may extract), the guest needs a mount point there.
 _EXTRACT_AND_FORMAT = """set -eu
 mkdir "$2"
-tar --extract --numeric-owner --preserve-permissions --file="$1" --directory="$2"
+tar --extract --numeric-owner --preserve-permissions --delay-directory-restore --file="$1" --directory="$2"
 mkdir -p "$2/dev"
 touch --date="@$E2FSPROGS_FAKE_TIME" "$2/dev" "$2"
 shift
