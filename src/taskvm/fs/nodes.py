@@ -1,0 +1,148 @@
+"""Which inode of the host each node of a HostDir is, and under which names the guest knows it.
+
+A node is an inode (device, number, type), so that hard links are one node, and lives while the guest's kernel holds
+references. Its places are the names it was last seen under; nothing here touches the host, and a place may be out of
+date: who uses one compares the identity of what it finds.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from taskvm.fs.provider import ROOT, Node, refuse
+
+# A guest that never forgets is stopped here; at about 500 bytes a node this is half a gigabyte.
+MAX_NODES = 1_000_000
+
+Identity = tuple[int, int, int, int]
+
+
+def identity(attr: os.stat_result) -> Identity:
+    """Return what tells one inode from another.
+
+    File systems use inode numbers again at once. The guest caches the target of a symbolic link for
+    good, so a link that was made anew must be another node: the time it was made is part of it.
+    """
+    kind = stat.S_IFMT(attr.st_mode)
+    return (
+        attr.st_dev,
+        attr.st_ino,
+        kind,
+        attr.st_mtime_ns if kind == stat.S_IFLNK else 0,
+    )
+
+
+class HostNode:
+    """One inode that the guest knows."""
+
+    __slots__ = ("children", "id", "identity", "places", "references")
+
+    def __init__(self, number: Node, identity: Identity) -> None:
+        self.id = number
+        self.identity = identity
+        self.references = 0
+        self.places: list[tuple[HostNode, bytes]] = []
+        self.children: dict[bytes, HostNode] = {}
+
+    @property
+    def kind(self) -> int:
+        """The type, as stat.S_IFMT returns it."""
+        return self.identity[2]
+
+
+class NodeTable:
+    """All nodes of one HostDir."""
+
+    def __init__(self, root: os.stat_result) -> None:
+        self.root = HostNode(ROOT, identity(root))
+        self._by_id: dict[Node, HostNode] = {ROOT: self.root}
+        self._by_identity: dict[Identity, HostNode] = {self.root.identity: self.root}
+        self._next = ROOT + 1
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __getitem__(self, number: Node) -> HostNode:
+        try:
+            return self._by_id[number]
+        except KeyError:
+            raise refuse(errno.ESTALE) from None
+
+    def bind(self, parent: HostNode, name: bytes, attr: os.stat_result) -> HostNode:
+        """Return the node of what was just seen as `name` in `parent`, with one reference more."""
+        key = identity(attr)
+        node = self._by_identity.get(key)
+        if node is None:
+            node = self._add(key)
+        node.references += 1
+        if parent.children.get(name) is not node:
+            self._place(node, parent, name)
+        return node
+
+    def unbind(self, parent: HostNode, name: bytes) -> None:
+        """Note that `name` in `parent` no longer stands for what it did."""
+        node = parent.children.pop(name, None)
+        if node is not None:
+            node.places.remove((parent, name))
+
+    def move(self, parent: HostNode, name: bytes, new_parent: HostNode, new_name: bytes) -> None:
+        """Note that a name was moved, over another one if there was one."""
+        node = parent.children.get(name)
+        self.unbind(parent, name)
+        self.unbind(new_parent, new_name)
+        if node is not None:
+            self._place(node, new_parent, new_name)
+
+    def exchange(
+        self, parent: HostNode, name: bytes, new_parent: HostNode, new_name: bytes
+    ) -> None:
+        """Note that two names were exchanged."""
+        first, second = parent.children.get(name), new_parent.children.get(new_name)
+        self.unbind(parent, name)
+        self.unbind(new_parent, new_name)
+        if first is not None:
+            self._place(first, new_parent, new_name)
+        if second is not None:
+            self._place(second, parent, name)
+
+    def forget(self, number: Node, count: int) -> bool:
+        """Drop `count` references; tell whether the node is gone with them."""
+        node = self._by_id.get(number)
+        if node is None or number == ROOT:
+            return False
+        node.references -= count
+        if node.references > 0:
+            return False
+        for parent, name in node.places:
+            del parent.children[name]
+        node.places.clear()
+        del self._by_id[number]
+        if self._by_identity.get(node.identity) is node:
+            del self._by_identity[node.identity]
+        return True
+
+    def reidentify(self, node: HostNode, attr: os.stat_result) -> None:
+        """Note that a change which the guest asked for changed the identity of `node`."""
+        if self._by_identity.get(node.identity) is node:
+            del self._by_identity[node.identity]
+        node.identity = identity(attr)
+        self._by_identity[node.identity] = node
+
+    def _add(self, key: Identity) -> HostNode:
+        if len(self._by_id) >= MAX_NODES:
+            raise refuse(errno.ENFILE)
+        node = HostNode(self._next, key)
+        self._next += 1
+        self._by_id[node.id] = self._by_identity[key] = node
+        return node
+
+    def _place(self, node: HostNode, parent: HostNode, name: bytes) -> None:
+        self.unbind(parent, name)
+        if node.kind == stat.S_IFDIR:  # a directory has one name: it was moved by the host
+            for old_parent, old_name in node.places:
+                del old_parent.children[old_name]
+            node.places.clear()
+        node.places.append((parent, name))
+        parent.children[name] = node

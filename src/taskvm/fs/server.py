@@ -1,0 +1,246 @@
+"""The host's end of the port `taskvm.fs`: FUSE messages in, answers out (docs/protocol-control.md, The fs port).
+
+One daemon thread serves all mounts of one guest with blocking calls, so that neither the user's event loop nor a slow
+disk waits for the other. Requests are served in the order of their arrival, and what a request needs is only held
+until its answer is sent: a guest that does not read its answers stops its own thread and nothing else.
+
+Locks, always taken alone: `_serving` while a request is served, so that a mount is never removed under one;
+`_sending` while bytes go to the socket, so that frames of different threads do not mix.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import socket
+import struct
+import termios
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from taskvm.errors import GuestProtocolError, SandboxLostError, SandboxStateError, UsageError
+from taskvm.fs.provider import Change, Provider
+from taskvm.fs.session import Reply, Session
+from taskvm.wire.frames import (
+    GUEST_STREAM_BIT,
+    PORT_FS,
+    Frame,
+    FrameDecoder,
+    FrameError,
+    FrameType,
+    encode_header,
+)
+from taskvm.wire.fuse import FuseError
+from taskvm.wire.fuse_replies import encode_error
+
+QUIESCE_TIMEOUT_S = 10.0
+# One read of the socket: what a Unix socket holds by default (net.core.rmem_default) is a little less.
+RECEIVE_SIZE = 256 * 1024
+# Answers are sent when this much is ready; at most one answer (1 MiB) comes on top of it.
+SEND_SIZE = 256 * 1024
+# A short answer is cheaper to copy behind its header than to name to sendmsg.
+_COPY_BELOW = 4096
+_MAX_IOVECS = 512  # IOV_MAX is 1024; each answer adds at most two
+# fuse_in_header: what an answer to a mount that is gone needs to know.
+_UNIQUE = struct.Struct("<8xQ")
+
+_log = logging.getLogger("taskvm.fs")
+
+
+def _nobody(error: Exception) -> None:
+    """Nobody asked to be told."""
+
+
+class FsServer:
+    """Serves the guest's file system port `sock`, which it takes over, from the moment it exists.
+
+    `on_failure` is called once, from the server's thread, when the guest broke the protocol.
+    """
+
+    def __init__(
+        self, sock: socket.socket, *, on_failure: Callable[[Exception], None] = _nobody
+    ) -> None:
+        self.on_failure = on_failure
+        self._sock = sock
+        self._sock.setblocking(True)
+        self._mounts: dict[int, Session] = {}
+        self._serving = threading.Lock()
+        self._sending = threading.Lock()
+        self._quiesced = threading.Event()
+        self._ended = threading.Event()
+        self._closed = False
+        self._reported: set[tuple[str, type[Exception]]] = set()
+        self._outgoing: list[bytes] = []
+        self._outgoing_size = 0
+        self._thread = threading.Thread(target=self._run, name="taskvm-fs", daemon=True)
+        self._thread.start()
+
+    # What the sandbox calls, from any thread.
+
+    def add_mount(self, mount_id: int, provider: Provider) -> None:
+        """Serve the stream `mount_id` from `provider`, which the server closes. Before the guest mounts it."""
+        if not 0 < mount_id < GUEST_STREAM_BIT:
+            raise UsageError(f"add the mount {mount_id}", "the id is out of range", "Count from 1")
+        with self._serving:
+            if self._closed:
+                raise SandboxStateError(f"add the mount {mount_id}", "the file server is closed")
+            if mount_id in self._mounts:
+                raise UsageError(f"add the mount {mount_id}", "the id is taken", "Remove it first")
+            self._mounts[mount_id] = Session(provider, self._report)
+        provider.changes = lambda change: self._notify(mount_id, change)
+
+    def remove_mount(self, mount_id: int) -> None:
+        """Stop serving a mount and close its provider; the guest gets ENODEV from then on. Idempotent."""
+        with self._serving:
+            session = self._mounts.pop(mount_id, None)
+            if session is not None:
+                session.provider.close()
+
+    def quiesce(self) -> None:
+        """Return when the guest's side is at rest and has taken all answers.
+
+        Raises TimeoutError after QUIESCE_TIMEOUT_S, SandboxLostError when the port ends before.
+        """
+        deadline = time.monotonic() + QUIESCE_TIMEOUT_S
+        self._quiesced.clear()
+        self._send_control(FrameType.QUIESCE, deadline)
+        if not self._quiesced.wait(deadline - time.monotonic()):
+            raise TimeoutError("bring the guest's port taskvm.fs to rest: no answer to QUIESCE")
+        if self._ended.is_set():
+            raise SandboxLostError("bring the guest's port taskvm.fs to rest", "it was closed")
+        while _unread(self._sock):
+            if time.monotonic() > deadline:
+                raise TimeoutError("bring the guest's port taskvm.fs to rest: answers are not read")
+            time.sleep(0.001)
+
+    def resume(self) -> None:
+        """Let the guest's side go on after `quiesce`."""
+        self._send_control(FrameType.RESUME, time.monotonic() + QUIESCE_TIMEOUT_S)
+
+    def close(self) -> None:
+        """End the thread and close the socket and every provider. Idempotent."""
+        self._closed = True
+        with suppress(OSError):  # the other side may have been faster
+            self._sock.shutdown(socket.SHUT_RDWR)  # wakes the thread from recv and sendmsg
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+        with self._serving:
+            while self._mounts:
+                _id, session = self._mounts.popitem()
+                session.provider.close()
+        self._sock.close()
+
+    # The thread.
+
+    def _run(self) -> None:
+        try:
+            self._serve()
+        except (FrameError, FuseError) as error:
+            self._fail(GuestProtocolError(PORT_FS, str(error)))
+        except OSError as error:
+            if not self._closed:
+                _log.info("the guest's file system port ended: %s", error)
+        finally:
+            self._ended.set()
+            self._quiesced.set()
+
+    def _serve(self) -> None:
+        decoder = FrameDecoder()
+        buffer = bytearray(RECEIVE_SIZE)
+        view = memoryview(buffer)
+        while count := self._sock.recv_into(buffer):
+            for frame in decoder.feed(view[:count]):
+                self._handle(frame)
+                if self._outgoing_size >= SEND_SIZE or len(self._outgoing) >= _MAX_IOVECS:
+                    self._flush()
+            self._flush()
+
+    def _handle(self, frame: Frame) -> None:
+        if frame.type is FrameType.QUIESCED and frame.stream == 0:
+            self._flush()
+            self._quiesced.set()
+            return
+        if frame.type is not FrameType.FUSE:
+            raise FrameError(f"a {frame.type.name} frame has no business on this port")
+        message = memoryview(frame.payload)
+        with self._serving:
+            session = self._mounts.get(frame.stream)
+            reply = session.handle(message) if session is not None else _gone(message)
+        if reply is not None:
+            self._queue(frame.stream, reply)
+
+    def _queue(self, mount_id: int, reply: Reply) -> None:
+        head, body = reply if isinstance(reply, tuple) else (reply, b"")
+        header = encode_header(FrameType.FUSE, 0, mount_id, len(head) + len(body))
+        if len(body) < _COPY_BELOW:
+            self._outgoing.append(header + head + body)
+        else:
+            self._outgoing += (header + head, body)
+        self._outgoing_size += len(head) + len(body)
+
+    def _flush(self) -> None:
+        if self._outgoing:
+            outgoing, self._outgoing, self._outgoing_size = self._outgoing, [], 0
+            with self._sending:
+                _send_all(self._sock, outgoing)
+
+    def _fail(self, error: GuestProtocolError) -> None:
+        if not self._closed:
+            with suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
+            self.on_failure(error)
+
+    def _report(self, operation: str, error: Exception) -> None:
+        key = (operation, type(error))
+        if key not in self._reported:
+            self._reported.add(key)
+            # Without the exception's text, which may hold the guest's names and contents.
+            _log.error(
+                "%s failed with %s, a bug: the guest got EIO", operation, type(error).__name__
+            )
+
+    # Frames of other threads.
+
+    def _notify(self, mount_id: int, change: Change) -> None:
+        message = Session.notification(change)
+        header = encode_header(FrameType.FUSE, 0, mount_id, len(message))
+        if not self._ended.is_set():
+            with self._sending:
+                _send_all(self._sock, [header + message])
+
+    def _send_control(self, kind: FrameType, deadline: float) -> None:
+        operation = f"send {kind.name} to the guest's port {PORT_FS}"
+        if not self._sending.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise TimeoutError(f"{operation}: the guest does not read")
+        try:
+            self._sock.sendall(encode_header(kind, 0, 0, 0))
+        except OSError as error:
+            raise SandboxLostError(operation, error.strerror or str(error)) from error
+        finally:
+            self._sending.release()
+
+
+def _gone(message: memoryview) -> Reply | None:
+    """Answer for a mount that was removed while its requests were under way."""
+    return encode_error(_UNIQUE.unpack_from(message)[0], errno.ENODEV)
+
+
+def _send_all(sock: socket.socket, buffers: Sequence[bytes]) -> None:
+    remaining: list[bytes | memoryview] = list(buffers)
+    while remaining:
+        sent = sock.sendmsg(remaining)
+        done = 0
+        while done < len(remaining) and sent >= len(remaining[done]):
+            sent -= len(remaining[done])
+            done += 1
+        del remaining[:done]
+        if sent:
+            remaining[0] = memoryview(remaining[0])[sent:]
+
+
+def _unread(sock: socket.socket) -> int:
+    """Return how many bytes the other side has not taken yet (SIOCOUTQ)."""
+    return int(struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, b"\0\0\0\0"))[0])

@@ -1,0 +1,340 @@
+"""One FUSE mount: a message of the guest's kernel in, the answer out. No I/O but the provider's.
+
+Rule 1: INIT comes first and once; whatever a kernel could not have sent is FuseError, and the guest loses its sandbox.
+Rule 2: a provider's OSError is the guest's errno; any other exception is EIO and told to `report`.
+Rule 3: OPEN and OPENDIR are answered ENOSYS once, after which the kernel opens files by itself and sends no RELEASE:
+    so no reply names anything that would have to be released.
+Rule 4: locks stay in the guest's kernel, no page is written back late, and a changed mtime drops the cached pages:
+    host and guest see one file.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import Any
+
+from taskvm.fs.provider import Change, DirEntry, Provider
+from taskvm.wire.fuse import (
+    WRITE_CACHE,
+    Allocate,
+    CopyRange,
+    Forget,
+    FuseError,
+    GetXattr,
+    Init,
+    InitFlag,
+    Link,
+    MakeNode,
+    Name,
+    Opcode,
+    Read,
+    Rename,
+    Request,
+    Seek,
+    SetAttr,
+    SetXattr,
+    Symlink,
+    Sync,
+    Write,
+    decode_request,
+)
+from taskvm.wire.fuse_replies import (
+    DirectoryReply,
+    encode_attr,
+    encode_entry,
+    encode_error,
+    encode_init,
+    encode_inval_entry,
+    encode_inval_inode,
+    encode_negative_entry,
+    encode_open,
+    encode_reply,
+    encode_reply_header,
+    encode_seek,
+    encode_statfs,
+    encode_written,
+)
+
+FLAGS = (
+    InitFlag.ASYNC_READ
+    | InitFlag.BIG_WRITES
+    | InitFlag.AUTO_INVAL_DATA
+    | InitFlag.DO_READDIRPLUS
+    | InitFlag.READDIRPLUS_AUTO
+    | InitFlag.ASYNC_DIO
+    | InitFlag.NO_OPEN_SUPPORT
+    | InitFlag.PARALLEL_DIROPS
+    | InitFlag.MAX_PAGES
+    | InitFlag.CACHE_SYMLINKS
+    | InitFlag.NO_OPENDIR_SUPPORT
+    | InitFlag.HANDLE_KILLPRIV_V2
+)
+# Readahead of several files at once; each request holds at most 1 MiB, and they are answered one by one.
+BACKGROUND = 64
+# The kernel refuses a reply whose error is not below this (fs/fuse/dev.c).
+_MAX_ERRNO = 511
+_O_APPEND = 0o2000  # the guest's number, the same on every architecture we run
+_O_EXCL = 0o200
+# A READDIRPLUS entry is about five times as long as the host's own record of it.
+_PLUS_RATIO = 5
+_LEAST_READDIR = 1024
+
+Reply = bytes | tuple[bytes, bytes]
+"""A whole message, or its header and its body."""
+Handler = Callable[[Request, Any], Reply]
+
+_CHANGING = frozenset(
+    {
+        Opcode.SETATTR,
+        Opcode.SYMLINK,
+        Opcode.MKNOD,
+        Opcode.MKDIR,
+        Opcode.UNLINK,
+        Opcode.RMDIR,
+        Opcode.RENAME,
+        Opcode.RENAME2,
+        Opcode.LINK,
+        Opcode.WRITE,
+        Opcode.SETXATTR,
+        Opcode.REMOVEXATTR,
+        Opcode.CREATE,
+        Opcode.FALLOCATE,
+        Opcode.COPY_FILE_RANGE,
+    }
+)
+# Requests that get no reply, whatever happens.
+_SILENT = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT, Opcode.NOTIFY_REPLY})
+
+
+class Session:
+    """Serves one mount from `provider`. `report` gets (what was asked, the unexpected exception)."""
+
+    def __init__(self, provider: Provider, report: Callable[[str, Exception], None]) -> None:
+        self.provider = provider
+        self._report = report
+        self._started = False
+        self._handlers: dict[int, Handler] = {
+            Opcode.INIT: self._init,
+            Opcode.LOOKUP: self._lookup,
+            Opcode.GETATTR: self._getattr,
+            Opcode.READ: self._read,
+            Opcode.WRITE: self._write,
+            Opcode.READDIR: self._readdir,
+            Opcode.READDIRPLUS: self._readdirplus,
+            Opcode.CREATE: self._create,
+            Opcode.SETATTR: self._setattr,
+            Opcode.MKNOD: self._mknod,
+            Opcode.MKDIR: self._mkdir,
+            Opcode.SYMLINK: self._symlink,
+            Opcode.LINK: self._link,
+            Opcode.UNLINK: self._unlink,
+            Opcode.RMDIR: self._rmdir,
+            Opcode.RENAME: self._rename,
+            Opcode.RENAME2: self._rename,
+            Opcode.READLINK: self._readlink,
+            Opcode.STATFS: self._statfs,
+            Opcode.FSYNC: self._fsync,
+            Opcode.FSYNCDIR: self._fsync,
+            Opcode.GETXATTR: self._getxattr,
+            Opcode.SETXATTR: self._setxattr,
+            Opcode.LISTXATTR: self._listxattr,
+            Opcode.REMOVEXATTR: self._removexattr,
+            Opcode.FALLOCATE: self._allocate,
+            Opcode.LSEEK: self._seek,
+            Opcode.COPY_FILE_RANGE: self._copy_range,
+            Opcode.DESTROY: self._destroy,
+        }
+
+    def handle(self, message: memoryview) -> Reply | None:
+        """Serve one request; None when it gets no reply. Raises FuseError."""
+        request = decode_request(message)
+        opcode = request.opcode
+        if self._started is (opcode == Opcode.INIT):
+            raise FuseError("INIT is not the first request, or not the only one of its kind")
+        if opcode in _SILENT:
+            self._forget(request.arguments)
+            return None
+        handler = self._handlers.get(opcode)
+        if handler is None:
+            return encode_error(request.unique, errno.ENOSYS)
+        if opcode in _CHANGING and self.provider.readonly:
+            return encode_error(request.unique, errno.EROFS)
+        try:
+            return handler(request, request.arguments)
+        except OSError as error:
+            number = error.errno or errno.EIO
+            return encode_error(request.unique, number if 0 < number <= _MAX_ERRNO else errno.EIO)
+        except FuseError:
+            raise
+        except Exception as error:  # noqa: BLE001 - rule 2: a provider's bug must not end the sandbox
+            self._report(Opcode(opcode).name, error)
+            return encode_error(request.unique, errno.EIO)
+
+    @staticmethod
+    def notification(change: Change) -> bytes:
+        """Return the message that makes the guest's kernel forget what `change` made wrong."""
+        if change.name is None:
+            return encode_inval_inode(change.node)
+        return encode_inval_entry(change.node, change.name)
+
+    # The mount.
+
+    def _init(self, request: Request, init: Init) -> Reply:
+        reply = encode_init(request.unique, init, FLAGS, BACKGROUND)
+        # A kernel of a later major asks once more, in our version.
+        self._started = init.major == 7
+        return reply
+
+    def _destroy(self, request: Request, _arguments: None) -> Reply:
+        return encode_reply(request.unique)
+
+    def _statfs(self, request: Request, _arguments: None) -> Reply:
+        return encode_statfs(request.unique, self.provider.statfs(request.node))
+
+    def _forget(self, arguments: object) -> None:
+        if isinstance(arguments, Forget):
+            for node, count in arguments.nodes:
+                self.provider.forget(node, count)
+
+    # Names.
+
+    def _lookup(self, request: Request, lookup: Name) -> Reply:
+        try:
+            entry = self.provider.lookup(request.node, lookup.name)
+        except FileNotFoundError:
+            if self.provider.negative_ns:
+                return encode_negative_entry(request.unique, self.provider.negative_ns)
+            raise
+        return encode_entry(request.unique, entry.node, entry.attr, entry.lifetime)
+
+    def _readdir(self, request: Request, read: Read) -> Reply:
+        reply = DirectoryReply(request.unique, read.size)
+        size = max(read.size, _LEAST_READDIR)
+        for entry in self.provider.readdir(request.node, read.offset, size):
+            if not reply.fits(entry.name, plus=False):
+                break
+            reply.add(entry.ino, entry.offset, entry.kind, entry.name)
+        return reply.encode()
+
+    def _readdirplus(self, request: Request, read: Read) -> Reply:
+        reply = DirectoryReply(request.unique, read.size)
+        size = max(read.size // _PLUS_RATIO, _LEAST_READDIR)
+        for entry in self.provider.readdir(request.node, read.offset, size):
+            if not reply.fits(entry.name, plus=True):
+                break
+            self._add_plus(reply, request.node, entry)
+            reply.add(entry.ino, entry.offset, entry.kind, entry.name)
+        return reply.encode()
+
+    def _add_plus(self, reply: DirectoryReply, parent: int, entry: DirEntry) -> None:
+        if entry.name in (b".", b".."):  # the kernel wants no references to these
+            reply.add_plus_nothing()
+            return
+        try:
+            child = self.provider.lookup(parent, entry.name)
+        except OSError:  # it went away, or may not be looked at: its name is still told
+            reply.add_plus_nothing()
+        else:
+            reply.add_plus(child.node, child.attr, child.lifetime)
+
+    def _create(self, request: Request, create: MakeNode) -> Reply:
+        entry = self.provider.create(request.node, create.name, create.mode, create.flags)
+        more = encode_open(0, 0)
+        return encode_entry(request.unique, entry.node, entry.attr, entry.lifetime, more)
+
+    def _mknod(self, request: Request, make: MakeNode) -> Reply:
+        entry = self.provider.mknod(request.node, make.name, make.mode)
+        return encode_entry(request.unique, entry.node, entry.attr, entry.lifetime)
+
+    def _mkdir(self, request: Request, make: MakeNode) -> Reply:
+        entry = self.provider.mkdir(request.node, make.name, make.mode)
+        return encode_entry(request.unique, entry.node, entry.attr, entry.lifetime)
+
+    def _symlink(self, request: Request, link: Symlink) -> Reply:
+        entry = self.provider.symlink(request.node, link.name, link.target)
+        return encode_entry(request.unique, entry.node, entry.attr, entry.lifetime)
+
+    def _link(self, request: Request, link: Link) -> Reply:
+        entry = self.provider.link(link.target, request.node, link.name)
+        return encode_entry(request.unique, entry.node, entry.attr, entry.lifetime)
+
+    def _unlink(self, request: Request, unlink: Name) -> Reply:
+        self.provider.unlink(request.node, unlink.name)
+        return encode_reply(request.unique)
+
+    def _rmdir(self, request: Request, rmdir: Name) -> Reply:
+        self.provider.rmdir(request.node, rmdir.name)
+        return encode_reply(request.unique)
+
+    def _rename(self, request: Request, rename: Rename) -> Reply:
+        self.provider.rename(
+            request.node, rename.name, rename.new_parent, rename.new_name, rename.flags
+        )
+        return encode_reply(request.unique)
+
+    def _readlink(self, request: Request, _arguments: None) -> Reply:
+        return encode_reply(request.unique, self.provider.readlink(request.node))
+
+    # Attributes.
+
+    def _getattr(self, request: Request, _arguments: None) -> Reply:
+        attr, lifetime = self.provider.getattr(request.node)
+        return encode_attr(request.unique, attr, lifetime)
+
+    def _setattr(self, request: Request, changes: SetAttr) -> Reply:
+        attr, lifetime = self.provider.setattr(request.node, changes)
+        return encode_attr(request.unique, attr, lifetime)
+
+    def _getxattr(self, request: Request, get: GetXattr) -> Reply:
+        return _sized(request, get, self.provider.getxattr(request.node, get.name))
+
+    def _listxattr(self, request: Request, get: GetXattr) -> Reply:
+        names = self.provider.listxattr(request.node)
+        return _sized(request, get, b"".join(name + b"\0" for name in names))
+
+    def _setxattr(self, request: Request, change: SetXattr) -> Reply:
+        self.provider.setxattr(request.node, change.name, change.value, change.flags)
+        return encode_reply(request.unique)
+
+    def _removexattr(self, request: Request, remove: Name) -> Reply:
+        self.provider.removexattr(request.node, remove.name)
+        return encode_reply(request.unique)
+
+    # Contents.
+
+    def _read(self, request: Request, read: Read) -> Reply:
+        data = self.provider.read(request.node, read.offset, read.size)
+        return encode_reply_header(request.unique, len(data)), data
+
+    def _write(self, request: Request, write: Write) -> Reply:
+        append = write.flags & _O_APPEND != 0 and not write.write_flags & WRITE_CACHE
+        written = self.provider.write(request.node, write.offset, write.data, append=append)
+        return encode_written(request.unique, written)
+
+    def _fsync(self, request: Request, sync: Sync) -> Reply:
+        self.provider.fsync(request.node, data_only=sync.data_only)
+        return encode_reply(request.unique)
+
+    def _allocate(self, request: Request, allocate: Allocate) -> Reply:
+        self.provider.allocate(request.node, allocate.offset, allocate.length, allocate.mode)
+        return encode_reply(request.unique)
+
+    def _seek(self, request: Request, seek: Seek) -> Reply:
+        offset = self.provider.seek(request.node, seek.offset, seek.whence)
+        return encode_seek(request.unique, offset)
+
+    def _copy_range(self, request: Request, copy: CopyRange) -> Reply:
+        copied = self.provider.copy_range(
+            request.node, copy.offset, copy.target, copy.target_offset, copy.length
+        )
+        return encode_written(request.unique, copied)
+
+
+def _sized(request: Request, get: GetXattr, value: bytes) -> Reply:
+    """Answer with the value, or its length when none was asked for, or ERANGE."""
+    if not get.size:
+        return encode_written(request.unique, len(value))
+    if len(value) > get.size:
+        return encode_error(request.unique, errno.ERANGE)
+    return encode_reply(request.unique, value)

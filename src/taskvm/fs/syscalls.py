@@ -1,0 +1,143 @@
+"""The Linux system calls that the workspace needs and Python does not wrap.
+
+Called by number, because the C library has no wrapper for openat2 and older ones lack others. Only x86-64 and
+aarch64, which are the hosts there are. Every function raises OSError with the errno, as `os` does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import struct
+
+from taskvm.errors import UnavailableError
+
+# asm/unistd_64.h and asm-generic/unistd.h; openat2 is newer than the split and has one number everywhere.
+_NUMBERS: dict[str, dict[str, int]] = {
+    "x86_64": {"getdents64": 217, "utimensat": 280, "fallocate": 285, "renameat2": 316},
+    "aarch64": {"getdents64": 61, "utimensat": 88, "fallocate": 47, "renameat2": 276},
+}
+_OPENAT2 = 437
+
+# linux/openat2.h
+_RESOLVE_NO_XDEV = 0x01
+_RESOLVE_NO_MAGICLINKS = 0x02
+_RESOLVE_NO_SYMLINKS = 0x04
+_RESOLVE_BENEATH = 0x08
+_RESOLVE = _RESOLVE_NO_XDEV | _RESOLVE_NO_MAGICLINKS | _RESOLVE_NO_SYMLINKS | _RESOLVE_BENEATH
+
+_AT_EMPTY_PATH = 0x1000
+NOW = (0, (1 << 30) - 1)  # UTIME_NOW
+OMIT = (0, (1 << 30) - 2)  # UTIME_OMIT
+RENAME_NOREPLACE = 1
+RENAME_EXCHANGE = 2
+
+_OPEN_HOW = struct.Struct("QQQ")
+_TIMES = struct.Struct("qqqq")
+_DIRENT = struct.Struct("=QQHB")
+_DIRENT_NAME = _DIRENT.size  # struct linux_dirent64 has no padding before d_name
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_syscall = _libc.syscall
+_syscall.restype = ctypes.c_long
+
+
+def _number(name: str) -> ctypes.c_long:
+    numbers = _NUMBERS.get(platform.machine())
+    if numbers is None:
+        raise UnavailableError(
+            f"call {name}",
+            f"its number on {platform.machine()} is not known",
+            "Use x86-64 or arm64",
+        )
+    return ctypes.c_long(numbers[name])
+
+
+def _check(result: int) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
+
+
+_OPENAT2_NUMBER = ctypes.c_long(_OPENAT2)
+_OPEN_HOW_SIZE = ctypes.c_size_t(_OPEN_HOW.size)
+
+
+def open_beneath(directory: int, path: bytes, flags: int) -> int:
+    """Open what exists at `path` beneath the descriptor `directory`, and nothing else.
+
+    No symbolic link is followed, none of /proc's either, and no mount point entered, at any component. With O_PATH
+    and O_NOFOLLOW the last component may be a symbolic link: it is opened itself.
+    """
+    how = _OPEN_HOW.pack(flags | os.O_CLOEXEC, 0, _RESOLVE)
+    return _check(
+        _syscall(
+            _OPENAT2_NUMBER,
+            ctypes.c_int(directory),
+            ctypes.c_char_p(path),
+            ctypes.c_char_p(how),
+            _OPEN_HOW_SIZE,
+        )
+    )
+
+
+def rename(directory: int, name: bytes, new_directory: int, new_name: bytes, flags: int) -> None:
+    """Call renameat2(2)."""
+    _check(
+        _syscall(
+            _number("renameat2"),
+            ctypes.c_int(directory),
+            ctypes.c_char_p(name),
+            ctypes.c_int(new_directory),
+            ctypes.c_char_p(new_name),
+            ctypes.c_uint(flags),
+        )
+    )
+
+
+def allocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """Call fallocate(2), which Python wraps without its mode."""
+    _check(
+        _syscall(
+            _number("fallocate"),
+            ctypes.c_int(fd),
+            ctypes.c_int(mode),
+            ctypes.c_long(offset),
+            ctypes.c_long(length),
+        )
+    )
+
+
+def set_times(fd: int, atime: tuple[int, int], mtime: tuple[int, int]) -> None:
+    """Set the times (seconds, ns), NOW or OMIT of what `fd` refers to, an O_PATH descriptor too."""
+    _check(
+        _syscall(
+            _number("utimensat"),
+            ctypes.c_int(fd),
+            ctypes.c_char_p(b""),
+            ctypes.c_char_p(_TIMES.pack(*atime, *mtime)),
+            ctypes.c_int(_AT_EMPTY_PATH),
+        )
+    )
+
+
+def read_directory(fd: int, offset: int, size: int) -> list[tuple[bytes, int, int, int]]:
+    """Return (name, inode, DT_ type, offset after it) of about `size` bytes of entries from `offset` on.
+
+    The offsets are the file system's own, so they stay right while the directory changes. Empty at the end.
+    """
+    os.lseek(fd, offset if offset < 1 << 63 else offset - (1 << 64), os.SEEK_SET)
+    buffer = ctypes.create_string_buffer(size)
+    number = _number("getdents64")
+    count = _check(_syscall(number, ctypes.c_int(fd), buffer, ctypes.c_size_t(size)))
+    data = buffer.raw[:count]
+    entries = []
+    position = 0
+    while position < count:
+        ino, following, length, kind = _DIRENT.unpack_from(data, position)
+        start = position + _DIRENT_NAME
+        entries.append((data[start : data.index(0, start)], ino, kind, following))
+        position += length
+    return entries
