@@ -75,7 +75,6 @@ class Guest:
         ca = await asyncio.to_thread(CertificateAuthority.create)
         self._fs = FsServer(self.machine.take("fs"), on_failure=self._fail_from_thread())
         self._net = await FramePort.open(self.machine.take("net"), PORT_NET)
-        self._net.on_lost = self._fail
         self._egress = _make_egress(self.id, options, bound, ca, self._net)
         self.placeholders = self._egress.placeholders
         self.audit_path = self._egress.audit_path
