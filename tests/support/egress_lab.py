@@ -1,16 +1,18 @@
-"""A sandbox's network without a VM: a real Gateway, a socketpair, and a guest whose programs are real ones.
+"""A sandbox's network without a VM: a real Gateway, a socketpair, and a guest whose programs are
+real ones.
 
-The guest end opens streams as the agent does and bridges local TCP listeners to them, so that curl and Python's own
-clients talk to it. Servers are real ones on 127.0.0.1, let in by an address rule.
+The guest end opens streams as the agent does and bridges local TCP listeners to them, so that curl
+and Python's own clients talk to it. Servers are real ones on 127.0.0.1, let in by an address rule.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime
+import datetime as dt
 import ipaddress
 import os
+import re
 import socket
 import ssl
 import struct
@@ -25,11 +27,13 @@ import msgspec
 import trustme
 
 from taskvm.audit import AuditEvent, parse_event
-from taskvm.errors import UpstreamError
+from taskvm.errors import TaskvmError, UpstreamError
 from taskvm.injection import BoundSecret, bind_secrets
 from taskvm.net.auditlog import AuditLog
 from taskvm.net.certs import CertificateAuthority
 from taskvm.net.gateway import Gateway
+from taskvm.net.streams import GuestStream
+from taskvm.net.tlsstream import TlsStream
 from taskvm.policy import Policy
 from taskvm.port import FramePort, Inlet, Outlet, StreamReset
 from taskvm.secret import Secret
@@ -43,14 +47,14 @@ class RecordingResolver:
     """The host's resolver: a table, and a record of what it was asked."""
 
     def __init__(self, table: Mapping[str, Sequence[str]]) -> None:
-        self._table = table
+        self.table = dict(table)
         self.asked: list[str] = []
 
     async def resolve(self, host: str) -> Sequence[IPAddress]:
         self.asked.append(host)
-        if host not in self._table:
+        if host not in self.table:
             raise UpstreamError(f"look up {host}", "the name does not exist or has no address")
-        return [ipaddress.ip_address(text) for text in self._table[host]]
+        return [ipaddress.ip_address(text) for text in self.table[host]]
 
 
 class Guest:
@@ -192,10 +196,25 @@ class GuestSocket:
             received += data
         return received
 
+    async def read_response(self) -> bytes:
+        """Return one response that has a Content-Length."""
+        received = b""
+        while data := await self.read():
+            received += data
+            head, found, body = received.partition(b"\r\n\r\n")
+            length = re.search(rb"(?i)content-length: ([0-9]+)", head)
+            if found and length is not None and len(body) >= int(length.group(1)):
+                break
+        return received
+
     async def exchange(self, request: bytes) -> bytes:
         """Send a request and return everything up to the end of the connection."""
         await self.write(request)
         return await self.read_all()
+
+    def stream(self) -> GuestStream:
+        """Return the connection as a byte stream, for TLS."""
+        return GuestStream(self._inlet, self._outlet)
 
     def end(self) -> None:
         self._outlet.end()
@@ -216,6 +235,7 @@ class Lab:
     resolver: RecordingResolver
     ca_file: str
     lines: list[bytes]
+    failure: Exception | None = None
 
     @property
     def events(self) -> list[AuditEvent]:
@@ -233,6 +253,20 @@ class Lab:
     async def connect(self, name: str, port: int) -> GuestSocket:
         """Look `name` up and connect to it, as a program does."""
         return await self.guest.connect(await self.address_of(name), port)
+
+    @contextlib.asynccontextmanager
+    async def tls(
+        self, address: str, port: int, server_name: str | None, alpn: Sequence[str] = ()
+    ) -> AsyncIterator[TlsStream]:
+        """Connect to an address and speak TLS there, claiming to mean `server_name`."""
+        context = self.client_tls()
+        context.check_hostname = server_name is not None
+        if alpn:
+            context.set_alpn_protocols(alpn)
+        sock = await self.guest.connect(address, port)
+        stream = TlsStream(sock.stream(), context, server_hostname=server_name)
+        await stream.handshake()
+        yield stream
 
     def client_tls(self) -> ssl.SSLContext:
         """Return the TLS settings of a program in the guest: it trusts our authority only."""
@@ -259,18 +293,17 @@ async def egress_lab(
     ca = CertificateAuthority.create()
     host_end, guest_end = socket.socketpair()
     with tempfile.TemporaryDirectory() as folder:
-        server_ca, our_ca = Path(folder, "server.pem"), Path(folder, "taskvm.pem")
-        SERVER_CA.cert_pem.write_to_path(server_ca)
-        our_ca.write_bytes(ca.certificate_pem)
+        server_ca = _write(folder, "server.pem", SERVER_CA.cert_pem.bytes())
+        our_ca = _write(folder, "taskvm.pem", ca.certificate_pem)
         port = await FramePort.open(host_end, "taskvm.net")
         gateway = Gateway(
             port, policy=policy, secrets=bound, audit=audit, ca=ca, resolver=resolver,
             extra_ca_files=[server_ca],
         )  # fmt: skip
         guest = Guest(await FramePort.open(guest_end, "the host"))
-        lab = Lab(guest, gateway, policy, bound, ca, resolver, str(our_ca), lines)
+        lab = Lab(guest, gateway, policy, bound, ca, resolver, our_ca, lines)
         async with asyncio.TaskGroup() as group:
-            running = group.create_task(_run(gateway))
+            running = group.create_task(_run(lab))
             try:
                 yield lab
             finally:
@@ -279,9 +312,17 @@ async def egress_lab(
         port.close()
 
 
-async def _run(gateway: Gateway) -> None:
-    with contextlib.suppress(Exception):  # tests look at the guest's end and at the record
-        await gateway.run()
+def _write(folder: str, name: str, data: bytes) -> str:
+    path = Path(folder, name)
+    path.write_bytes(data)
+    return str(path)
+
+
+async def _run(lab: Lab) -> None:
+    try:
+        await lab.gateway.run()
+    except TaskvmError as error:
+        lab.failure = error
 
 
 # Servers.
@@ -313,7 +354,10 @@ class HttpServer:
 def http_server(
     *names: str, expired: bool = False, untrusted: bool = False
 ) -> Iterator[HttpServer]:
-    """Serve HTTP on 127.0.0.1, over TLS when it has names. It echoes a body, and counts connections."""
+    """Serve HTTP on 127.0.0.1, over TLS when it has names.
+
+    It echoes a body, and counts connections.
+    """
     seen = HttpServer(0)
 
     class Handler(BaseHTTPRequestHandler):
@@ -347,10 +391,11 @@ def http_server(
                 pass
             return body
 
-        do_GET = do_POST = do_PUT = do_HEAD = do_OPTIONS = do_PROPFIND = _serve
-
         def log_message(self, *arguments: object) -> None:
             pass
+
+    for method in ("GET", "POST", "PUT", "HEAD", "OPTIONS", "PROPFIND"):
+        setattr(Handler, f"do_{method}", Handler._serve)
 
     class Server(ThreadingHTTPServer):
         daemon_threads = True
@@ -395,6 +440,14 @@ async def scripted_server(answer: bytes, *, close: bool = True) -> AsyncIterator
         server.close()
 
 
+async def read_all(stream: TlsStream) -> bytes:
+    """Return everything up to the end of a TLS connection."""
+    received = b""
+    while data := await stream.read():
+        received += data
+    return received
+
+
 def dns_query(name: str, qtype: int = 1) -> bytes:
     """Return the query that a stub resolver sends."""
     labels = b"".join(bytes([len(label)]) + label.encode() for label in name.split("."))
@@ -403,7 +456,7 @@ def dns_query(name: str, qtype: int = 1) -> bytes:
 
 def _tls_context(names: Sequence[str], expired: bool, untrusted: bool) -> ssl.SSLContext:
     authority = trustme.CA() if untrusted else SERVER_CA
-    past = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC) if expired else None
+    past = dt.datetime(2020, 1, 1, tzinfo=dt.UTC) if expired else None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert(*names, not_after=past).configure_cert(context)
     return context

@@ -101,6 +101,8 @@ def check_request(request: h11.Request, origin: Origin) -> RequestHead:
     """Return the request as it may be forwarded to `origin`. Raises HttpRefused."""
     if request.http_version not in (b"1.0", b"1.1"):
         raise HttpRefused(505, f"HTTP/{request.http_version.decode('ascii')} is not spoken here")
+    if _size(request.headers) + len(request.target) > MAX_HEAD:
+        raise HttpRefused(431, "the request's head is too long")
     if request.method == b"CONNECT":
         raise HttpRefused(403, "CONNECT is refused: connections need no proxy here")
     if _values(request.headers, b"upgrade") or _values(request.headers, b"http2-settings"):
@@ -122,6 +124,8 @@ def response_headers(response: h11.Response | h11.InformationalResponse) -> list
     chunked = _values(response.headers, b"transfer-encoding")
     if chunked and _values(response.headers, b"content-length"):
         raise HttpRefused(502, "the server's response has two lengths")
+    if _size(response.headers) > MAX_HEAD:
+        raise HttpRefused(502, "the server's response has a head that is too long")
     return [
         item for item in _end_to_end(response) if item[0].lower() not in _DROPPED_FROM_RESPONSES
     ]
@@ -203,6 +207,11 @@ def _values(headers: Iterable[Header], name: bytes) -> list[bytes]:
         for item in value.split(b",")
         if item.strip()
     ]
+
+
+def _size(headers: Iterable[Header]) -> int:
+    # h11 bounds a head that is incomplete; one that arrives whole in two reads it takes.
+    return sum(len(name) + len(value) + 4 for name, value in headers)
 
 
 def _end_to_end(message: h11.Request | h11.Response | h11.InformationalResponse) -> list[Header]:
