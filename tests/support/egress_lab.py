@@ -63,7 +63,8 @@ class Guest:
     def __init__(self, port: FramePort) -> None:
         self.port = port
         self.lost: Exception | None = None
-        self._next = GUEST_STREAM_BIT
+        self.ignored: set[int] = set()  # streams whose answers nobody waits for
+        self._next = GUEST_STREAM_BIT + 1
         self._flows: dict[int, tuple[Inlet, Outlet]] = {}
         self._replies: dict[int, asyncio.Future[bytes]] = {}
         port.on_frame = self._on_frame
@@ -154,8 +155,9 @@ class Guest:
                 inlet.fail(error)
                 outlet.fail(error)
         elif frame.type in (FrameType.REPLY, FrameType.DATAGRAM):
-            assert waiting is not None
-            waiting.set_result(bytes(frame.payload))
+            assert waiting is not None or frame.stream in self.ignored
+            if waiting is not None:
+                waiting.set_result(bytes(frame.payload))
         elif inlet is not None and outlet is not None:
             if frame.type is FrameType.DATA:
                 inlet.feed(frame.payload)

@@ -274,7 +274,7 @@ class HttpRelay:
     ) -> list[tuple[bytes, bytes]]:
         if not may_have_trailer(head.headers):
             return []
-        fields = trailer_headers(end.headers)
+        fields = trailer_headers(end.headers.raw_items())
         try:
             for name, value in fields:
                 self._egress.injector.refuse_traces(name + b":" + value, "the trailer")
@@ -299,7 +299,7 @@ class HttpRelay:
                 await self._send(h11.Data(data=event.data))
             elif isinstance(event, h11.EndOfMessage):
                 may_follow = chunked and self._client.their_http_version == b"1.1"
-                trailer = trailer_headers(event.headers) if may_follow else []
+                trailer = trailer_headers(event.headers.raw_items()) if may_follow else []
                 await self._send(h11.EndOfMessage(headers=trailer))
                 return
             else:

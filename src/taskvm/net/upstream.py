@@ -83,7 +83,8 @@ class Dialer:
             try:
                 sock = await _dial(address, origin.port)
             except OSError as error:
-                failure = error.strerror or "no answer in time"
+                # asyncio puts the address into the text: the guest must not learn it.
+                failure = os.strerror(error.errno) if error.errno else "no answer in time"
                 continue
             return await self._secure(origin, sock, str(address), rule)
         raise UpstreamError(f"connect to {origin.authority}", failure)
