@@ -109,6 +109,11 @@ def escape(text: str) -> str:
     return _UNSAFE.sub(_visible, text)
 
 
+def escape_block(text: str) -> str:
+    """Return a text of several lines, each of them escaped."""
+    return "\n".join(escape(line) for line in text.split("\n"))
+
+
 def render_line(event: AnyEvent) -> str:
     """Return an event as one safe line for a terminal."""
     line = escape(_text(event))

@@ -1,0 +1,198 @@
+"""Finding and replacing text as a model remembers it, without touching the rest of a file. Pure.
+
+Rule 1: every edit is looked up in the original text, occurs there exactly once, and overlaps no other.
+Rule 2: an exact match is preferred. Only when there is none, look-alikes count: compatibility forms
+        (NFKC), quotes, dashes and spaces of other kinds, blanks at the ends of lines.
+Rule 3: only the matched bytes change. A byte order mark and the line endings stay as they are.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from taskfactory.errors import ToolError
+
+_BOM = "\ufeff"
+# Beyond this a diff takes longer than anyone would read it.
+MAX_DIFF_LINES = 20_000
+# Quotes, and hyphens, dashes and the minus sign, by code point.
+_LOOKALIKES = (
+    dict.fromkeys(range(0x2018, 0x201C), "'")
+    | dict.fromkeys(range(0x201C, 0x2020), '"')
+    | dict.fromkeys([*range(0x2010, 0x2016), 0x2212], "-")
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """One edit: the text that is there, and the text that shall be."""
+
+    old: str
+    new: str
+
+
+@dataclass(frozen=True, slots=True)
+class Edited:
+    """The new content, a unified diff, and the first changed line of the new content (from 1)."""
+
+    text: str
+    diff: str
+    first_changed_line: int
+
+
+def apply_edits(original: str, edits: Sequence[Replacement], name: str) -> Edited:
+    """Return the edited text. Raises ToolError that says which edit does not fit, and why."""
+    if not edits:
+        raise ToolError(
+            f"edit {name}: there is nothing to replace; give edits or oldText and newText"
+        )
+    bom, text = (_BOM, original[1:]) if original.startswith(_BOM) else ("", original)
+    ending = _line_ending(text)
+    found = [
+        (*_find(text, edit.old, _label(name, number, len(edits))), edit.new)
+        for number, edit in enumerate(edits, 1)
+    ]
+    found.sort()
+    for (_, end, _), (start, _, _) in itertools.pairwise(found):
+        if start < end:
+            raise ToolError(f"edit {name}: two edits overlap; join them into one")
+    pieces, position = [], 0
+    for start, end, new in found:
+        pieces += [text[position:start], _to_lf(new).replace("\n", ending)]
+        position = end
+    result = "".join([*pieces, text[position:]])
+    if result == text:
+        raise ToolError(f"edit {name}: the old and the new text are the same; nothing was changed")
+    return _edited(text, result, name, bom)
+
+
+def _edited(before: str, after: str, name: str, bom: str) -> Edited:
+    old, new = _to_lf(before).split("\n"), _to_lf(after).split("\n")
+    diff = ""
+    if max(len(old), len(new)) <= MAX_DIFF_LINES:
+        diff = "\n".join(difflib.unified_diff(old, new, name, name, n=3, lineterm=""))
+    same = next(
+        (n for n, (a, b) in enumerate(zip(old, new, strict=False)) if a != b),
+        min(len(old), len(new)),
+    )
+    return Edited(bom + after, diff, same + 1)
+
+
+# Finding...
+
+
+def _find(text: str, old: str, label: str) -> tuple[int, int]:
+    """Return where `old` begins and ends in `text`."""
+    wanted = _to_lf(old.removeprefix(_BOM))
+    if not wanted:
+        raise ToolError(f"{label}: oldText is empty; give the text to replace, or use write")
+    for normalise in (_exactly, _alike):
+        view = _View(text, normalise)
+        needle = _View(wanted, normalise).text
+        hits = view.find_all(needle) if needle.strip() or normalise is _exactly else []
+        if len(hits) == 1:
+            return hits[0]
+        if hits:
+            lines = ", ".join(str(text.count("\n", 0, start) + 1) for start, _ in hits[:5])
+            raise ToolError(
+                f"{label}: oldText occurs {len(hits)} times (lines {lines});"
+                " add lines around it until it is unique"
+            )
+    raise ToolError(f"{label}: oldText is not in the file; read the file again and copy it exactly")
+
+
+class _View:
+    """A text after normalisation that knows which stretch of the original each character came from."""
+
+    def __init__(
+        self, original: str, normalise: Callable[[str], list[tuple[str, int, int]]]
+    ) -> None:
+        if normalise is _exactly and "\r\n" not in original:
+            # Nothing to normalise, and no list of a million numbers.
+            self.text = original
+            self._starts: Sequence[int] = range(len(original))
+            self._ends: Sequence[int] = range(1, len(original) + 1)
+            return
+        starts: list[int] = []
+        ends: list[int] = []
+        signs: list[str] = []
+        for piece, start, end in normalise(original):
+            for sign in piece:
+                signs.append(sign)
+                starts.append(start)
+                ends.append(end)
+        self.text, self._starts, self._ends = "".join(signs), starts, ends
+
+    def find_all(self, needle: str) -> list[tuple[int, int]]:
+        """Return every match that begins and ends between characters of the original; overlaps count."""
+        hits = []
+        position = self.text.find(needle)
+        while position >= 0:
+            last = position + len(needle) - 1
+            whole = (position == 0 or self._starts[position - 1] != self._starts[position]) and (
+                last + 1 == len(self.text) or self._ends[last + 1] != self._ends[last]
+            )
+            if whole:
+                hits.append((self._starts[position], self._ends[last]))
+            position = self.text.find(needle, position + 1)
+        return hits
+
+
+def _exactly(text: str) -> list[tuple[str, int, int]]:
+    """The text with CRLF read as LF."""
+    pieces, position = [], 0
+    while position < len(text):
+        width = 2 if text.startswith("\r\n", position) else 1
+        sign = "\n" if width == 2 else text[position]
+        pieces.append((sign, position, position + width))
+        position += width
+    return pieces
+
+
+def _alike(text: str) -> list[tuple[str, int, int]]:
+    """The text with look-alikes made one, and without blanks at the ends of lines."""
+    kept: list[tuple[str, int, int]] = []
+    for start, end in _clusters(text):
+        cluster = text[start:end]
+        piece = unicodedata.normalize("NFKC", cluster).translate(_LOOKALIKES)
+        if cluster in ("\n", "\r\n"):
+            while kept and kept[-1][0].isspace() and kept[-1][0] != "\n":
+                kept.pop()
+            piece = "\n"
+        elif len(piece) == 1 and unicodedata.category(piece) == "Zs":
+            piece = " "
+        kept.append((piece, start, end))
+    while kept and kept[-1][0].isspace() and kept[-1][0] != "\n":
+        kept.pop()
+    return kept
+
+
+def _clusters(text: str) -> list[tuple[int, int]]:
+    """The stretches that NFKC treats together: a character and the marks that combine with it; CRLF."""
+    spans: list[tuple[int, int]] = []
+    for position, sign in enumerate(text):
+        joins = unicodedata.combining(sign) or (
+            sign == "\n" and text[position - 1 : position] == "\r"
+        )
+        if spans and joins:
+            spans[-1] = (spans[-1][0], position + 1)
+        else:
+            spans.append((position, position + 1))
+    return spans
+
+
+def _to_lf(text: str) -> str:
+    return text.replace("\r\n", "\n")
+
+
+def _line_ending(text: str) -> str:
+    first = text.find("\n")
+    return "\r\n" if first > 0 and text[first - 1] == "\r" else "\n"
+
+
+def _label(name: str, number: int, count: int) -> str:
+    return f"edit {name}" if count == 1 else f"edit {name}, edits[{number - 1}]"

@@ -1,0 +1,161 @@
+"""The command line: `taskfactory run` runs one task with a scripted agent.
+
+Exit codes: 0 the task was done, 1 it failed or was refused, 2 wrong usage or a wrong file, 130 ended
+by Ctrl-C or SIGTERM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from taskfactory.agents.scripted import ScriptedModel
+from taskfactory.document import read_document
+from taskfactory.errors import ConfigError, ExtensionError, UnsafePathError
+from taskfactory.events import (
+    AnyEvent,
+    Status,
+    ToolUpdate,
+    escape,
+    escape_block,
+    render_line,
+    to_json,
+)
+from taskfactory.extensions import Hooks, load_extension
+from taskfactory.runner import Summary, run_task
+from taskfactory.sandboxconfig import merge_sandbox
+from taskfactory.sandboxing import open_place
+from taskfactory.sessionlog import SessionLog
+from taskfactory.settings import read_settings
+from taskfactory.taskfile import load
+from taskfactory.workspace import open_workspace, refuse_inside
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
+_INTERRUPTED = 128 + signal.SIGINT
+
+
+@click.group()
+def main() -> None:
+    """Run coding agents' tasks in a sandbox."""
+
+
+@main.command()
+@click.argument("task_file", type=_FILE)
+@click.option(
+    "--workspace", type=_DIRECTORY, required=True, help="The directory the agent works in."
+)
+@click.option(
+    "--agent", type=_FILE, required=True, help="The script the agent follows (YAML or JSON)."
+)
+@click.option("--sandbox-config", type=_FILE, help="A sandbox.json instead of the registered one.")
+@click.option(
+    "--extension",
+    "extensions",
+    type=_FILE,
+    multiple=True,
+    help="A Python file with register(hooks).",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print events and the summary as JSON lines.")
+def run(
+    task_file: Path,
+    workspace: Path,
+    agent: Path,
+    sandbox_config: Path | None,
+    extensions: tuple[Path, ...],
+    *,
+    as_json: bool,
+) -> None:
+    """Run the task in TASK_FILE."""
+    try:
+        code = _run(task_file, workspace, agent, sandbox_config, extensions, as_json=as_json)
+    except (ConfigError, UnsafePathError, ExtensionError) as error:
+        click.echo(escape_block(str(error)), err=True)
+        sys.exit(2)
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        click.echo("Ended on request; the sandbox is released.", err=True)
+        sys.exit(_INTERRUPTED)
+    sys.exit(code)
+
+
+def _run(
+    task_file: Path,
+    workspace_path: Path,
+    agent: Path,
+    config_path: Path | None,
+    extensions: tuple[Path, ...],
+    *,
+    as_json: bool,
+) -> int:
+    settings = read_settings(os.environ, Path.home())
+    workspace = open_workspace(workspace_path, settings.home, config_path)
+    refuse_inside(workspace.path, agent, "agent's script")
+    file = load(task_file)
+    config = merge_sandbox(
+        workspace=workspace.sandbox_source(),
+        task=file.sandbox_source(),
+        env_default=settings.sandbox_default,
+    )
+    model = ScriptedModel.from_document(read_document(agent))
+    hooks = Hooks()
+    for path in extensions:
+        load_extension(path, hooks, workspace.path)
+    show = _show_json if as_json else _show_line
+    with SessionLog(settings.home, file.task.id) as log:
+
+        def emit(event: AnyEvent) -> None:
+            log.write(event)
+            show(event)
+
+        opening = open_place(
+            config,
+            workspace.path,
+            audit_path=log.audit_path,
+            say=lambda text: emit(Status(text=text)),
+        )
+        summary = asyncio.run(_until_signal(run_task(file.task, opening, model, hooks, emit)))
+    _show_summary(summary, log, as_json=as_json)
+    return 0 if summary.ok else 1
+
+
+async def _until_signal(work: Coroutine[Any, Any, Summary]) -> Summary:
+    """Do the work; SIGTERM cancels it as Ctrl-C does, so that the sandbox is released."""
+    task = asyncio.current_task()
+    assert task is not None, "this is a coroutine of asyncio.run"
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    return await work
+
+
+# Showing...
+
+
+def _show_line(event: AnyEvent) -> None:
+    if not isinstance(event, ToolUpdate):  # the result repeats it
+        click.echo(render_line(event))
+
+
+def _show_json(event: AnyEvent) -> None:
+    click.echo(to_json(event))
+
+
+def _show_summary(summary: Summary, log: SessionLog, *, as_json: bool) -> None:
+    if as_json:
+        click.echo(msgspec.json.encode(summary))
+        return
+    if summary.error:
+        click.echo(escape_block(summary.error), err=True)
+    click.echo(f"task     {escape(summary.task_id)}: {summary.outcome}")
+    click.echo(f"place    {escape(summary.place)}")
+    click.echo(f"tools    {summary.tool_calls} calls, {summary.tool_errors} errors")
+    for refusal in summary.refusals:
+        click.echo(f"refused  {escape(refusal.target)}: {escape(refusal.reason)}")
+    click.echo(f"time     {summary.duration_s:.1f} s")
+    click.echo(f"record   {log.directory}")

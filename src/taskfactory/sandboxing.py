@@ -1,0 +1,263 @@
+"""The sandbox of a task: the only module that knows taskvm, and it imports it only when one is wanted.
+
+Rule 1: with the sandbox off, taskvm is never imported.
+Rule 2: a sandbox that cannot start refuses the task. The host takes its place only where the user's
+        own sandbox.json says `"onUnavailable": "host"`, and never for a mistake in the settings.
+Rule 3: nothing of the host's environment reaches the guest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from taskfactory.agents.operations import Ending, Entry, EntryKind, OutputSink
+from taskfactory.agents.paths import PathMap
+from taskfactory.agents.place import Place, Refusal, host_place, host_roots
+from taskfactory.errors import EnvironmentLost, EnvironmentUnavailable, OperationError
+from taskfactory.sandboxconfig import SandboxConfig
+
+if TYPE_CHECKING:
+    from taskvm import Process, Sandbox, Secret
+
+GUEST_ROOT = "/workspace"
+# Of the guest's own program that says where its home is.
+_HOME_TIMEOUT_S = 30.0
+MAX_REFUSALS = 100
+
+Say = Callable[[str], None]
+
+
+@asynccontextmanager
+async def open_place(
+    config: SandboxConfig,
+    workspace: Path,
+    *,
+    audit_path: Path,
+    say: Say,
+    environ: Mapping[str, str] | None = None,
+) -> AsyncIterator[Place]:
+    """Give the place where a task's tools act, and take it back. Raises EnvironmentUnavailable.
+
+    `environ` is where the secrets' values are read; it is this process's environment unless given.
+    """
+    if not config.enabled:
+        yield host_place(workspace)
+        return
+    async with AsyncExitStack() as stack:
+        place = await _enter(config, workspace, audit_path, say, environ or os.environ, stack)
+        yield place
+
+
+async def _enter(
+    config: SandboxConfig,
+    workspace: Path,
+    audit_path: Path,
+    say: Say,
+    environ: Mapping[str, str],
+    stack: AsyncExitStack,
+) -> Place:
+    from taskvm.errors import HostError, TaskvmError
+
+    try:
+        vm = await stack.enter_async_context(_sandbox(config, workspace, audit_path, say, environ))
+        return await _sandbox_place(vm, workspace, audit_path)
+    except HostError as error:
+        if config.on_unavailable != "host":
+            raise EnvironmentUnavailable(_refusal(error)) from error
+        say(f"NO SANDBOX: {error}. The workspace's file allows the host: the task runs there")
+        return host_place(workspace)
+    except TaskvmError as error:
+        raise EnvironmentUnavailable(_refusal(error)) from error
+
+
+def _refusal(error: Exception) -> str:
+    return f"the task needs a sandbox, and none can start: {error}. Nothing was run on the host"
+
+
+def _sandbox(
+    config: SandboxConfig, workspace: Path, audit_path: Path, say: Say, environ: Mapping[str, str]
+) -> Sandbox:
+    import taskvm
+
+    return taskvm.Sandbox.create(
+        mounts={GUEST_ROOT: taskvm.HostDir(workspace)},
+        allow=list(config.allowed_hosts),
+        allow_addresses=list(config.allowed_addresses),
+        resolve=dict(config.resolve),
+        secrets=_secrets(config, environ),
+        image=config.image_path,
+        extra_ca_files=[Path(path) for path in config.extra_ca_files],
+        audit_path=audit_path,
+        on_progress=say,
+    )
+
+
+def _secrets(config: SandboxConfig, environ: Mapping[str, str]) -> list[Secret]:
+    """Read the secrets' values. Raises EnvironmentUnavailable that names every missing variable."""
+    from taskvm import Secret
+
+    missing = [
+        secret.env_var for secret in config.secrets.values() if not environ.get(secret.env_var)
+    ]
+    if missing:
+        names = ", ".join(sorted(missing))
+        raise EnvironmentUnavailable(
+            f"read the task's secrets: not set in this program's environment: {names}."
+            " Set them and run the task again"
+        )
+    return [
+        Secret.from_value(name, environ[secret.env_var], hosts=list(secret.hosts))
+        for name, secret in config.secrets.items()
+    ]
+
+
+async def _sandbox_place(vm: Sandbox, workspace: Path, audit_path: Path) -> Place:
+    result = await vm.exec('printf %s "$HOME"', timeout_s=_HOME_TIMEOUT_S)
+    home = result.stdout if result.stdout.startswith("/") else "/root"
+    return Place(
+        operations=SandboxOperations(vm),
+        paths=PathMap(host_roots=host_roots(workspace), root=GUEST_ROOT, home=home),
+        sandboxed=True,
+        description=f"in the sandbox {vm.id}",
+        refusals=lambda: read_refusals(audit_path),
+    )
+
+
+class SandboxOperations:
+    """Files and commands of a sandbox's guest."""
+
+    def __init__(self, vm: Sandbox) -> None:
+        self._vm = vm
+
+    async def read_bytes(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
+        with _mapped(f"read {path}"):
+            return await self._vm.files.read_bytes(path, offset=offset, length=length)
+
+    async def write_bytes(self, path: str, data: bytes) -> None:
+        with _mapped(f"write {path}"):
+            target, mode = await self._existing(path)
+            await self._vm.files.write_bytes(target, data, mode=mode, parents=True)
+
+    async def stat(self, path: str) -> Entry:
+        with _mapped(f"stat {path}"):
+            info = await self._vm.files.stat(path)
+        return Entry(name=PurePosixPath(path).name, kind=_kind(info.type), size=info.size)
+
+    async def list(self, path: str) -> Sequence[Entry]:
+        with _mapped(f"list {path}"):
+            entries = await self._vm.files.list(path)
+        return [Entry(name=info.name, kind=_kind(info.type), size=info.size) for info in entries]
+
+    async def mkdir(self, path: str) -> None:
+        with _mapped(f"make the directory {path}"):
+            await self._vm.files.mkdir(path, parents=True)
+
+    async def exec(
+        self,
+        command: str | Sequence[str],
+        *,
+        cwd: str,
+        on_output: OutputSink,
+        timeout_s: float | None = None,
+    ) -> Ending:
+        argv = command if isinstance(command, str) else list(command)
+        with _mapped(f"run {argv if isinstance(argv, str) else argv[0]!r}"):
+            process = await self._vm.spawn(argv, cwd=cwd, merge_output=True)
+            try:
+                return await _follow(process, on_output, timeout_s)
+            except BaseException:
+                process.abandon()  # without waiting: this may be a cancellation
+                raise
+
+    async def _existing(self, path: str) -> tuple[str, int]:
+        """Return where a write must go and with which mode: a link stays a link, a script executable."""
+        from taskvm.errors import GuestError
+
+        try:
+            info = await self._vm.files.stat(path, follow=False)
+            if info.type == "symlink":
+                found = await self._vm.exec(["readlink", "-m", "--", path])
+                path = found.stdout.removesuffix("\n")
+                info = await self._vm.files.stat(path)
+        except GuestError:
+            return path, 0o644  # it does not exist: the write says what else is wrong
+        return path, info.mode
+
+
+async def _follow(process: Process, on_output: OutputSink, timeout_s: float | None) -> Ending:
+    try:
+        async with asyncio.timeout(timeout_s):
+            await process.close_stdin()
+            async for data in process.stdout:
+                if not on_output(data):
+                    await process.kill_all()
+                    return Ending(exit_code=137, stopped=True)
+            result = await process.wait()
+    except TimeoutError:
+        await process.kill_all()
+        return Ending(exit_code=137, timed_out=True)
+    return Ending(exit_code=result.exit_code)
+
+
+@contextmanager
+def _mapped(operation: str) -> Iterator[None]:
+    """Turn taskvm's errors into ours: a refusal of the guest, or the loss of the sandbox."""
+    from taskvm.errors import GuestError, SandboxError, TaskvmError
+
+    try:
+        yield
+    except GuestError as error:
+        raise OperationError(operation, error.cause, error.errno) from error
+    except SandboxError as error:
+        raise EnvironmentLost(f"{operation}: the sandbox is lost: {error}") from error
+    except TaskvmError as error:
+        raise OperationError(operation, str(error)) from error
+
+
+def _kind(kind: str) -> EntryKind:
+    match kind:
+        case "file" | "dir" | "symlink":
+            return kind
+        case _:
+            return "other"
+
+
+# What was refused...
+
+
+class _AuditLine(msgspec.Struct, frozen=True):
+    """The part of an audit event that a summary shows; its other fields are skipped."""
+
+    decision: str = ""
+    host: str = ""
+    address: str = ""
+    port: int = 0
+    reason: str = ""
+
+
+def read_refusals(audit_path: Path) -> Sequence[Refusal]:
+    """Return the distinct refusals of a sandbox's audit log, the first MAX_REFUSALS of them."""
+    found: dict[Refusal, None] = {}
+    if not audit_path.exists():
+        return ()
+    with audit_path.open("rb") as file:
+        for line in file:
+            event = _parse(line)
+            if event is not None and event.decision == "deny" and len(found) < MAX_REFUSALS:
+                port = f":{event.port}" if event.port else ""
+                found[Refusal(f"{event.host or event.address or '?'}{port}", event.reason)] = None
+    return tuple(found)
+
+
+def _parse(line: bytes) -> _AuditLine | None:
+    try:
+        return msgspec.json.decode(line, type=_AuditLine)
+    except msgspec.MsgspecError:
+        return None  # a line cut by a crash
