@@ -1,3 +1,69 @@
-"""taskvm: an untrusted Linux guest in a QEMU micro-VM, with mediated egress, injected secrets and served mounts."""
+"""taskvm: an untrusted Linux guest in a QEMU micro-VM, with mediated egress, injected secrets and served mounts.
+
+    async with Sandbox.create(mounts={"/workspace": HostDir(".")}, allow=["api.example.com"]) as vm:
+        print((await vm.exec("ls -l")).stdout)
+"""
+
+from taskvm.doctor import Finding, examine, render_findings
+from taskvm.errors import (
+    CommandError,
+    GuestError,
+    GuestProtocolError,
+    HostError,
+    ImageError,
+    SandboxError,
+    SandboxLostError,
+    SandboxStateError,
+    TaskvmError,
+    UnavailableError,
+    UpstreamError,
+    UsageError,
+)
+from taskvm.files import FileInfo, Files
+from taskvm.fs.hostdir import HostDir
+from taskvm.fs.memory import Memory
+from taskvm.fs.provider import Provider
+from taskvm.image.manifest import Image, ImageSpec
+from taskvm.image.store import ImageStore
+from taskvm.policy import Policy
+from taskvm.pool import WarmPool
+from taskvm.process import ByteStream, ExecResult, Process
+from taskvm.sandbox import Sandbox, Starting
+from taskvm.secret import Secret
 
 __version__ = "0.1.0"
+
+__all__ = [
+    # Most important first; errors last, from the general to the specific.
+    "Sandbox",
+    "HostDir",
+    "Secret",
+    "ExecResult",
+    "Process",
+    "ByteStream",
+    "Files",
+    "FileInfo",
+    "Policy",
+    "WarmPool",
+    "Provider",
+    "Memory",
+    "Starting",
+    "Image",
+    "ImageSpec",
+    "ImageStore",
+    "Finding",
+    "examine",
+    "render_findings",
+    "TaskvmError",
+    "UsageError",
+    "HostError",
+    "UnavailableError",
+    "ImageError",
+    "UpstreamError",
+    "SandboxError",
+    "SandboxStateError",
+    "SandboxLostError",
+    "GuestProtocolError",
+    "GuestError",
+    "CommandError",
+]
