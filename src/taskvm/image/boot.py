@@ -60,9 +60,9 @@ def boot_files(image: Image, agent_path: Path) -> BootFiles:
     digest = hashlib.sha256(archive).hexdigest()
     directory = image.path.parent.parent / "initramfs"
     initrd = directory / f"{digest}.cpio"
-    if initrd.exists():
-        os.utime(initrd)
-    else:
+    try:
+        os.utime(initrd)  # so that the latest used are kept
+    except FileNotFoundError:
         directory.mkdir(mode=0o700, exist_ok=True)
         _write_atomically(initrd, archive)
         _remove_old(directory)

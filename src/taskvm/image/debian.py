@@ -48,9 +48,11 @@ _DPKG_OPTIONS = (
     "path-exclude=/usr/share/lintian/*",
 )
 
-# Settings of the host's apt that say how its own indexes are kept, not how to reach a mirror.
+# Settings of the host's apt that say how its own indexes are kept, not how to reach a mirror; and those that would let
+# an unsigned archive pass, whatever the host itself puts up with.
 _LOCAL_APT_OPTIONS = re.compile(
-    r"Acquire(::(IndexTargets|Changelogs|cdrom|CompressionTypes|GzipIndexes|Languages).*)? "
+    r"Acquire(::(Allow|IndexTargets|Changelogs|cdrom|CompressionTypes|GzipIndexes|Languages).*)? ",
+    re.IGNORECASE,
 )
 
 # The metapackage's dependency is the kernel itself. apt-get verifies what it downloads here as everywhere.

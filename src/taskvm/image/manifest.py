@@ -1,7 +1,7 @@
 """What an image is made from (`ImageSpec`), what it turned out to be (`Manifest`), and the image itself (`Image`).
 
 Rule 1: an image is immutable and named by the digest of its assets.
-Rule 2: the digest covers what a guest can see, not when or from which mirror it was built.
+Rule 2: the digest covers what a guest can see (its archive's address too), not when or by whom it was built.
 """
 
 from __future__ import annotations

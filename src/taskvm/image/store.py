@@ -173,8 +173,9 @@ class ImageStore:
         if staging.exists():
             progress("removing what an interrupted build left behind")
             shutil.rmtree(staging)
-        new = staging / "new"
-        new.mkdir(mode=0o700, parents=True)
+        staging.mkdir(mode=0o700)
+        # Never the same path twice: what a killed builder's mmdebstrap still writes must not land in this build.
+        new = Path(tempfile.mkdtemp(prefix="build-", dir=staging))
         try:
             built = self._builder(spec, new, progress)
             progress("computing digests")
@@ -192,23 +193,24 @@ class ImageStore:
         _sync_tree(new)
         if final.exists():
             # The same bytes, or a damaged copy of them. Who has the old files open keeps them.
-            final.rename(new.with_name("old"))
+            final.rename(new.with_name("replaced"))
         new.rename(final)
         _sync(final.parent)
         return self._load(digest)
 
     def _make_private(self) -> None:
+        operation, remedy = (
+            f"open the image store {self.root}",
+            "Set TASKVM_CACHE to a directory of your own",
+        )
         try:
-            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.root.chmod(0o700)
-            for name in ("images", "refs"):
-                (self.root / name).mkdir(mode=0o700, exist_ok=True)
+            for directory in (self.root, self.root / "images", self.root / "refs"):
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = self.root.stat()
         except OSError as error:
-            raise ImageError(
-                f"open the image store {self.root}",
-                str(error.strerror),
-                "Set TASKVM_CACHE to a directory of your own",
-            ) from error
+            raise ImageError(operation, error.strerror or str(error), remedy) from error
+        if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+            raise ImageError(operation, "other users can write to it", remedy)
 
 
 def build_image(spec: ImageSpec, store: ImageStore, progress: Progress) -> Image:
