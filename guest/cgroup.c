@@ -1,0 +1,154 @@
+/* The cgroups of the execs. Every path is relative to a descriptor opened at the start: what the guest mounts or unmounts later
+ * does not matter. */
+#include "cgroup.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "log.h"
+
+#define ROOT "/sys/fs/cgroup"
+/* What the guest may nest below an exec (a container engine nests three or four); deeper leaves stay until the end. */
+enum { MAX_NESTING = 16 };
+
+static int execs = -1;
+
+static bool write_at(int directory, const char *path, const char *text)
+{
+	int fd = openat(directory, path, O_WRONLY | O_CLOEXEC);
+	if (fd < 0)
+		return false;
+	bool written = write(fd, text, strlen(text)) >= 0;
+	int error = errno;
+	close(fd);
+	errno = error;
+	return written;
+}
+
+static void enable_controllers(const char *path)
+{
+	static const char *const CONTROLLERS[] = {"+cpu", "+memory", "+io", "+pids"};
+	for (size_t i = 0; i < sizeof(CONTROLLERS) / sizeof(CONTROLLERS[0]); i++)
+		if (!write_at(AT_FDCWD, path, CONTROLLERS[i]))
+			say("enable %s in %s: %s", CONTROLLERS[i], path, strerror(errno));
+}
+
+void cgroup_init(void)
+{
+	if (mount("cgroup2", ROOT, "cgroup2", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL) < 0)
+		fatal("mount cgroup2 on %s: %s", ROOT, strerror(errno));
+	if (mkdir(ROOT "/agent", 0755) < 0 || mkdir(ROOT "/exec", 0755) < 0)
+		fatal("make the cgroups agent and exec: %s", strerror(errno));
+	if (!write_at(AT_FDCWD, ROOT "/agent/cgroup.procs", "0"))
+		fatal("enter the cgroup agent: %s", strerror(errno));
+	enable_controllers(ROOT "/cgroup.subtree_control");
+	enable_controllers(ROOT "/exec/cgroup.subtree_control");
+	execs = open(ROOT "/exec", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (execs < 0)
+		fatal("open %s/exec: %s", ROOT, strerror(errno));
+}
+
+static void leaf_name(char name[16], uint32_t stream)
+{
+	snprintf(name, 16, "%u", stream);
+}
+
+int cgroup_make(uint32_t stream)
+{
+	char name[16];
+	leaf_name(name, stream);
+	if (mkdirat(execs, name, 0755) < 0)
+		return -1;
+	return openat(execs, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+}
+
+static void remove_below(int directory, int depth)
+{
+	DIR *entries = fdopendir(directory);
+	if (!entries) {
+		close(directory);
+		return;
+	}
+	struct dirent *entry;
+	while ((entry = readdir(entries))) {
+		if (entry->d_type != DT_DIR || entry->d_name[0] == '.')
+			continue;
+		if (unlinkat(directory, entry->d_name, AT_REMOVEDIR) == 0 || depth == MAX_NESTING)
+			continue;
+		int child = openat(directory, entry->d_name, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
+		if (child < 0)
+			continue;
+		remove_below(child, depth + 1);
+		unlinkat(directory, entry->d_name, AT_REMOVEDIR);
+	}
+	closedir(entries);
+}
+
+bool cgroup_remove(uint32_t stream)
+{
+	char name[16];
+	leaf_name(name, stream);
+	if (unlinkat(execs, name, AT_REMOVEDIR) == 0 || errno == ENOENT)
+		return true;
+	int leaf = openat(execs, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (leaf >= 0)
+		remove_below(leaf, 0);
+	return unlinkat(execs, name, AT_REMOVEDIR) == 0 || errno == ENOENT;
+}
+
+void cgroup_kill(int group)
+{
+	if (!write_at(group, "cgroup.kill", "1"))
+		say("kill an exec: %s", strerror(errno));
+}
+
+void cgroup_kill_all(void)
+{
+	if (!write_at(execs, "cgroup.kill", "1"))
+		say("kill all execs: %s", strerror(errno));
+}
+
+void cgroup_signal_group(int group, pid_t leader, int signal)
+{
+	int fd = openat(group, "cgroup.procs", O_RDONLY | O_CLOEXEC);
+	FILE *processes = fd < 0 ? NULL : fdopen(fd, "re");
+	if (!processes) {
+		if (fd >= 0)
+			close(fd);
+		return;
+	}
+	/* The leader may be gone and its number another's: only a living member of the group proves that the group is this one. */
+	int pid;
+	bool found = false;
+	while (!found && fscanf(processes, "%d", &pid) == 1)
+		found = getpgid(pid) == leader;
+	fclose(processes);
+	if (found)
+		kill(-leader, signal);
+}
+
+int cgroup_open_events(int group)
+{
+	return openat(group < 0 ? execs : group, "cgroup.events", O_RDONLY | O_CLOEXEC);
+}
+
+bool cgroup_event(int events, const char *line)
+{
+	char text[128] = "";
+	ssize_t length = pread(events, text, sizeof(text) - 1, 0);
+	return length > 0 && strstr(text, line) != NULL;
+}
+
+void cgroup_freeze_all(bool freeze)
+{
+	if (!write_at(execs, "cgroup.freeze", freeze ? "1" : "0"))
+		say("%s the execs: %s", freeze ? "freeze" : "thaw", strerror(errno));
+}

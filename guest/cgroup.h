@@ -1,0 +1,25 @@
+/* The cgroups of the execs: /sys/fs/cgroup/exec/<stream>, each ended, frozen and removed as a whole (cgroup-v2.rst). */
+#ifndef TASKVM_CGROUP_H
+#define TASKVM_CGROUP_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+/* Mount the hierarchy, enable its controllers, and move the agent into a leaf of its own. */
+void cgroup_init(void);
+/* Make a leaf and return a descriptor of it, or -1 and errno. */
+int cgroup_make(uint32_t stream);
+/* Remove the leaf and what was made below it. False while a process lives in it. */
+bool cgroup_remove(uint32_t stream);
+void cgroup_kill(int group);
+/* Signal the process group `leader` as far as it is in `group`. */
+void cgroup_signal_group(int group, pid_t leader, int signal);
+/* A descriptor that polls EPOLLPRI when `populated` or `frozen` change; of all execs when `group` is -1. */
+int cgroup_open_events(int group);
+bool cgroup_event(int events, const char *line);
+void cgroup_freeze_all(bool freeze);
+/* Kill every exec. */
+void cgroup_kill_all(void);
+
+#endif

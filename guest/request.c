@@ -1,0 +1,62 @@
+/* Fields of a request. A field of the wrong type counts as missing. */
+#include "request.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct request *request_part(const uint8_t *map, size_t length)
+{
+	struct request *request = malloc(sizeof(*request) + length);
+	if (!request)
+		return NULL;
+	request->stream = 0;
+	request->length = length;
+	memcpy(request->map, map, length);
+	return request;
+}
+
+struct request *request_copy(const struct frame *frame)
+{
+	struct request *request = request_part(frame->payload, frame->length);
+	if (request)
+		request->stream = frame->stream;
+	return request;
+}
+
+bool request_find(const struct request *request, const char *key, struct msgpack_value *value)
+{
+	return msgpack_find(request->map, request->length, key, value);
+}
+
+bool fail_call(struct failure *failure, int error, const char *call)
+{
+	failure->error = error;
+	failure->call = call;
+	return false;
+}
+
+bool request_path(const struct request *request, const char *key, char path[PATH_MAX], struct failure *failure)
+{
+	struct msgpack_value value;
+	if (!request_find(request, key, &value) || value.type != MSGPACK_BYTES || !value.length ||
+	    memchr(value.bytes, 0, value.length))
+		return fail_call(failure, EINVAL, key);
+	if (value.length >= PATH_MAX)
+		return fail_call(failure, ENAMETOOLONG, key);
+	memcpy(path, value.bytes, value.length);
+	path[value.length] = 0;
+	return true;
+}
+
+int64_t request_integer(const struct request *request, const char *key, int64_t otherwise)
+{
+	struct msgpack_value value;
+	return request_find(request, key, &value) && value.type == MSGPACK_INTEGER ? value.integer : otherwise;
+}
+
+bool request_flag(const struct request *request, const char *key, bool otherwise)
+{
+	struct msgpack_value value;
+	return request_find(request, key, &value) && value.type == MSGPACK_BOOL ? value.integer != 0 : otherwise;
+}

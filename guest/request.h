@@ -1,0 +1,37 @@
+/* The map of an OPEN, copied out of the port's buffer and read field by field. Unknown keys are ignored. */
+#ifndef TASKVM_REQUEST_H
+#define TASKVM_REQUEST_H
+
+#include <limits.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "frames.h"
+#include "msgpack.h"
+
+struct request {
+	uint32_t stream;
+	size_t length;
+	uint8_t map[];
+};
+
+/* Why an operation failed: `call` is the system call or the field, and NULL when it did not fail. */
+struct failure {
+	int error;
+	const char *call;
+};
+
+/* A copy that the caller frees, or NULL when memory is out. The map must be valid (msgpack_valid). */
+struct request *request_copy(const struct frame *frame);
+/* The same of a map inside another. */
+struct request *request_part(const uint8_t *map, size_t length);
+bool request_find(const struct request *request, const char *key, struct msgpack_value *value);
+/* False, with `failure` set, when the field is missing, no path, or longer than the kernel takes. */
+bool request_path(const struct request *request, const char *key, char path[PATH_MAX], struct failure *failure);
+int64_t request_integer(const struct request *request, const char *key, int64_t otherwise);
+bool request_flag(const struct request *request, const char *key, bool otherwise);
+/* Note a failed call with its errno; returns false, for `return fail_call(…)`. */
+bool fail_call(struct failure *failure, int error, const char *call);
+
+#endif
