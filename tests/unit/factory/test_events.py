@@ -1,0 +1,74 @@
+"""taskfactory.events: events as JSON and as one safe line."""
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from taskfactory.events import (
+    MAX_LINE,
+    AgentText,
+    AnyEvent,
+    BeforeAgentStart,
+    SessionShutdown,
+    SessionStart,
+    Status,
+    ToolCall,
+    ToolResult,
+    ToolUpdate,
+    UserBash,
+    escape,
+    escape_block,
+    render_line,
+    to_json,
+)
+
+EVENTS: list[AnyEvent] = [
+    SessionStart(task_id="A-1", sandboxed=True, cwd="/workspace", place="in the sandbox x"),
+    BeforeAgentStart(prompt="do", system_prompt="be"),
+    AgentText(text="hello"),
+    ToolCall(call_id="1", tool="bash", arguments={"command": "ls"}),
+    ToolUpdate(call_id="1", text="x"),
+    ToolResult(call_id="1", tool="bash", text="out", is_error=True),
+    UserBash(command="ls"),
+    Status(text="booting"),
+    SessionShutdown(outcome="success"),
+]
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
+def test_an_event_survives_json_and_names_itself(event: AnyEvent) -> None:
+    data = to_json(event)
+
+    assert msgspec.json.decode(data, type=AnyEvent) == event
+    assert b'"event":"' in data
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x1b[31mred", "\\e[31mred"),
+        ("a\nb\r\tc", "a\\nb\\r\\tc"),
+        ("\x9b2J", "\\x9b2J"),
+        ("\u202etxt.exe", "\\u{202e}txt.exe"),
+        ("a\u200bb\u2028c", "a\\u{200b}b\\u{2028}c"),
+        ("\U000e0041", "\\u{e0041}"),
+        ("\ud800", "\\u{d800}"),
+        ("grün 文", "grün 文"),
+    ],
+)
+def test_what_acts_on_a_terminal_is_made_visible(text: str, shown: str) -> None:
+    assert escape(text) == shown
+
+
+@given(st.text())
+def test_a_line_is_one_line_without_control_bytes(text: str) -> None:
+    line = render_line(ToolCall(call_id="1", tool=text, arguments={"command": text}))
+
+    assert len(line) <= MAX_LINE
+    assert all(ord(sign) >= 0x20 and not 0x7F <= ord(sign) <= 0x9F for sign in line)
+    assert len(line.splitlines()) <= 1
+
+
+def test_a_block_keeps_its_lines_and_nothing_else() -> None:
+    assert escape_block("a\x1b\nb\x07") == "a\\e\nb\\x07"

@@ -1,0 +1,128 @@
+"""taskfactory.workspace and taskfactory.settings: which file decides, and where it must not lie."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from taskfactory.errors import ConfigError, UnsafePathError
+from taskfactory.settings import read_settings
+from taskfactory.workspace import Workspace, open_workspace
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    path = tmp_path / "project"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    path = tmp_path / "home"
+    path.mkdir()
+    return path
+
+
+def register(home: Path, project: Path, identity: str = "uuid-1") -> Path:
+    (home / "workspaces.json").write_text(
+        json.dumps([{"id": identity, "path": str(project), "name": "P"}])
+    )
+    config = home / "workspaces" / "uuid-1" / "sandbox.json"
+    config.parent.mkdir(parents=True)
+    config.write_text('{"enabled": true}')
+    return config
+
+
+def test_a_registered_workspace_has_its_file(home: Path, project: Path) -> None:
+    config = register(home, project)
+
+    workspace = open_workspace(project, home)
+
+    assert workspace == Workspace(path=project, id="uuid-1", name="P", config_path=config)
+    source = workspace.sandbox_source()
+    assert source is not None
+    assert source.data == {"enabled": True}
+
+
+def test_an_unregistered_directory_has_none(home: Path, project: Path) -> None:
+    workspace = open_workspace(project, home)
+
+    assert (workspace.id, workspace.config_path) == (None, None)
+    assert workspace.sandbox_source() is None
+
+
+def test_a_registered_workspace_is_found_through_a_link(home: Path, project: Path) -> None:
+    register(home, project)
+    link = home.parent / "link"
+    link.symlink_to(project)
+
+    assert open_workspace(link, home).id == "uuid-1"
+
+
+def test_a_named_file_replaces_the_registered_one(home: Path, project: Path) -> None:
+    register(home, project)
+    other = home / "other.json"
+    other.write_text("{}")
+
+    assert open_workspace(project, home, other).config_path == other
+
+
+def test_a_file_in_the_workspace_is_refused(home: Path, project: Path) -> None:
+    inside = project / "sandbox.json"
+    inside.write_text("{}")
+
+    with pytest.raises(UnsafePathError, match="an agent could"):
+        open_workspace(project, home, inside)
+
+
+def test_a_link_to_a_file_in_the_workspace_is_refused(home: Path, project: Path) -> None:
+    inside = project / "sandbox.json"
+    inside.write_text("{}")
+    link = home / "sandbox.json"
+    link.symlink_to(inside)
+
+    with pytest.raises(UnsafePathError):
+        open_workspace(project, home, link)
+
+
+def test_a_link_in_the_workspace_to_a_file_outside_is_refused(home: Path, project: Path) -> None:
+    outside = home / "sandbox.json"
+    outside.write_text("{}")
+    link = project / "sandbox.json"
+    link.symlink_to(outside)
+
+    with pytest.raises(UnsafePathError):
+        open_workspace(project, home, link)
+
+
+def test_a_home_in_the_workspace_is_refused(project: Path) -> None:
+    with pytest.raises(UnsafePathError, match="Task Factory home"):
+        open_workspace(project, project / ".taskfactory")
+
+
+@pytest.mark.parametrize(
+    "text", ['{"id": 1}', '[{"id": "x"}]', "[7]", "[", '[{"id": "../..", "path": "PROJECT"}]']
+)
+def test_a_broken_registry_is_refused(home: Path, project: Path, text: str) -> None:
+    (home / "workspaces.json").write_text(text.replace("PROJECT", str(project)))
+
+    with pytest.raises(ConfigError, match=r"workspaces\.json:"):
+        open_workspace(project, home)
+
+
+def test_a_file_is_no_workspace(home: Path, project: Path) -> None:
+    file = project / "x"
+    file.write_text("")
+
+    with pytest.raises(ConfigError, match="not a directory"):
+        open_workspace(file, home)
+
+
+def test_settings_come_from_the_environment() -> None:
+    user = Path("/home/me")
+
+    assert read_settings({}, user).home == Path("/home/me/.taskfactory")
+    assert read_settings({"TASKFACTORY_HOME": "/x"}, user).home == Path("/x")
+    assert read_settings({"PI_FACTORY_SANDBOX": "1"}, user).sandbox_default is True
+    assert read_settings({"PI_FACTORY_SANDBOX": "0"}, user).sandbox_default is False
