@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import mmap
 import os
 import shutil
 import socket
@@ -20,11 +19,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from taskvm.fs.hostdir import HostDir
+from taskvm.fs.memory import Memory
 from taskvm.fs.provider import Provider
 from taskvm.fs.server import FsServer
 from taskvm.wire.frames import FrameDecoder, FrameType, encode_header
@@ -60,7 +61,9 @@ class KernelMount:
         self._sock = ours
         self._fuse = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
         path.mkdir(exist_ok=True)
-        options = f"fd={self._fuse},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions"
+        options = (
+            f"fd={self._fuse},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions"
+        )
         flags = MS_NOSUID | MS_NODEV
         if libc.mount(b"taskvm", os.fsencode(path), b"fuse", flags, options.encode()):
             pytest.skip(f"cannot mount FUSE: {os.strerror(ctypes.get_errno())}: NOT run")
@@ -133,6 +136,10 @@ def guest(mount_of: Callable[[Provider], Path], host: Path) -> Path:
     return mount_of(HostDir(host))
 
 
+def names(directory: Path) -> list[str]:
+    return sorted(entry.name for entry in directory.iterdir())
+
+
 def run(*command: str | Path, cwd: Path) -> str:
     """Run a program with no settings of this machine's user."""
     environment = {
@@ -179,14 +186,31 @@ def test_attributes_pass_through(guest: Path, host: Path) -> None:
 
 
 def test_a_directory_of_thousands_lists_completely(guest: Path, host: Path) -> None:
-    names = {f"file-{number:05}-{'x' * (number % 90)}" for number in range(3000)}
-    for name in names:
+    made = {f"file-{number:05}-{'x' * (number % 90)}" for number in range(3000)}
+    for name in made:
         (host / name).touch()
 
-    assert set(os.listdir(guest)) == names
+    assert names(guest) == sorted(made)
     assert len(run("ls", "-lU", guest, cwd=host).splitlines()) == 3001
     shutil.rmtree(guest, ignore_errors=True)  # the mount point itself stays
-    assert os.listdir(host) == []
+    assert names(host) == []
+
+
+def test_git_and_a_shell_work_in_memory(mount_of: Callable[[Provider], Path]) -> None:
+    path = mount_of(Memory())
+    (path / "work").mkdir()
+
+    run("git", "init", "-q", "-b", "main", ".", cwd=path / "work")
+    (path / "work" / "file").write_text("text")
+    run("git", "add", ".", cwd=path / "work")
+    run("git", "commit", "-qm", "one", cwd=path / "work")
+    run("sh", "-c", "mkfifo f; (echo through > f &); read x < f; test $x = through", cwd=path)
+    run("cp", "-a", path / "work", path / "copy", cwd=path)
+
+    assert run("git", "fsck", "--strict", cwd=path / "copy") == ""
+    assert run("diff", "-r", "work", "copy", cwd=path) == ""
+    run("rm", "-rf", "work", "copy", "f", cwd=path)
+    assert names(path) == []
 
 
 def test_git_works_on_both_sides(guest: Path, host: Path) -> None:
@@ -203,7 +227,7 @@ def test_git_works_on_both_sides(guest: Path, host: Path) -> None:
     run("git", "gc", "-q", cwd=guest)
 
     assert run("git", "status", "--porcelain", cwd=guest) == ""
-    # -n: the guest's index, with its inode numbers and times, is believed by the host as it is.
+    # The guest's index, with its inode numbers and times, is believed by the host as it is.
     assert run("git", "diff-files", "--name-only", cwd=host) == ""
     assert run("git", "fsck", "--strict", cwd=host) == ""
     run("git", "clone", "-q", guest, guest / "clone", cwd=guest)
@@ -228,7 +252,7 @@ def test_copies_keep_everything(guest: Path, host: Path, tmp_path: Path) -> None
     assert (host / "out/copy/deep/hard").samefile(host / "out/copy/deep/er/file")
     assert (host / "copy/locked").stat().st_mode == source.joinpath("locked").stat().st_mode
     run("rm", "-rf", guest / "copy", guest / "out", cwd=tmp_path)
-    assert os.listdir(host) == ["a.tar"]
+    assert names(host) == ["a.tar"]
 
 
 def test_python_and_its_caches_work(guest: Path) -> None:
@@ -244,20 +268,22 @@ def test_python_and_its_caches_work(guest: Path) -> None:
     assert len(list((guest / "package" / "__pycache__").iterdir())) == 2
 
 
-def test_sqlite_works_in_both_journal_modes(guest: Path, host: Path) -> None:
-    for mode in ("delete", "wal"):
-        database = sqlite3.connect(guest / f"{mode}.db")
-        database.execute(f"pragma journal_mode={mode}")
-        database.execute("create table t (a integer primary key, b blob)")
-        for _ in range(20):
-            with database:
-                database.execute("insert into t (b) values (randomblob(5000))")
-        database.close()
+@pytest.mark.parametrize("mode", ["delete", "wal"])
+def test_sqlite_works(guest: Path, host: Path, mode: str) -> None:
+    program = (
+        "import sqlite3\n"
+        "database = sqlite3.connect('test.db')\n"
+        f"database.execute('pragma journal_mode={mode}')\n"
+        "database.execute('create table t (a integer primary key, b blob)')\n"
+        "for _ in range(20):\n"
+        "    with database:\n"
+        "        database.execute('insert into t (b) values (randomblob(5000))')\n"
+    )
+    run(sys.executable, "-c", program, cwd=guest)
 
-        copy = sqlite3.connect(host / f"{mode}.db")
+    with closing(sqlite3.connect(host / "test.db")) as copy:
         assert copy.execute("select count(*), sum(length(b)) from t").fetchone() == (20, 100_000)
         assert copy.execute("pragma integrity_check").fetchone() == ("ok",)
-        copy.close()
 
 
 def test_an_unlinked_file_lives_until_it_is_closed(guest: Path, host: Path) -> None:
@@ -265,7 +291,7 @@ def test_an_unlinked_file_lives_until_it_is_closed(guest: Path, host: Path) -> N
         file.write(b"before")
         file.flush()
         (guest / "file").unlink()
-        assert os.listdir(host) == []
+        assert names(host) == []
         file.write(b" and after")
         file.flush()
         file.seek(0)
@@ -297,7 +323,7 @@ def test_exclusive_creation_excludes(guest: Path) -> None:
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
 def test_the_umask_of_the_guest_alone_counts(guest: Path, host: Path, umask: int) -> None:
-    script = f"umask {umask:o}; touch file; mkdir directory; mkfifo /dev/null 2>/dev/null; true"
+    script = f"umask {umask:o}; touch file; mkdir directory"
     run("sh", "-c", script, cwd=guest)
 
     assert stat.S_IMODE((host / "file").stat().st_mode) == 0o666 & ~umask
@@ -341,9 +367,14 @@ def test_holes_and_preallocation(guest: Path, host: Path) -> None:
 
 def test_shared_mappings_reach_the_host(guest: Path, host: Path) -> None:
     (guest / "file").write_bytes(b"a" * 8192)
-    with open(guest / "file", "r+b") as file, mmap.mmap(file.fileno(), 0) as view:
-        view[4000:4010] = b"0123456789"
-        view.flush()
+    # In another process: a page fault here would wait, with the interpreter's lock, for our own server.
+    program = (
+        "import mmap\n"
+        "with open('file', 'r+b') as file, mmap.mmap(file.fileno(), 0) as view:\n"
+        "    view[4000:4010] = b'0123456789'\n"
+        "    view.flush()\n"
+    )
+    run(sys.executable, "-c", program, cwd=guest)
     assert (host / "file").read_bytes()[3999:4011] == b"a0123456789a"
 
 
@@ -372,7 +403,7 @@ def test_times_can_be_set_one_by_one(guest: Path, host: Path) -> None:
     assert (host / "file").stat().st_atime_ns == 5_000_000_000
     assert (host / "file").stat().st_mtime_ns == 77_000_000_009
     assert (host / "link").lstat().st_mtime_ns == 2
-    assert os.readlink(guest / "link") == "file"
+    assert str((guest / "link").readlink()) == "file"
 
 
 def test_owners_stay(guest: Path) -> None:
@@ -398,7 +429,7 @@ def test_changes_of_the_host_show_within_the_lifetime(guest: Path, host: Path) -
 
     assert (guest / "file").read_text() == "two, in place"
     assert (guest / "replaced").read_text() == "two"
-    assert sorted(os.listdir(guest)) == ["file", "link", "replaced"]
+    assert names(guest) == ["file", "link", "replaced"]
 
 
 def test_a_symbolic_link_that_the_host_replaced_is_read_anew(guest: Path, host: Path) -> None:
@@ -407,9 +438,9 @@ def test_a_symbolic_link_that_the_host_replaced_is_read_anew(guest: Path, host: 
         (host / "link").symlink_to(f"target{number}")
         time.sleep(1.1 if number < 2 else 0)
         if number < 2:
-            assert os.readlink(guest / "link") == f"target{number}"
+            assert str((guest / "link").readlink()) == f"target{number}"
     time.sleep(1.1)
-    assert os.readlink(guest / "link") == "target4"
+    assert str((guest / "link").readlink()) == "target4"
 
 
 def test_locks_of_the_guest_exclude_each_other(guest: Path) -> None:
@@ -442,7 +473,7 @@ def test_many_processes_at_once(guest: Path, host: Path) -> None:
         " mv f$i.$j g$i.$j; cat g$i.$j > /dev/null; done) & done; wait; cat g* | wc -l"
     )
     assert run("sh", "-c", script, cwd=guest).strip() == "160"
-    assert len(os.listdir(host)) == 160
+    assert len(names(host)) == 160
 
 
 def test_a_very_deep_tree(guest: Path, host: Path) -> None:
@@ -454,4 +485,4 @@ def test_a_very_deep_tree(guest: Path, host: Path) -> None:
     )
     assert run(sys.executable, "-c", program, cwd=guest) == "deep\n"
     run("rm", "-rf", guest / ("d" * 20), cwd=guest)
-    assert os.listdir(host) == []
+    assert names(host) == []

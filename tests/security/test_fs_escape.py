@@ -1,0 +1,503 @@
+"""Attacks on the workspace file system by a guest whose kernel is hostile: hand-made messages on the port.
+
+Each attack is judged by what the host's files say afterwards, not by the answer alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import socket
+import stat
+import struct
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from taskvm.errors import GuestProtocolError
+from taskvm.fs.hostdir import HostDir
+from taskvm.fs.provider import Provider
+from taskvm.fs.server import FsServer
+from taskvm.wire.frames import FrameDecoder, FrameType, encode_header
+from taskvm.wire.fuse import Opcode
+
+MOUNT = 3
+ROOT = 1
+SECRET = b"the host's secret"
+O_CREAT, O_WRONLY, O_EXCL, O_TRUNC = 0o100, 1, 0o200, 0o1000
+
+
+class HostileKernel:
+    """Sends any request and returns (errno, body), or raises when the port was closed on it."""
+
+    def __init__(self, provider: Provider) -> None:
+        self.sock, theirs = socket.socketpair()
+        self.sock.settimeout(10)
+        self.failed = threading.Event()
+        self.failures: list[Exception] = []
+        self.server = FsServer(theirs, on_failure=self._failure)
+        self.server.add_mount(MOUNT, provider)
+        self._decoder = FrameDecoder()
+        self._unique = 0
+        self.ask(Opcode.INIT, 0, struct.pack("<IIII", 7, 38, 131072, 0xFFFF_FFFF) + bytes(48))
+
+    def _failure(self, error: Exception) -> None:
+        self.failures.append(error)
+        self.failed.set()
+
+    def message(self, opcode: int, node: int, body: bytes) -> bytes:
+        self._unique += 2
+        return (
+            struct.pack("<IIQQIIIHH", 40 + len(body), opcode, self._unique, node, 0, 0, 1, 0, 0)
+            + body
+        )
+
+    def send(self, message: bytes) -> None:
+        self.sock.sendall(encode_header(FrameType.FUSE, 0, MOUNT, len(message)) + message)
+
+    def ask(self, opcode: int, node: int, body: bytes = b"") -> tuple[int, bytes]:
+        self.send(self.message(opcode, node, body))
+        while data := self.sock.recv(1 << 18):
+            for frame in self._decoder.feed(data):
+                length, error, unique = struct.unpack_from("<IiQ", frame.payload)
+                assert (length, unique) == (len(frame.payload), self._unique)
+                return -error, bytes(frame.payload[16:])
+        raise ConnectionError("the server closed the port")
+
+    def lookup(self, node: int, name: bytes) -> int:
+        """Return the node, or minus the errno."""
+        error, body = self.ask(Opcode.LOOKUP, node, name + b"\0")
+        return -error if error else int(struct.unpack_from("<Q", body)[0])
+
+    def read(self, node: int) -> tuple[int, bytes]:
+        return self.ask(Opcode.READ, node, struct.pack("<QQIIQII", 0, 0, 4096, 0, 0, 0, 0))
+
+    def write(self, node: int, data: bytes, offset: int = 0) -> tuple[int, bytes]:
+        head = struct.pack("<QQIIQII", 0, offset, len(data), 0, 0, O_WRONLY, 0)
+        return self.ask(Opcode.WRITE, node, head + data)
+
+    def create(self, node: int, name: bytes, mode: int, flags: int = 0) -> tuple[int, bytes]:
+        body = struct.pack("<IIII", flags | O_CREAT | O_WRONLY, mode, 0, 0) + name + b"\0"
+        return self.ask(Opcode.CREATE, node, body)
+
+    def setattr(self, node: int, valid: int, **fields: int) -> tuple[int, bytes]:
+        body = struct.pack(
+            "<IIQQQqqqIIIIIIII",
+            *(valid, 0, 0, fields.get("size", 0), 0, 0, 0, 0, 0, 0, 0),
+            *(fields.get("mode", 0), 0, fields.get("uid", 0), fields.get("gid", 0), 0),
+        )
+        return self.ask(Opcode.SETATTR, node, body)
+
+    def close(self) -> None:
+        self.server.close()
+        self.sock.close()
+
+
+@pytest.fixture
+def share(tmp_path: Path) -> Path:
+    """A workspace beside a file that the guest must never reach."""
+    path = tmp_path / "share"
+    (path / "directory").mkdir(parents=True)
+    (path / "file").write_bytes(b"workspace")
+    (path / "directory" / "inner").write_bytes(b"inner")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "inner").write_bytes(SECRET)
+    (tmp_path / "secret").write_bytes(SECRET)
+    return path
+
+
+@pytest.fixture
+def kernel(share: Path) -> Iterator[HostileKernel]:
+    hostile = HostileKernel(HostDir(share))
+    yield hostile
+    hostile.close()
+
+
+@pytest.fixture
+def reader(share: Path) -> Iterator[HostileKernel]:
+    hostile = HostileKernel(HostDir(share, mode="ro"))
+    yield hostile
+    hostile.close()
+
+
+BAD_NAMES = [b"", b".", b"..", b"/", b"/etc/passwd", b"../secret", b"directory/inner", b"a\0b"]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+@pytest.mark.parametrize(
+    ("opcode", "head"),
+    [
+        (Opcode.LOOKUP, b""),
+        (Opcode.UNLINK, b""),
+        (Opcode.RMDIR, b""),
+        (Opcode.MKDIR, struct.pack("<II", 0o755, 0)),
+        (Opcode.MKNOD, struct.pack("<IIII", stat.S_IFREG | 0o644, 0, 0, 0)),
+        (Opcode.CREATE, struct.pack("<IIII", O_CREAT, 0o644, 0, 0)),
+        (Opcode.LINK, struct.pack("<Q", 2)),
+        (Opcode.RENAME2, struct.pack("<QII", ROOT, 0, 0) + b"file\0"),
+        (Opcode.RENAME, struct.pack("<Q", ROOT) + b"file\0"),
+    ],
+)
+def test_a_name_that_is_no_component_ends_the_sandbox(
+    kernel: HostileKernel, share: Path, opcode: int, head: bytes, name: bytes
+) -> None:
+    kernel.send(kernel.message(opcode, ROOT, head + name + b"\0"))
+
+    assert kernel.failed.wait(10)
+    assert isinstance(kernel.failures[0], GuestProtocolError)
+    assert kernel.sock.recv(1) == b""
+    assert sorted(entry.name for entry in share.iterdir()) == ["directory", "file"]
+    assert (share.parent / "secret").read_bytes() == SECRET
+
+
+@pytest.mark.parametrize(
+    "name", [b"x" * 256, b"x" * 4095, b"\xff\xfe", b"trailing ", b"\n", b"\x1b[2J", b"..."]
+)
+def test_odd_names_are_only_names(kernel: HostileKernel, name: bytes) -> None:
+    assert kernel.lookup(ROOT, name) in (-errno.ENOENT, -errno.ENAMETOOLONG)
+
+
+TARGETS = [b"/etc/passwd", b"../secret", b"/proc/self/root/etc/passwd", b"directory", b"."]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_symbolic_link_is_never_followed(
+    kernel: HostileKernel, share: Path, target: bytes
+) -> None:
+    error, body = kernel.ask(Opcode.SYMLINK, ROOT, b"link\0" + target + b"\0")
+    assert error == 0
+    link = struct.unpack_from("<Q", body)[0]
+
+    assert kernel.ask(Opcode.READLINK, link) == (0, target)
+    assert kernel.lookup(link, b"inner") == -errno.ESTALE
+    assert kernel.read(link)[0] == errno.EINVAL
+    assert kernel.write(link, b"x")[0] == errno.EINVAL
+    assert kernel.setattr(link, 8, size=0)[0] == errno.EINVAL
+    assert kernel.create(ROOT, b"link", 0o644)[0] == errno.ESTALE
+    assert kernel.create(ROOT, b"link", 0o644, O_EXCL)[0] == errno.EEXIST
+    assert os.fsencode((share / "link").readlink()) == target
+
+
+def test_a_parent_swapped_for_a_link_leads_nowhere(kernel: HostileKernel, share: Path) -> None:
+    directory = kernel.lookup(ROOT, b"directory")
+    (share / "directory").rename(share / "elsewhere")
+    (share / "directory").symlink_to("../outside")
+
+    assert kernel.lookup(directory, b"inner") == -errno.ESTALE
+    assert kernel.create(directory, b"planted", 0o644)[0] == errno.ESTALE
+    assert [entry.name for entry in (share.parent / "outside").iterdir()] == ["inner"]
+
+
+def test_a_file_swapped_for_a_link_is_not_opened(kernel: HostileKernel, share: Path) -> None:
+    file = kernel.lookup(ROOT, b"file")
+    (share / "file").unlink()
+    (share / "file").symlink_to("../secret")
+
+    assert kernel.read(file) == (errno.ESTALE, b"")
+    assert kernel.write(file, b"overwritten")[0] == errno.ESTALE
+    assert kernel.setattr(file, 1, mode=0o777)[0] == errno.ESTALE
+    assert (share.parent / "secret").read_bytes() == SECRET
+
+
+def test_a_file_swapped_for_another_is_not_mistaken_for_it(
+    kernel: HostileKernel, share: Path
+) -> None:
+    file = kernel.lookup(ROOT, b"file")
+    (share / "other").write_bytes(b"other")
+    (share / "other").rename(share / "file")
+
+    assert kernel.read(file) == (errno.ESTALE, b"")
+
+
+def test_swapping_as_fast_as_possible_leaks_nothing(kernel: HostileKernel, share: Path) -> None:
+    (share / "trap").symlink_to("../outside")
+    libc = ctypes.CDLL(None)
+    done = threading.Event()
+    paths = os.fsencode(share / "directory"), os.fsencode(share / "trap")
+
+    def swap() -> None:
+        while not done.is_set():
+            libc.renameat2(-100, paths[0], -100, paths[1], 2)
+
+    swapper = threading.Thread(target=swap)
+    swapper.start()
+    try:
+        for number in range(400):
+            directory = kernel.lookup(ROOT, b"directory")
+            inner = kernel.lookup(directory, b"inner") if directory > 0 else -1
+            assert inner < 0 or SECRET not in kernel.read(inner)[1]
+            if directory > 0:
+                kernel.create(directory, b"planted%d" % number, 0o644)
+    finally:
+        done.set()
+        swapper.join()
+    assert [entry.name for entry in (share.parent / "outside").iterdir()] == ["inner"]
+
+
+def test_what_the_host_moves_out_is_out_of_reach_a_second_later(
+    share: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("taskvm.fs.hostdir.time.monotonic", lambda: now[0])
+    kernel = HostileKernel(HostDir(share))
+    directory = kernel.lookup(ROOT, b"directory")
+    assert kernel.lookup(directory, b"inner") > 0
+
+    (share / "directory").rename(share.parent / "moved")
+    now[0] += 1.0
+
+    assert kernel.lookup(directory, b"inner") == -errno.ESTALE
+    kernel.close()
+
+
+def test_nothing_but_regular_files_is_opened(kernel: HostileKernel, share: Path) -> None:
+    os.mkfifo(share / "fifo")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(share / "socket"))
+        nodes = [kernel.lookup(ROOT, name) for name in (b"fifo", b"socket", b"directory")]
+
+        answers = [(kernel.read(node)[0], kernel.write(node, b"x")[0]) for node in nodes]
+
+    assert answers == [(errno.EINVAL, errno.EINVAL)] * 2 + [(errno.EISDIR, errno.EISDIR)]
+
+
+def test_a_file_swapped_for_a_fifo_does_not_hang_the_server(
+    kernel: HostileKernel, share: Path
+) -> None:
+    file = kernel.lookup(ROOT, b"file")
+    (share / "file").unlink()
+    os.mkfifo(share / "file")
+
+    assert kernel.read(file)[0] == errno.ESTALE
+    assert kernel.write(file, b"x")[0] == errno.ESTALE
+
+
+@pytest.mark.parametrize("kind", [stat.S_IFCHR, stat.S_IFBLK])
+def test_devices_are_not_made(kernel: HostileKernel, share: Path, kind: int) -> None:
+    body = struct.pack("<IIII", kind | 0o666, 0x0103, 0, 0) + b"device\0"
+
+    assert kernel.ask(Opcode.MKNOD, ROOT, body)[0] == errno.EPERM
+    assert not (share / "device").exists()
+
+
+def test_set_id_bits_are_never_set(kernel: HostileKernel, share: Path) -> None:
+    (share / "directory").chmod(0o2777)
+    directory = kernel.lookup(ROOT, b"directory")
+
+    _error, body = kernel.create(directory, b"made", 0o6755)
+    node = struct.unpack_from("<Q", body)[0]
+    kernel.setattr(node, 1, mode=0o106777)
+    kernel.ask(Opcode.MKDIR, ROOT, struct.pack("<II", 0o6755, 0) + b"dir\0")
+    kernel.ask(Opcode.MKNOD, ROOT, struct.pack("<IIII", stat.S_IFREG | 0o6755, 0, 0, 0) + b"node\0")
+
+    assert stat.S_IMODE((share / "directory" / "made").stat().st_mode) == 0o777
+    assert stat.S_IMODE((share / "dir").stat().st_mode) == 0o755
+    assert stat.S_IMODE((share / "node").stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize("change", ["write", "truncate"])
+def test_a_set_id_program_that_is_changed_loses_the_bit(
+    kernel: HostileKernel, share: Path, change: str
+) -> None:
+    (share / "file").chmod(0o6755)
+    file = kernel.lookup(ROOT, b"file")
+
+    if change == "write":
+        assert kernel.write(file, b"payload")[0] == 0
+    else:
+        assert kernel.setattr(file, 8, size=0)[0] == 0
+
+    assert stat.S_IMODE((share / "file").stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize(
+    "name", [b"security.capability", b"trusted.x", b"system.posix_acl_access", b"user", b"USER.x"]
+)
+def test_only_user_attributes_exist(kernel: HostileKernel, share: Path, name: bytes) -> None:
+    file = kernel.lookup(ROOT, b"file")
+    value = b"\1\0\0\2" + bytes(16)
+
+    set_ = struct.pack("<II", len(value), 0) + name + b"\0" + value
+    assert kernel.ask(Opcode.SETXATTR, file, set_)[0] == errno.EOPNOTSUPP
+    get = struct.pack("<II", 100, 0) + name + b"\0"
+    assert kernel.ask(Opcode.GETXATTR, file, get)[0] == errno.EOPNOTSUPP
+    assert os.listxattr(share / "file") == []
+
+
+def test_owners_cannot_be_changed(kernel: HostileKernel, share: Path) -> None:
+    file = kernel.lookup(ROOT, b"file")
+    before = (share / "file").stat()
+
+    assert kernel.setattr(file, 2, uid=before.st_uid + 1)[0] == errno.EPERM
+    assert kernel.setattr(file, 4, gid=before.st_gid + 1)[0] == errno.EPERM
+    assert ((share / "file").stat().st_uid, (share / "file").stat().st_gid) == (
+        before.st_uid,
+        before.st_gid,
+    )
+
+
+def every_change(file: int) -> list[tuple[int, int, bytes]]:
+    """One request of each kind that changes something."""
+    written = struct.pack("<QQIIQII", 0, 0, 1, 0, 0, O_WRONLY, 0) + b"x"
+    copied = struct.pack("<QQQQQQQ", 0, 0, file, 0, 4, 4, 0)
+    truncated = struct.pack("<IIQQQqqqIIIIIIII", 8, *[0] * 15)
+    chmodded = struct.pack("<IIQQQqqqIIIIIIII", 1, *[0] * 10, 0o777, *[0] * 4)
+    touched = struct.pack("<IIQQQqqqIIIIIIII", 48, *[0] * 15)
+    return [
+        (Opcode.WRITE, file, written),
+        (Opcode.COPY_FILE_RANGE, file, copied),
+        (Opcode.SETATTR, file, truncated),
+        (Opcode.SETATTR, file, chmodded),
+        (Opcode.SETATTR, file, touched),
+        (Opcode.FALLOCATE, file, struct.pack("<QQQII", 0, 0, 100, 0, 0)),
+        (Opcode.SETXATTR, file, struct.pack("<II", 1, 0) + b"user.a\0x"),
+        (Opcode.REMOVEXATTR, file, b"user.there\0"),
+        (Opcode.CREATE, ROOT, struct.pack("<IIII", O_CREAT, 0o644, 0, 0) + b"new\0"),
+        (Opcode.CREATE, ROOT, struct.pack("<IIII", O_CREAT | O_TRUNC, 0o644, 0, 0) + b"file\0"),
+        (Opcode.MKNOD, ROOT, struct.pack("<IIII", stat.S_IFREG, 0, 0, 0) + b"new\0"),
+        (Opcode.MKNOD, ROOT, struct.pack("<IIII", stat.S_IFIFO, 0, 0, 0) + b"new\0"),
+        (Opcode.MKDIR, ROOT, struct.pack("<II", 0o755, 0) + b"new\0"),
+        (Opcode.SYMLINK, ROOT, b"new\0target\0"),
+        (Opcode.LINK, ROOT, struct.pack("<Q", file) + b"new\0"),
+        (Opcode.UNLINK, ROOT, b"file\0"),
+        (Opcode.RMDIR, ROOT, b"directory\0"),
+        (Opcode.RENAME, ROOT, struct.pack("<Q", ROOT) + b"file\0new\0"),
+        (Opcode.RENAME2, ROOT, struct.pack("<QII", ROOT, 2, 0) + b"file\0directory\0"),
+    ]
+
+
+CHANGES = len(every_change(0))
+
+
+@pytest.mark.parametrize("number", range(CHANGES))
+def test_a_read_only_mount_refuses_each_change(
+    reader: HostileKernel, share: Path, number: int
+) -> None:
+    os.setxattr(share / "file", "user.there", b"1")
+    file = reader.lookup(ROOT, b"file")
+    before = (share / "file").stat()
+    opcode, node, body = every_change(file)[number]
+
+    assert reader.ask(opcode, node, body) == (errno.EROFS, b"")
+
+    assert (share / "file").stat() == before
+    assert sorted(entry.name for entry in share.iterdir()) == ["directory", "file"]
+    assert os.listxattr(share / "file") == ["user.there"]
+
+
+def test_the_read_only_provider_refuses_by_itself_too(share: Path) -> None:
+    provider = HostDir(share, mode="ro")
+    file = provider.lookup(ROOT, b"file").node
+
+    for attempt in (
+        lambda: provider.write(file, 0, memoryview(b"x"), append=False),
+        lambda: provider.create(ROOT, b"new", 0o644, 0),
+        lambda: provider.create(ROOT, b"file", 0o644, O_TRUNC),
+        lambda: provider.mkdir(ROOT, b"new", 0o755),
+        lambda: provider.mknod(ROOT, b"new", 0o644),
+        lambda: provider.symlink(ROOT, b"new", b"target"),
+        lambda: provider.link(file, ROOT, b"new"),
+        lambda: provider.unlink(ROOT, b"file"),
+        lambda: provider.rmdir(ROOT, b"directory"),
+        lambda: provider.rename(ROOT, b"file", ROOT, b"new", 0),
+        lambda: provider.allocate(file, 0, 10, 0),
+        lambda: provider.copy_range(file, 0, file, 4, 4),
+        lambda: provider.setxattr(file, b"user.a", b"", 0),
+        lambda: provider.removexattr(file, b"user.a"),
+    ):
+        with pytest.raises(OSError, match="EROFS"):
+            attempt()
+    provider.close()
+
+
+@pytest.mark.parametrize("node", [0, 2, 999, 2**63, 2**64 - 1])
+def test_a_node_that_was_never_given_is_stale(kernel: HostileKernel, node: int) -> None:
+    assert kernel.lookup(node, b"file") == -errno.ESTALE
+    assert kernel.read(node)[0] == errno.ESTALE
+    assert kernel.ask(Opcode.GETATTR, node, bytes(16))[0] == errno.ESTALE
+
+
+def test_forgetting_too_much_only_hurts_the_guest(kernel: HostileKernel) -> None:
+    file = kernel.lookup(ROOT, b"file")
+
+    for node in (file, ROOT, 12345):
+        kernel.send(kernel.message(Opcode.FORGET, node, struct.pack("<Q", 2**64 - 1)))
+
+    assert kernel.read(file)[0] == errno.ESTALE
+    assert kernel.lookup(ROOT, b"file") > 0
+
+
+def test_a_guest_cannot_exhaust_the_descriptors(kernel: HostileKernel, share: Path) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    budget = kernel.server._mounts[MOUNT].provider._contents._limit  # type: ignore[attr-defined]
+
+    for number in range(3 * budget):
+        error, body = kernel.create(ROOT, b"file%d" % number, 0o644)
+        assert error == 0
+        assert kernel.write(struct.unpack_from("<Q", body)[0], b"x")[0] == 0
+        assert kernel.ask(Opcode.UNLINK, ROOT, b"file%d\0" % number)[0] == 0
+
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 3 * budget
+    kernel.close()
+    assert len(list(Path("/proc/self/fd").iterdir())) < before
+
+
+def test_a_mount_point_inside_is_not_entered(kernel: HostileKernel, share: Path) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"none", os.fsencode(share / "directory"), b"tmpfs", 0, None):
+        pytest.skip("mounting needs root: NOT run")
+    try:
+        (share / "directory" / "inner").write_bytes(SECRET)
+        directory = kernel.lookup(ROOT, b"directory")
+        assert kernel.lookup(directory, b"inner") == -errno.EXDEV
+    finally:
+        libc.umount2(os.fsencode(share / "directory"), 2)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"",
+        bytes(16),
+        bytes(40),
+        struct.pack("<IIQQIIIHH", 41, 3, 2, 1, 0, 0, 0, 0, 0),
+        struct.pack("<IIQQIIIHH", 40, 3, 2, 1, 0, 0, 0, 0, 0),
+        struct.pack("<IIQQIIIHH", 40, 1, 2, 1, 0, 0, 0, 1, 0),
+        struct.pack("<IIQQIIIHH", 80, 15, 2, 1, 0, 0, 0, 0, 0)
+        + struct.pack("<QQIIQII", 0, 0, 2**32 - 1, 0, 0, 0, 0),
+        struct.pack("<IIQQIIIHH", 80, 15, 2, 1, 0, 0, 0, 0, 0)
+        + struct.pack("<QQIIQII", 0, 2**63, 10, 0, 0, 0, 0),
+        struct.pack("<IIQQIIIHH", 48, 42, 2, 1, 0, 0, 0, 0, 0) + struct.pack("<II", 2**31, 0),
+    ],
+)
+def test_a_malformed_message_ends_this_sandbox_only(
+    kernel: HostileKernel, share: Path, message: bytes
+) -> None:
+    other = HostileKernel(HostDir(share))
+
+    kernel.send(message)
+
+    assert kernel.failed.wait(10)
+    assert isinstance(kernel.failures[0], GuestProtocolError)
+    assert other.lookup(ROOT, b"file") > 0
+    other.close()
+
+
+def test_a_guest_that_reads_no_answers_stops_only_its_own_thread(share: Path) -> None:
+    (share / "big").write_bytes(bytes(1 << 20))
+    kernel = HostileKernel(HostDir(share))
+    big = kernel.lookup(ROOT, b"big")
+    request = struct.pack("<QQIIQII", 0, 0, 1 << 20, 0, 0, 0, 0)
+
+    flood = encode_header(FrameType.FUSE, 0, MOUNT, 80) + kernel.message(Opcode.READ, big, request)
+    kernel.sock.settimeout(1)
+    with pytest.raises(TimeoutError):
+        kernel.sock.sendall(flood * 50_000)
+
+    assert kernel.server._outgoing_size <= 2 << 20
+    kernel.server.close()
+    assert not kernel.server._thread.is_alive()
+    kernel.sock.close()
