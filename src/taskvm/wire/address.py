@@ -80,8 +80,8 @@ def special_range(address: IPAddress) -> str:
 
 def embedded_ipv4(address: IPAddress) -> ipaddress.IPv4Address | None:
     """Return the IPv4 address that a transition mechanism sends the packets to, or None."""
-    if isinstance(address, ipaddress.IPv4Address):
-        return None
+    if isinstance(address, ipaddress.IPv4Address) or int(address) <= 1:
+        return None  # :: and ::1 are no IPv4-compatible addresses (RFC 4291 section 2.5.5.1)
     for net, shift, mask in _EMBEDDED:
         if address in net:
             return ipaddress.IPv4Address(((int(address) >> shift) & 0xFFFF_FFFF) ^ mask)

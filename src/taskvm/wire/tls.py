@@ -93,7 +93,7 @@ def _join_records(data: bytes) -> bytes | None:
             raise TlsError("a record is empty or too long")
         message += data[position + 5 : position + 5 + length]
         position += 5 + length
-        if message[:1] != bytes([_CLIENT_HELLO]):
+        if message and message[0] != _CLIENT_HELLO:
             raise TlsError("the first message is not a ClientHello")
         size = int.from_bytes(message[1:4], "big") if len(message) >= 4 else MAX_CLIENT_HELLO
         if size > MAX_CLIENT_HELLO:
