@@ -24,7 +24,7 @@ from taskfactory.errors import EnvironmentLost, EnvironmentUnavailable, Operatio
 from taskfactory.sandboxconfig import SandboxConfig
 
 if TYPE_CHECKING:
-    from taskvm import Process, Sandbox, Secret
+    from taskvm import Process, Sandbox, Secret, Starting
 
 GUEST_ROOT = "/workspace"
 # Of the guest's own program that says where its home is.
@@ -83,7 +83,7 @@ def _refusal(error: Exception) -> str:
 
 def _sandbox(
     config: SandboxConfig, workspace: Path, audit_path: Path, say: Say, environ: Mapping[str, str]
-) -> Sandbox:
+) -> Starting:
     import taskvm
 
     return taskvm.Sandbox.create(

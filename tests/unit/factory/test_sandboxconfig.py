@@ -159,10 +159,10 @@ def test_a_task_cannot_point_at_an_image_file(path: str) -> None:
 def test_a_secrets_hosts_must_be_allowed() -> None:
     text = "{allowedHosts: [a.test], secrets: {T: {hosts: [a.test, b.test]}}}"
 
-    assert problems(text) == [
-        "sandbox.json:1: secrets.T.hosts[1]:"
-        " a secret's hosts must be allowed hosts: add b.test to allowedHosts"
-    ]
+    where, key, cause = problems(text)[0].split(": ", 2)
+
+    assert (where, key) == ("sandbox.json:1", "secrets.T.hosts[1]")
+    assert cause == "a secret's hosts must be allowed hosts: add b.test to allowedHosts"
 
 
 def test_every_problem_of_both_files_is_reported_with_its_line() -> None:
