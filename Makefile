@@ -8,7 +8,7 @@ demo: setup
 # pytest is last, so that its own summary is the last line.
 test: setup check
 	@guest/tests/run
-	@.venv/bin/python -m pytest -q
+	@.venv/bin/python -m pytest
 
 setup:
 	@scripts/setup

@@ -57,7 +57,11 @@ RULES = (
     (("taskvm", "taskvm.*"), ("taskvm", "taskvm.*"), SCREEN),
     (VALUES, VALUES, EFFECTS),
     (FILES, (*VALUES, *FILES), FRONT),
-    (("taskfactory.sandboxing",), ("taskvm", "taskfactory", "taskfactory.*"), FRONT),
+    (
+        ("taskfactory.sandboxing",),
+        ("taskvm", "taskvm.errors", "taskfactory", "taskfactory.*"),
+        FRONT,
+    ),
     (FRONT, ("taskfactory", "taskfactory.*"), ()),
     (("taskfactory", "taskfactory.*"), ("taskfactory", "taskfactory.*"), FRONT),
 )
