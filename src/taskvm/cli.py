@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -213,28 +214,39 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 async def _feed(process: Process) -> None:
     """Pass standard input on. Nothing is read ahead of what the guest takes."""
+    read = _read_ready if _is_pollable(0) else _read_file
+    try:
+        while data := await read(0):
+            await process.write(data)
+        await process.close_stdin()
+    except (OSError, SandboxLostError):
+        return  # the process has ended, or reads no more
+
+
+def _is_pollable(descriptor: int) -> bool:
+    """Regular files and some devices, such as /dev/null, are not (epoll_ctl(2), EPERM): they never block either."""
+    with select.epoll() as poll:
+        try:
+            poll.register(descriptor)
+        except OSError:
+            return False
+    return True
+
+
+async def _read_ready(descriptor: int) -> bytes:
+    # Not by an asyncio pipe: that would make a terminal non-blocking, and with it standard output.
     loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(descriptor, ready.set)
     try:
-        reader = asyncio.StreamReader()
-        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    except (ValueError, OSError):  # a regular file, or closed: read it in a thread
-        await _feed_file(process)
-        return
-    try:
-        while data := await reader.read(65536):
-            await process.write(data)
-        await process.close_stdin()
-    except (BrokenPipeError, ConnectionError):
-        return
+        await ready.wait()
+    finally:
+        loop.remove_reader(descriptor)
+    return os.read(descriptor, 65536)
 
 
-async def _feed_file(process: Process) -> None:
-    try:
-        while data := await asyncio.to_thread(os.read, 0, 65536):
-            await process.write(data)
-        await process.close_stdin()
-    except (OSError, BrokenPipeError):
-        return
+async def _read_file(descriptor: int) -> bytes:
+    return await asyncio.to_thread(os.read, descriptor, 65536)
 
 
 # taskvm image
@@ -270,7 +282,7 @@ def image_list() -> None:
         names.setdefault(digest, []).append(ref)
     for item in store.list():
         manifest = item.manifest
-        size = sum(asset.size for asset in manifest.assets.values()) >> 20
+        size = sum(asset.size_bytes for asset in manifest.assets.values()) >> 20
         click.echo(
             f"{item.digest[:12]}  {manifest.arch}  {size:5} MiB  {manifest.created}  "
             f"{', '.join(sorted(names.get(item.digest, [])))}"

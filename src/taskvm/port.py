@@ -90,11 +90,17 @@ class FramePort(asyncio.Protocol):
         await self._writable.wait()
 
     async def quiesce(self) -> None:
-        """Bring the guest's side of the port to rest. Raises TimeoutError after QUIESCE_TIMEOUT_S."""
+        """Bring the guest's side of the port to rest. Raises SandboxLostError after QUIESCE_TIMEOUT_S."""
         self._quiesced = asyncio.get_running_loop().create_future()
         self.send(FrameType.QUIESCE, 0, 0)
-        async with asyncio.timeout(QUIESCE_TIMEOUT_S):
-            await self._quiesced
+        try:
+            async with asyncio.timeout(QUIESCE_TIMEOUT_S):
+                await self._quiesced
+        except TimeoutError:
+            raise SandboxLostError(
+                f"bring the guest's port {self.name} to rest",
+                f"no answer within {QUIESCE_TIMEOUT_S:.0f} s",
+            ) from None
 
     def resume(self) -> None:
         """Let the guest's side go on after `quiesce` (or after a resume from a template, which is saved at rest)."""

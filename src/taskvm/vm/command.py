@@ -23,7 +23,7 @@ Accelerator = Literal["kvm", "tcg"]
 KERNEL_ARGUMENTS = {
     "x86_64": (
         "console=ttyS0 quiet panic=-1 i8042.noaux i8042.nokbd tsc=reliable no_timer_check "
-        "random.trust_cpu=on mitigations=off"
+        "random.trust_cpu=on mitigations=off norandmaps"
     ),
     "aarch64": "console=ttyAMA0 quiet panic=-1 random.trust_cpu=on mitigations=off",
 }
