@@ -1,7 +1,7 @@
 /* taskvm-guest: PID 1 of a taskvm guest, and the host's agent in it for as long as it runs.
  *
- * A code tour: boot.c finds the disk and the ports; cgroup.c prepares the ground; then a thread serves each port:
- * control.c (exec.c, spawn.c; transfer.c with files.c, identity.c beside it) and fusepump.c. Below them port.c moves frames
+ * A code tour: boot.c finds the disk and the ports; cgroup.c and netlink.c prepare the ground; then three threads serve one port each:
+ * control.c (exec.c, spawn.c; transfer.c with files.c, identity.c beside it), fusepump.c and egress.c. Below them port.c moves frames
  * (frames.c, msgpack.c), loop.c waits, pool.c keeps what may block out of the way.
  *
  * Rule 1: PID 1 never exits. What cannot go on says why and turns the machine off.
@@ -22,8 +22,10 @@
 #include "boot.h"
 #include "cgroup.h"
 #include "control.h"
+#include "egress.h"
 #include "fusepump.h"
 #include "log.h"
+#include "netlink.h"
 
 enum { CONSOLE_LEVEL = 8, SHOW_ERRORS = 4 }; /* syslog(2): SYSLOG_ACTION_CONSOLE_LEVEL; below KERN_WARNING */
 
@@ -71,7 +73,9 @@ int main(void)
 	klogctl(CONSOLE_LEVEL, NULL, SHOW_ERRORS);
 	protect_agent();
 	cgroup_init();
+	network_init();
 	fusepump_start(ports.fs);
+	egress_start(ports.net);
 	uname(&kernel);
 	control_run(ports.control, kernel.release);
 }
