@@ -1,0 +1,148 @@
+"""taskfactory.agents.host: files and commands on this host."""
+
+import asyncio
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from taskfactory.agents.host import HostOperations
+from taskfactory.agents.operations import Ending, Entry
+from taskfactory.errors import OperationError
+
+HOST = HostOperations()
+
+
+class Output:
+    """Collects output, up to `enough` bytes."""
+
+    def __init__(self, enough: int = 1 << 30) -> None:
+        self.data = b""
+        self._enough = enough
+
+    def __call__(self, data: bytes) -> bool:
+        self.data += data
+        return len(self.data) < self._enough
+
+
+async def test_files_are_written_read_and_listed(tmp_path: Path) -> None:
+    path = str(tmp_path / "a" / "b.txt")
+
+    await HOST.write_bytes(path, b"hello")
+    await HOST.mkdir(str(tmp_path / "a" / "c" / "d"))
+
+    assert await HOST.read_bytes(path) == b"hello"
+    assert await HOST.read_bytes(path, 1, 3) == b"ell"
+    assert await HOST.stat(path) == Entry(name="b.txt", kind="file", size=5)
+    assert {entry.name: entry.kind for entry in await HOST.list(str(tmp_path / "a"))} == {
+        "b.txt": "file",
+        "c": "dir",
+    }
+
+
+async def test_a_write_keeps_the_mode_and_follows_a_link(tmp_path: Path) -> None:
+    script = tmp_path / "run"
+    script.write_text("old")
+    script.chmod(0o755)
+    link = tmp_path / "link"
+    link.symlink_to(script)
+
+    await HOST.write_bytes(str(link), b"new")
+
+    assert link.is_symlink()
+    assert (script.read_text(), script.stat().st_mode & 0o777) == ("new", 0o755)
+
+
+@pytest.mark.parametrize("name", ["missing", "missing/deeper"])
+async def test_a_refusal_has_its_errno(tmp_path: Path, name: str) -> None:
+    with pytest.raises(OperationError, match="No such file") as caught:
+        await HOST.read_bytes(str(tmp_path / name))
+
+    assert caught.value.errno == 2
+
+
+async def test_a_text_runs_in_bash_and_argv_as_it_is(tmp_path: Path) -> None:
+    output = Output()
+
+    first = await HOST.exec(
+        "echo $((1+1)); echo err >&2; exit 3", cwd=str(tmp_path), on_output=output
+    )
+    second = await HOST.exec(["echo", "$((1+1))"], cwd=str(tmp_path), on_output=output)
+
+    assert (first, second) == (Ending(exit_code=3), Ending(exit_code=0))
+    assert output.data == b"2\nerr\n$((1+1))\n"
+
+
+async def test_a_command_has_no_input(tmp_path: Path) -> None:
+    assert await HOST.exec("cat", cwd=str(tmp_path), on_output=Output()) == Ending(exit_code=0)
+
+
+async def test_death_by_a_signal_is_told(tmp_path: Path) -> None:
+    ending = await HOST.exec("kill -TERM $$", cwd=str(tmp_path), on_output=Output())
+
+    assert ending.exit_code == 128 + signal.SIGTERM
+
+
+async def test_a_large_output_arrives_whole(tmp_path: Path) -> None:
+    output = Output()
+
+    await HOST.exec("head -c 3000000 /dev/zero", cwd=str(tmp_path), on_output=output)
+
+    assert len(output.data) == 3_000_000
+
+
+async def test_a_timeout_kills_everything(tmp_path: Path) -> None:
+    output = Output()
+
+    ending = await HOST.exec(
+        "sleep 30 & echo $!; wait", cwd=str(tmp_path), on_output=output, timeout_s=0.5
+    )
+
+    assert ending.timed_out
+    assert not _alive(int(output.data))
+
+
+async def test_a_sink_that_has_enough_ends_the_command(tmp_path: Path) -> None:
+    ending = await HOST.exec("yes", cwd=str(tmp_path), on_output=Output(enough=100_000))
+
+    assert ending.stopped
+
+
+async def test_cancelling_kills_everything(tmp_path: Path) -> None:
+    output = Output()
+
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.5):
+            await HOST.exec("sleep 30 & echo $!; wait", cwd=str(tmp_path), on_output=output)
+
+    assert not _alive(int(output.data))
+
+
+async def test_a_child_that_lives_on_is_not_waited_for(tmp_path: Path) -> None:
+    output = Output()
+    started = time.monotonic()
+
+    await HOST.exec("sleep 30 & echo $!", cwd=str(tmp_path), on_output=output)
+
+    assert time.monotonic() - started < 5
+    child = int(output.data)
+    assert _alive(child)
+    os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("argv", [["no-such-program"], ["./missing"]])
+async def test_a_missing_program_is_a_refusal(tmp_path: Path, argv: list[str]) -> None:
+    with pytest.raises(OperationError) as caught:
+        await HOST.exec(argv, cwd=str(tmp_path), on_output=Output())
+
+    assert caught.value.errno == 2
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
