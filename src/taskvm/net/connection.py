@@ -94,6 +94,8 @@ class GuestConnection:
         data = b""
         while True:
             received = await self._stream.read(MAX_CLIENT_HELLO)
+            if not received:
+                raise _UnknownProtocolError("it ended before it said what it is")
             data += received
             if is_tls(data):
                 hello = parse_client_hello(data)
@@ -105,8 +107,6 @@ class GuestConnection:
                     raise _UnknownProtocolError("it is neither HTTP/1 nor TLS")
                 self._stream.unread(data)
                 return "http", None
-            if not received:
-                raise _UnknownProtocolError("it ended before it said anything")
 
     def _refuse_protocol(self, error: Exception) -> None:
         reason = "it said nothing in time" if isinstance(error, TimeoutError) else str(error)
@@ -161,8 +161,9 @@ class GuestConnection:
         relay = HttpRelay(self._egress, stream, origin, self._number, denied)
         try:
             await relay.run()
-            await stream.end()
-        except ssl.SSLError:
+            async with asyncio.timeout(LINGER_S):
+                await stream.end()
+        except (ssl.SSLError, TimeoutError):
             self._stream.abort()
 
     def _denial(self) -> Refusal | None:

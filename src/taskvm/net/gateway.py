@@ -31,7 +31,7 @@ from taskvm.net.names import SyntheticNames
 from taskvm.net.nameserver import NameServer
 from taskvm.net.resolver import Resolver
 from taskvm.net.streams import GuestStream
-from taskvm.net.upstream import Dialer, client_context
+from taskvm.net.upstream import Dialer
 from taskvm.policy import Policy
 from taskvm.port import FramePort, Inlet, Outlet, StreamReset
 from taskvm.wire.frames import GUEST_STREAM_BIT, Frame, FrameType, decode_u32, encode_u32
@@ -79,7 +79,7 @@ class Gateway:
         names: SyntheticNames | None = None,
     ) -> None:
         self.names = names if names is not None else SyntheticNames()
-        dialer = Dialer(policy, resolver, client_context(extra_ca_files))
+        dialer = Dialer(policy, resolver, extra_ca_files)
         self._egress = Egress(policy, Injector(secrets), audit, ca, dialer, self.names)
         self._nameserver = NameServer(policy, self.names, audit)
         self._audit = audit

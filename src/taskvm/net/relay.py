@@ -38,6 +38,7 @@ from taskvm.wire.http1 import (
 
 HEAD_TIMEOUT_S = 30.0  # for a request's head, from its first wait
 IDLE_TIMEOUT_S = 120.0  # between requests
+REFUSAL_TIMEOUT_S = 10.0
 STALL_TIMEOUT_S = 600.0  # without a byte in either direction; models think for minutes
 
 
@@ -373,7 +374,9 @@ class HttpRelay:
                 data += self._client.send(h11.Data(data=body))
         except h11.LocalProtocolError:
             return  # the guest is in the middle of something that no answer fits
-        await self._guest.write(data)
+        # A guest that reads nothing must not keep the connection for ever.
+        async with asyncio.timeout(REFUSAL_TIMEOUT_S):
+            await self._guest.write(data)
 
     async def _answer_broken(self, exchange: _Exchange, error: UpstreamError) -> None:
         if exchange.status:

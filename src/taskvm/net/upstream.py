@@ -62,10 +62,18 @@ class Upstream:
 class Dialer:
     """Opens connections to servers for one sandbox."""
 
-    def __init__(self, policy: Policy, resolver: Resolver, tls: ssl.SSLContext) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        resolver: Resolver,
+        extra_ca_files: Iterable[str | os.PathLike[str]] = (),
+    ) -> None:
+        """Raises UsageError for a CA file that cannot be read."""
         self._policy = policy
         self._resolver = resolver
-        self._tls = tls
+        self._ca_files = tuple(extra_ca_files)
+        _load(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), self._ca_files)
+        self._tls: ssl.SSLContext | None = None
 
     async def connect(self, origin: Origin) -> Upstream:
         """Open a connection to `origin`, which the policy has allowed.
@@ -113,8 +121,8 @@ class Dialer:
         wire = SocketStream(sock)
         if origin.scheme == "http":
             return Upstream(wire, wire, address, rule)
-        stream = TlsStream(wire, self._tls, server_hostname=origin.host)
         try:
+            stream = TlsStream(wire, await self._context(), server_hostname=origin.host)
             async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
                 await stream.handshake()
         except BaseException as error:
@@ -123,6 +131,12 @@ class Dialer:
                 raise UpstreamError(f"connect to {origin.authority}", _say(error)) from error
             raise
         return Upstream(stream, wire, address, rule)
+
+    async def _context(self) -> ssl.SSLContext:
+        # Reading the host's trust store costs 20 ms: not at every sandbox's start, not on the loop.
+        if self._tls is None:
+            self._tls = await asyncio.to_thread(client_context, self._ca_files)
+        return self._tls
 
 
 def client_context(extra_ca_files: Iterable[str | os.PathLike[str]] = ()) -> ssl.SSLContext:
@@ -133,15 +147,7 @@ def client_context(extra_ca_files: Iterable[str | os.PathLike[str]] = ()) -> ssl
     context = ssl.create_default_context()
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
-    for path in extra_ca_files:
-        try:
-            context.load_verify_locations(cafile=os.fspath(path))
-        except (OSError, ssl.SSLError) as error:
-            raise UsageError(
-                f"read the CA file {os.fspath(path)}",
-                error.strerror or "it is not a certificate",
-                "Give a file with certificates in PEM form",
-            ) from error
+    _load(context, extra_ca_files)
     return context
 
 
@@ -157,6 +163,19 @@ def is_own_address(address: IPAddress) -> bool:
         except OSError:
             return False  # no route: connecting will fail and say so
         return bool(probe.getsockname()[0] == str(address))
+
+
+def _load(context: ssl.SSLContext, ca_files: Iterable[str | os.PathLike[str]]) -> None:
+    for path in ca_files:
+        try:
+            context.load_verify_locations(cafile=os.fspath(path))
+        except OSError as error:
+            is_tls = isinstance(error, ssl.SSLError)  # its errno is OpenSSL's own
+            raise UsageError(
+                f"read the CA file {os.fspath(path)}",
+                "it holds no certificate" if is_tls else os.strerror(error.errno or 0),
+                "Give a file with certificates in PEM form",
+            ) from error
 
 
 async def _dial(address: IPAddress, port: int) -> socket.socket:

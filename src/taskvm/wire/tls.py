@@ -13,6 +13,9 @@ from taskvm.wire.hostname import HostNameError, parse_hostname
 
 MAX_CLIENT_HELLO = 16 * 1024  # bytes with record headers; post-quantum key shares need about 2 KiB
 
+# Real clients use one or two. Without a bound, records of one byte make every look a long one.
+MAX_RECORDS = 16
+
 _HANDSHAKE = 22
 _CLIENT_HELLO = 1
 _EXT_SERVER_NAME = 0
@@ -85,7 +88,9 @@ def _join_records(data: bytes) -> bytes | None:
     """Return the body of the first handshake message, or None while it is incomplete."""
     message = b""
     position = 0
-    while len(data) >= position + 5:
+    for _ in range(MAX_RECORDS):
+        if len(data) < position + 5:
+            return None
         if data[position] != _HANDSHAKE or data[position + 1] != 3:
             raise TlsError("it is not a TLS handshake record")
         length = int.from_bytes(data[position + 3 : position + 5], "big")
@@ -100,7 +105,7 @@ def _join_records(data: bytes) -> bytes | None:
             raise TlsError("the ClientHello is too long")
         if len(message) >= 4 + size:
             return message[4 : 4 + size]
-    return None
+    raise TlsError("the ClientHello is cut into too many records")
 
 
 def _parse_body(body: _Reader) -> ClientHello:

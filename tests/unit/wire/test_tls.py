@@ -52,7 +52,7 @@ def test_it_is_incomplete_until_its_last_byte() -> None:
 
 def test_it_may_span_records() -> None:
     message = HELLO[5:]
-    pieces = [message[start : start + 7] for start in range(0, len(message), 7)]
+    pieces = [message[start : start + 100] for start in range(0, len(message), 100)]
     split = b"".join(b"\x16\x03\x01" + struct.pack(">H", len(p)) + p for p in pieces)
 
     assert parse_client_hello(split) == parse_client_hello(HELLO)
@@ -94,9 +94,9 @@ def test_what_no_honest_client_sends_is_refused(data: bytes) -> None:
 
 
 def test_a_hello_that_never_ends_is_refused() -> None:
-    endless = b"\x16\x03\x01\x00\x04\x01\x00\x40\x00" + b"\x16\x03\x01\x00\x01x" * 3000
+    endless = b"\x16\x03\x01\x00\x04\x01\x00\x40\x00" + b"\x16\x03\x01\x00\x01x" * 16
 
-    with pytest.raises(TlsError, match="too long"):
+    with pytest.raises(TlsError, match="too many records"):
         parse_client_hello(endless)
 
 

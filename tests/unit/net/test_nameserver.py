@@ -1,0 +1,64 @@
+"""The guest's DNS: answers made here, a bounded table, one line for a name."""
+
+from __future__ import annotations
+
+from egress_lab import dns_query
+
+from taskvm.audit import parse_event
+from taskvm.net.auditlog import AuditLog
+from taskvm.net.names import SyntheticNames
+from taskvm.net.nameserver import NameServer
+from taskvm.policy import Policy
+from taskvm.wire.dns import RCode
+
+
+def server(max_names: int = 100) -> tuple[NameServer, SyntheticNames, list[bytes]]:
+    lines: list[bytes] = []
+    names = SyntheticNames(max_names=max_names)
+    policy = Policy.parse(["*.api.test", "port.test:8443"])
+    return NameServer(policy, names, AuditLog(lines.append, "box")), names, lines
+
+
+def rcode(answer: bytes) -> int:
+    return answer[3] & 15
+
+
+def test_a_denied_name_takes_no_address() -> None:
+    dns, names, _ = server()
+
+    assert rcode(dns.answer(dns_query("evil.test"))) == RCode.NXDOMAIN
+    assert names.export() == ()
+
+
+def test_a_name_that_is_allowed_on_some_port_exists() -> None:
+    dns, _, _ = server()
+
+    assert rcode(dns.answer(dns_query("port.test"))) == RCode.NOERROR
+
+
+def test_a_full_table_fails_new_names_only() -> None:
+    dns, _, _ = server(max_names=2)
+    known = [dns.answer(dns_query(f"{name}.api.test")) for name in "ab"]
+
+    assert rcode(dns.answer(dns_query("c.api.test"))) == RCode.SERVFAIL
+    assert dns.answer(dns_query("a.api.test")) == known[0]
+
+
+def test_a_name_that_is_asked_for_again_makes_no_second_line() -> None:
+    dns, _, lines = server()
+    for _ in range(3):
+        dns.answer(dns_query("evil.test"))
+        dns.answer(dns_query("a.api.test"))
+        dns.answer(b"x" * 20)
+
+    assert [(parse_event(line).host, parse_event(line).decision) for line in lines] == [
+        ("evil.test", "deny"), ("a.api.test", "allow"), ("", "deny"),
+    ]  # fmt: skip
+
+
+def test_what_cannot_be_recorded_is_not_answered() -> None:
+    names = SyntheticNames()
+    log = AuditLog(lambda line: None, "box", max_bytes=0)
+    dns = NameServer(Policy.parse(["*.api.test"]), names, log)
+
+    assert rcode(dns.answer(dns_query("a.api.test"))) == RCode.SERVFAIL
