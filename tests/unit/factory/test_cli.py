@@ -1,0 +1,196 @@
+"""taskfactory.cli: `taskfactory run` as a person runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+class Shell:
+    """A directory with a workspace, a task and a script, and the command run on them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.workspace = root / "workspace"
+        self.workspace.mkdir()
+        self.task = root / "task.yaml"
+        self.task.write_text("id: A-1\ntitle: Try\n")
+        self.script = root / "script.yaml"
+        self.script.write_text("- tools: [{tool: write, arguments: {path: a, content: x}}]\n")
+        self.environment = {**os.environ, "TASKFACTORY_HOME": str(root / "home")}
+        self.environment.pop("PI_FACTORY_SANDBOX", None)
+
+    def command(self, *options: str) -> list[str]:
+        return [
+            *(sys.executable, "-c", "from taskfactory.cli import main; main()", "run"),
+            *(str(self.task), "--workspace", str(self.workspace), "--agent", str(self.script)),
+            *options,
+        ]
+
+    def run(self, *options: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        environment = {**self.environment, **environ}
+        return subprocess.run(
+            self.command(*options), capture_output=True, text=True, env=environment, timeout=60
+        )
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    return Shell(tmp_path)
+
+
+def test_a_task_is_done_and_the_summary_says_where(shell: Shell) -> None:
+    done = shell.run()
+
+    assert done.returncode == 0, done.stderr
+    assert (shell.workspace / "a").read_text() == "x"
+    assert "place    on the host, NOT sandboxed" in done.stdout
+    assert "task     A-1: success" in done.stdout
+    assert "tools    1 calls, 0 errors" in done.stdout
+
+
+def test_json_lines_are_events_and_the_summary(shell: Shell) -> None:
+    lines = [json.loads(line) for line in shell.run("--json").stdout.splitlines()]
+
+    assert [line["event"] for line in lines] == [
+        "session_start",
+        "before_agent_start",
+        "tool_call",
+        "tool_result",
+        "session_shutdown",
+        "summary",
+    ]
+    [record] = (shell.root / "home" / "sessions").iterdir()
+    recorded = (record / "events.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in recorded] == lines[:-1]
+
+
+def test_a_task_that_fails_exits_with_1(shell: Shell) -> None:
+    shell.script.write_text("- tools: [{tool: ls, expect: {contains: [nothing like it]}}]\n")
+
+    done = shell.run()
+
+    assert done.returncode == 1
+    assert "contains 'nothing like it'" in done.stderr
+    assert "task     A-1: failure" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("task", "title: no id\n", "task.yaml:1"),
+        (
+            "task",
+            "id: A\nsandbox: {allowedHosts: [a.test]}\n",
+            "task.yaml:2: sandbox.allowedHosts[0]",
+        ),
+        ("script", "x: 1\n", "script.yaml:1"),
+    ],
+)
+def test_a_wrong_file_exits_with_2_and_its_line(
+    shell: Shell, name: str, text: str, says: str
+) -> None:
+    getattr(shell, name).write_text(text)
+
+    done = shell.run()
+
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert list(shell.workspace.iterdir()) == []
+
+
+def test_wrong_usage_exits_with_2(shell: Shell) -> None:
+    assert shell.run("--what").returncode == 2
+
+
+@pytest.mark.parametrize("option", ["--sandbox-config", "--extension"])
+def test_files_that_decide_are_not_taken_from_the_workspace(shell: Shell, option: str) -> None:
+    inside = shell.workspace / "x.py"
+    inside.write_text("{}")
+
+    done = shell.run(option, str(inside))
+
+    assert done.returncode == 2
+    assert "it lies in the workspace" in done.stderr
+
+
+def test_a_broken_extension_ends_the_run_before_anything_happens(shell: Shell) -> None:
+    extension = shell.root / "ext.py"
+    extension.write_text("import no_such_module\n")
+
+    done = shell.run("--extension", str(extension))
+
+    assert done.returncode == 2
+    assert "no_such_module" in done.stderr
+    assert list(shell.workspace.iterdir()) == []
+
+
+def test_an_extension_takes_part(shell: Shell) -> None:
+    extension = shell.root / "ext.py"
+    extension.write_text(
+        "from taskfactory.extensions import Block\n"
+        "def register(hooks):\n"
+        "    @hooks.on_tool_call\n"
+        "    async def no(call):\n"
+        "        return Block('not today')\n"
+    )
+
+    assert "not today" in shell.run("--extension", str(extension)).stdout
+    assert list(shell.workspace.iterdir()) == []
+
+
+@pytest.mark.parametrize("environ", [{"PI_FACTORY_SANDBOX": "1"}, {}])
+def test_a_demanded_sandbox_that_cannot_start_runs_nothing(
+    shell: Shell, environ: dict[str, str]
+) -> None:
+    if not environ:
+        shell.task.write_text("id: A-1\nsandbox: {enabled: true}\n")
+
+    done = shell.run(PATH=str(shell.root), **environ)
+
+    assert done.returncode == 1
+    assert "Nothing was run on the host" in done.stderr
+    assert "task     A-1: refused" in done.stdout
+    assert list(shell.workspace.iterdir()) == []
+
+
+def test_output_of_an_agent_cannot_act_on_the_terminal(shell: Shell) -> None:
+    shell.task.write_text('id: "A\\e[31m"\ntitle: t\n')
+    shell.script.write_text(
+        '- text: "\\e]0;pwned\\a"\n  tools: [{tool: ls, expect: {contains: ["\\e"]}}]\n'
+    )
+
+    done = shell.run()
+
+    assert done.returncode == 1
+    assert "\x1b" not in done.stdout + done.stderr
+    assert "\\e]0;pwned" in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_cleanly(shell: Shell, number: signal.Signals) -> None:
+    shell.script.write_text(
+        "- tools: [{tool: bash, arguments: {command: 'touch up; sleep 60; touch late'}}]\n"
+    )
+    process = subprocess.Popen(
+        shell.command(),
+        env=shell.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 30
+    while not (shell.workspace / "up").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=20)
+
+    assert process.returncode == 130
+    assert "session  over: cancelled" in output
+    assert "Traceback" not in errors

@@ -1,0 +1,104 @@
+"""taskfactory.sandboxing: off means taskvm is never loaded; on means a sandbox or nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from taskfactory.agents.place import Refusal
+from taskfactory.errors import EnvironmentUnavailable
+from taskfactory.sandboxconfig import SandboxConfig, SandboxSecret
+from taskfactory.sandboxing import open_place, read_refusals
+
+RUN_WITHOUT = """
+import asyncio, sys
+from pathlib import Path
+import taskfactory.cli
+from taskfactory.sandboxconfig import SandboxConfig
+from taskfactory.sandboxing import open_place
+
+async def main():
+    opening = open_place(SandboxConfig(), Path("/tmp"), audit_path=Path("/nowhere"), say=print)
+    async with opening as place:
+        assert not place.sandboxed
+        assert (await place.operations.stat("/tmp")).kind == "dir"
+
+asyncio.run(main())
+print([name for name in sys.modules if name.split(".")[0] in ("taskvm", "rich", "starlette")])
+"""
+
+
+def test_with_the_sandbox_off_taskvm_is_never_imported() -> None:
+    done = subprocess.run([sys.executable, "-c", RUN_WITHOUT], capture_output=True, text=True)
+
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+async def enter(config: SandboxConfig, workspace: Path, **environ: str) -> bool:
+    """Return whether the place is sandboxed."""
+    said: list[str] = []
+    opening = open_place(
+        config, workspace, audit_path=workspace / "audit", say=said.append, environ=environ
+    )
+    async with opening as place:
+        return place.sandboxed
+
+
+async def test_a_secret_without_a_value_refuses_the_task_and_names_the_variable(
+    tmp_path: Path,
+) -> None:
+    config = SandboxConfig(
+        enabled=True,
+        allowed_hosts=("a.test",),
+        secrets={
+            "T": SandboxSecret(hosts=("a.test",), env_var="MY_TOKEN"),
+            "U": SandboxSecret(hosts=("a.test",), env_var="OTHER"),
+        },
+        on_unavailable="host",
+    )
+
+    with pytest.raises(EnvironmentUnavailable, match="MY_TOKEN"):
+        await enter(config, tmp_path, OTHER="value-of-other")
+
+
+async def test_without_qemu_the_task_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    with pytest.raises(EnvironmentUnavailable, match="Nothing was run on the host"):
+        await enter(SandboxConfig(enabled=True), tmp_path)
+
+
+async def test_without_qemu_the_users_own_file_may_choose_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    assert not await enter(SandboxConfig(enabled=True, on_unavailable="host"), tmp_path)
+
+
+async def test_a_mistake_in_the_settings_never_leads_to_the_host(tmp_path: Path) -> None:
+    config = SandboxConfig(enabled=True, allowed_hosts=("*.co.uk",), on_unavailable="host")
+
+    with pytest.raises(EnvironmentUnavailable):
+        await enter(config, tmp_path)
+
+
+def test_refusals_are_read_once_each_and_a_broken_line_is_skipped(tmp_path: Path) -> None:
+    lines = [
+        {"decision": "deny", "host": "evil.test", "port": 443, "reason": "no rule", "kind": "dns"},
+        {"decision": "allow", "host": "a.test", "port": 443},
+        {"decision": "deny", "host": "evil.test", "port": 443, "reason": "no rule"},
+        {"decision": "deny", "address": "10.0.0.1", "reason": "private"},
+    ]
+    path = tmp_path / "audit.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines) + '\n{"decision": "de')
+
+    assert read_refusals(path) == (
+        Refusal("evil.test:443", "no rule"),
+        Refusal("10.0.0.1", "private"),
+    )
+    assert read_refusals(tmp_path / "missing") == ()
