@@ -1,7 +1,7 @@
 """taskvm: an untrusted Linux guest in a QEMU micro-VM, with mediated egress, injected secrets and served mounts.
 
-    async with Sandbox.create(mounts={"/workspace": HostDir(".")}, allow=["api.example.com"]) as vm:
-        print((await vm.exec("ls -l")).stdout)
+async with Sandbox.create(mounts={"/workspace": HostDir(".")}, allow=["api.example.com"]) as vm:
+    print((await vm.exec("ls -l")).stdout)
 """
 
 from taskvm.doctor import Finding, examine, render_findings

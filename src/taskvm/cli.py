@@ -21,6 +21,7 @@ from taskvm import (
     ImageStore,
     Process,
     Sandbox,
+    SandboxLostError,
     Secret,
     TaskvmError,
     UsageError,

@@ -5,6 +5,7 @@ Pure: the values come in, the request for the agent comes out.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from taskvm.wire.control import IdentityFile, IdentityRequest
@@ -31,6 +32,16 @@ class GuestUser:
     @property
     def home(self) -> str:
         return "/root" if self.uid == 0 else f"/home/{USER_NAME}"
+
+
+def host_user() -> GuestUser:
+    """Return the guest's user for the user that runs this program."""
+    return GuestUser(uid=os.getuid(), gid=os.getgid())
+
+
+def refresh_request(*, hostname: str, entropy: bytes, time_ns: int) -> IdentityRequest:
+    """Return the request that only brings time and entropy up to date."""
+    return IdentityRequest(time_ns=time_ns, entropy=entropy, hostname=hostname)
 
 
 def identity_request(

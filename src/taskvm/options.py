@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from taskvm.errors import UsageError
 from taskvm.fs.provider import Provider
-from taskvm.identity import GuestUser
+from taskvm.identity import GuestUser, host_user
 from taskvm.policy import Policy
 from taskvm.secret import Secret
 from taskvm.vm.warm import AcceleratorChoice
@@ -62,6 +61,7 @@ class SandboxOptions:
     accel: AcceleratorChoice = "auto"
     warm: bool = True
     pool: WarmPool | None = None
+    user: GuestUser = field(default_factory=host_user)
     on_progress: Callable[[str], None] = ignore_progress
 
     def __post_init__(self) -> None:
@@ -80,11 +80,6 @@ class SandboxOptions:
                     "env has a variable of the same name",
                     "Drop it: the guest finds the secret's placeholder there",
                 )
-
-    @property
-    def user(self) -> GuestUser:
-        """The guest's user: the host user's numbers."""
-        return GuestUser(uid=os.getuid(), gid=os.getgid())
 
 
 def _check_mount_path(path: str) -> None:

@@ -1,84 +1,39 @@
-"""QEMU processes started ahead, so that a sandbox costs only what is its own.
+"""Guests started ahead, so that a sandbox costs only what is its own.
 
     async with WarmPool(size=2) as pool:
         async with Sandbox.create(pool=pool) as vm: ...
 
-A machine in the pool has loaded its state and is paused: it uses no CPU, and the memory of an idle QEMU (tens
-of MB). It is
-nobody's yet: identity, mounts, policy and secrets come when it is taken.
+A guest in the pool is awake but nobody's: it has its identity, has run `true`, and is paused. It uses no CPU,
+and the memory
+of an idle QEMU (tens of MB). Mounts, policy, secrets, the time and fresh entropy come when it is taken.
 """
 
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections import deque
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from taskvm.background import Background
-from taskvm.errors import SandboxStateError, UsageError
+from taskvm.errors import SandboxLostError, SandboxStateError, UsageError
+from taskvm.guest import Guest
+from taskvm.identity import host_user
+from taskvm.launch import fork
 from taskvm.options import DEFAULT_CPUS, DEFAULT_MEMORY_MIB, ignore_progress
-from taskvm.vm.command import Accelerator
-from taskvm.vm.machine import Machine
-from taskvm.vm.rundir import RunDir
 from taskvm.vm.template import Progress, Template
-from taskvm.vm.warm import AcceleratorChoice, Wanted, boot_cold, prepare
+from taskvm.vm.warm import AcceleratorChoice, prepare
 from taskvm.wanted import find_wanted
 
 MAX_SIZE = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Standby:
-    """A machine that is nobody's yet, with the directory it owns."""
-
-    machine: Machine
-    run_dir: RunDir
-    template: Template | None = None
-
-    @property
-    def id(self) -> str:
-        """The sandbox's name to be."""
-        return self.run_dir.path.name
-
-    async def discard(self) -> None:
-        """End the machine and remove its directory."""
-        await self.machine.kill()
-        self.run_dir.remove()
-
-
-async def fork(template: Template) -> Standby:
-    """Start a machine from `template`, loaded and paused, in a directory of its own."""
-    run_dir = _new_run_dir()
-    try:
-        return Standby(await template.fork(run_dir.path), run_dir, template)
-    except BaseException:
-        run_dir.remove()
-        raise
-
-
-async def start_cold(wanted: Wanted) -> tuple[Standby, Accelerator]:
-    """Start a machine that boots, in a directory of its own; also return what runs it."""
-    run_dir = _new_run_dir()
-    try:
-        machine, accelerator = await boot_cold(wanted, run_dir.path)
-    except BaseException:
-        run_dir.remove()
-        raise
-    return Standby(machine, run_dir), accelerator
-
-
-def _new_run_dir() -> RunDir:
-    return RunDir.create(f"sandbox-{secrets.token_hex(6)}")
-
-
 class WarmPool:
-    """Keeps `size` machines of one shape ready. A sandbox of another shape, or one more than are ready, starts
-    as without it.
+    """Keeps `size` guests of one shape ready. A sandbox of another shape, or more than are ready, starts as without it.
 
-    Raises UsageError for a size below 1 or above MAX_SIZE.
+    Enter it with `async with`: the first entry may build the image and the template. Raises UsageError for a
+    size below 1
+    or above MAX_SIZE.
     """
 
     def __init__(
@@ -93,30 +48,21 @@ class WarmPool:
     ) -> None:
         if not 1 <= size <= MAX_SIZE:
             raise UsageError(f"make a warm pool of {size}", f"its size must be 1 to {MAX_SIZE}")
-        self.cpus = cpus
-        self.memory_mib = memory_mib
-        self.image = image
-        self.accel = accel
-        self._progress = on_progress
+        self._wish = (image, accel, cpus, memory_mib, on_progress)
         self._size = size
-        self._ready: deque[Standby] = deque()
+        self._ready: deque[Guest] = deque()
         self._coming = 0
         self._template: Template | None = None
         self._changed = asyncio.Event()
-        self._open = False
         self._failure: BaseException | None = None
         self._background = Background(self._fail)
 
     async def __aenter__(self) -> Self:
+        image, accel, cpus, memory_mib, progress = self._wish
         wanted = await find_wanted(
-            image=self.image,
-            accel=self.accel,
-            cpus=self.cpus,
-            memory_mib=self.memory_mib,
-            progress=self._progress,
+            image=image, accel=accel, cpus=cpus, memory_mib=memory_mib, progress=progress
         )
         self._template = await prepare(wanted)
-        self._open = True
         self._refill()
         return self
 
@@ -126,25 +72,33 @@ class WarmPool:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._open = False
+        self._template = None
         await self._background.aclose()
         while self._ready:
-            await self._ready.popleft().discard()
+            await self._ready.popleft().close()
 
-    def take(self, template: Template) -> Standby | None:
-        """Hand over a ready machine of `template`, or None; a replacement is started."""
-        if not self._open:
-            raise SandboxStateError("take a machine from the pool", "it is not open", "Enter it")
+    async def take(self, template: Template) -> Guest | None:
+        """Hand over a ready guest of `template`, running, or None when there is none; a replacement is started."""
+        if self._template is None:
+            raise SandboxStateError(
+                "take a guest from the pool", "it is not open", "Use it inside `async with`"
+            )
         while self._ready and self._template == template:
-            standby = self._ready.popleft()
+            guest = self._ready.popleft()
             self._refill()
-            if not standby.machine.exited.done():
-                return standby
-            standby.run_dir.remove()
+            try:
+                await guest.rouse()
+            except (SandboxLostError, BaseExceptionGroup):  # it died while it waited
+                await guest.close()
+                continue
+            except BaseException:
+                await guest.close()
+                raise
+            return guest
         return None
 
     async def wait_full(self) -> None:
-        """Wait until all machines are ready. Raises what kept one from starting."""
+        """Wait until all guests are ready. Raises what kept one from starting."""
         while len(self._ready) < self._size:
             if self._failure is not None:
                 raise self._failure
@@ -152,19 +106,24 @@ class WarmPool:
             await self._changed.wait()
 
     def _refill(self) -> None:
-        while self._open and len(self._ready) + self._coming < self._size:
+        while self._template is not None and len(self._ready) + self._coming < self._size:
             self._coming += 1
-            self._background.start(self._add(), "start a machine ahead")
+            self._background.start(self._add(self._template), "start a guest ahead")
 
-    async def _add(self) -> None:
-        assert self._template is not None
+    async def _add(self, template: Template) -> None:
         try:
-            self._ready.append(await fork(self._template))
+            guest = await fork(template, host_user())
+            try:
+                await guest.doze()
+            except BaseException:
+                await guest.close()
+                raise
+            self._ready.append(guest)
         finally:
             self._coming -= 1
             self._changed.set()
 
     def _fail(self, error: BaseException) -> None:
-        # A sandbox that finds the pool empty starts its own machine and meets the same error, where it is told.
+        # A sandbox that finds the pool empty starts its own guest and meets the same error, where it is told.
         self._failure = error
         self._changed.set()

@@ -26,9 +26,10 @@ from taskvm.errors import (
 )
 from taskvm.files import Files, GuestPath
 from taskvm.fs.provider import Provider
+from taskvm.guest import Guest
 from taskvm.identity import guest_environment
-from taskvm.launch import Guest, launch
-from taskvm.options import DEFAULT_CPUS, DEFAULT_MEMORY_MIB, SandboxOptions
+from taskvm.launch import launch
+from taskvm.options import DEFAULT_CPUS, DEFAULT_MEMORY_MIB, SandboxOptions, ignore_progress
 from taskvm.policy import Policy
 from taskvm.pool import WarmPool
 from taskvm.process import Capture, ExecResult, Process
@@ -109,7 +110,7 @@ class Sandbox:
         accel: AcceleratorChoice = "auto",
         warm: bool = True,
         pool: WarmPool | None = None,
-        on_progress: Callable[[str], None] | None = None,
+        on_progress: Callable[[str], None] = ignore_progress,
     ) -> Starting:
         """Start a sandbox: `await` the result, or use it with `async with`.
 
@@ -147,7 +148,7 @@ class Sandbox:
             accel=accel,
             warm=warm,
             pool=pool,
-            **({} if on_progress is None else {"on_progress": on_progress}),
+            on_progress=on_progress,
         )
         return Starting(options)
 
@@ -171,7 +172,7 @@ class Sandbox:
     @property
     def accelerator(self) -> str:
         """What runs the guest: "kvm" or "tcg"."""
-        return self._guest.accelerator
+        return self._guest.machine.shape.accelerator
 
     @property
     def host_pid(self) -> int:

@@ -80,7 +80,13 @@ class Machine:
     `exited` is done when the process has ended.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], sockets: dict[str, socket.socket]) -> None:
+    def __init__(
+        self,
+        shape: MachineShape,
+        process: subprocess.Popen[bytes],
+        sockets: dict[str, socket.socket],
+    ) -> None:
+        self.shape = shape
         self._process = process
         self._qmp = QMPClient("taskvm")
         self._qmp_socket = sockets.pop("qmp")
@@ -288,7 +294,7 @@ def _spawn(qemu: Qemu, shape: MachineShape, files: MachineFiles) -> Machine:
         except OSError as error:
             os.close(lifeline_write)
             raise HostError(f"start {command[0]}", error.strerror or str(error)) from error
-    machine = Machine(process, ours)
+    machine = Machine(shape, process, ours)
     machine._lifeline = lifeline_write
     machine._state_fd = state_fd
     return machine

@@ -67,13 +67,13 @@ async def prepare(wanted: Wanted) -> Template:
     return await ensure_template(wanted.qemu, shape, wanted.guest, wanted.progress)
 
 
-async def boot_cold(wanted: Wanted, run_dir: Path) -> tuple[Machine, Accelerator]:
+async def boot_cold(wanted: Wanted, run_dir: Path) -> Machine:
     """Return a machine that has begun to boot, with its disk in `run_dir`. Raises as `prepare`."""
     accelerator = await choose_accelerator(wanted)
     disk = run_dir / "disk.qcow2"
     await create_overlay(wanted.qemu, disk, wanted.guest.rootfs, "raw")
     files = MachineFiles(boot=wanted.guest.boot, disk=disk, backing=(wanted.guest.rootfs,))
-    return await Machine.start(wanted.qemu, wanted.shape(accelerator), files), accelerator
+    return await Machine.start(wanted.qemu, wanted.shape(accelerator), files)
 
 
 async def choose_accelerator(wanted: Wanted) -> Accelerator:

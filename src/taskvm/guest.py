@@ -1,0 +1,232 @@
+"""A guest and everything on the host that serves it: woken up, equipped for a sandbox, ended.
+
+Here the parts that know nothing of each other (vm, fs, net) are put together, and taken apart again. `wake` makes a fresh
+fork a guest of its own and needs no options, so a pool can do it ahead; `equip` makes it one person's sandbox.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from taskvm.background import Background
+from taskvm.errors import SandboxLostError, TaskvmError
+from taskvm.fs.provider import Provider
+from taskvm.fs.server import FsServer
+from taskvm.identity import (
+    ENTROPY_BYTES,
+    GuestUser,
+    guest_environment,
+    identity_request,
+    refresh_request,
+)
+from taskvm.injection import BoundSecret
+from taskvm.net.auditlog import AuditLog
+from taskvm.net.certs import CertificateAuthority
+from taskvm.net.gateway import Gateway
+from taskvm.net.resolver import HostResolver, MappedResolver
+from taskvm.options import SandboxOptions
+from taskvm.port import FramePort
+from taskvm.vm.boot import wait_hello
+from taskvm.vm.control import Control
+from taskvm.vm.machine import Machine
+from taskvm.vm.paths import private_dir, state_dir
+from taskvm.vm.rundir import RunDir
+from taskvm.wire.control import (
+    Done,
+    ExecRequest,
+    MkdirRequest,
+    MountRequest,
+    Request,
+    Started,
+    SyncRequest,
+)
+from taskvm.wire.frames import PORT_NET
+
+# Writing what programs left in mapped pages of a mount back to the host, when a sandbox is closed.
+FLUSH_TIMEOUT_S = 10.0
+
+
+class Guest:
+    """A machine with its control port and its owner's name. `on_lost` is called once when it is gone.
+
+    `id` names the sandbox. `placeholders` are what it sees instead of secrets, `audit_path` where its egress is
+    written down, once it is equipped.
+    """
+
+    def __init__(
+        self, machine: Machine, control: Control, run_dir: RunDir, user: GuestUser
+    ) -> None:
+        self.id = run_dir.path.name
+        self.machine = machine
+        self.control = control
+        self.user = user
+        self.on_lost: Callable[[Exception], None] = lambda error: None
+        self.placeholders: Mapping[str, str] = {}
+        self.audit_path = Path()
+        self._run_dir = run_dir
+        self._ca = CertificateAuthority.create()
+        self._background = Background(self._fail)
+        self._release = contextlib.AsyncExitStack()
+        self._lost: Exception | None = None
+        self._flushes = False
+        control.on_lost = self._fail
+
+    @classmethod
+    async def take_over(cls, machine: Machine, run_dir: RunDir, user: GuestUser) -> Guest:
+        """Become the owner of a started machine and its directory; both are released when this fails."""
+        try:
+            return cls(machine, await Control.open(machine.take("control")), run_dir, user)
+        except BaseException:
+            await machine.kill()
+            run_dir.remove()
+            raise
+
+    # Waking up.
+
+    async def wake(self, *, resumed: bool) -> None:
+        """Let the guest run and give it its identity. A `resumed` one is paused and its ports are at rest.
+
+        The request lies in the port before the machine runs on, so nothing can run before it.
+        """
+        if not resumed:
+            await wait_hello(self.machine, self.control)
+        request = identity_request(
+            hostname=self.id,
+            machine_id=secrets.token_hex(16),
+            user=self.user,
+            ca_certificate=self._ca.certificate_pem,
+            entropy=os.urandom(ENTROPY_BYTES),
+            time_ns=time.time_ns(),
+        )
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._ask(request, "give the guest its identity"))
+            if resumed:
+                group.create_task(self._continue())
+        if resumed:
+            self.control.port.resume()
+        if self.user.uid != 0:
+            home = MkdirRequest(
+                path=self.user.home.encode(),
+                uid=self.user.uid,
+                gid=self.user.gid,
+                mode=0o700,
+                parents=True,
+            )
+            await self._ask(home, "make the user's home")
+
+    async def doze(self) -> None:
+        """Run a trivial command, so that the emulator has translated that path, and pause. Nothing of a user's runs."""
+        environment = [
+            f"{name}={value}".encode() for name, value in guest_environment(self.user).items()
+        ]
+        for argv in ([b"true"], [b"/bin/bash", b"-c", b"true"]):
+            request = ExecRequest(argv=argv, env=environment, cwd=b"/")
+            call = self.control.open_call(request, "warm the guest", channels=(1, 2))
+            await call.answer(Started)
+            await call.exited
+        await self.machine.execute("stop")
+
+    async def rouse(self) -> None:
+        """Let a dozing guest run on, with the time and entropy of now."""
+        request = refresh_request(
+            hostname=self.id, entropy=os.urandom(ENTROPY_BYTES), time_ns=time.time_ns()
+        )
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._ask(request, "refresh the guest's clock and entropy"))
+            group.create_task(self._continue())
+
+    # Becoming somebody's sandbox.
+
+    async def equip(
+        self, options: SandboxOptions, bound: Sequence[BoundSecret], *, resumed: bool
+    ) -> None:
+        """Serve the mounts and mediate the network that `options` name."""
+        net = await FramePort.open(self.machine.take("net"), PORT_NET)
+        self._release.callback(net.close)
+        self._background.start(
+            self._make_gateway(options, bound, net).run(), f"egress of {self.id}"
+        )
+        server = FsServer(self.machine.take("fs"), on_failure=self._fail_from_thread())
+        self._release.push_async_callback(asyncio.to_thread, server.close)
+        if resumed:
+            net.resume()
+            server.resume()
+        await self._mount(server, options.mounts)
+
+    def _make_gateway(
+        self, options: SandboxOptions, bound: Sequence[BoundSecret], net: FramePort
+    ) -> Gateway:
+        self.placeholders = {item.secret.name: item.placeholder for item in bound}
+        self.audit_path = (
+            options.audit_path or private_dir(state_dir() / "audit") / f"{self.id}.jsonl"
+        )
+        audit = AuditLog.open(self.audit_path, self.id)
+        self._release.callback(audit.close)
+        resolver = HostResolver()
+        self._release.callback(resolver.close)
+        return Gateway(
+            net,
+            policy=options.policy,
+            secrets=bound,
+            audit=audit,
+            ca=self._ca,
+            resolver=MappedResolver(options.resolve, resolver),
+            extra_ca_files=options.extra_ca_files,
+        )
+
+    async def _mount(self, server: FsServer, mounts: Mapping[str, Provider]) -> None:
+        # Outer mounts before inner ones: a mount hides what was mounted below its path earlier.
+        for number, path in enumerate(sorted(mounts), start=1):
+            provider = mounts[path]
+            server.add_mount(number, provider)
+            self._flushes = self._flushes or not provider.readonly
+            request = MountRequest(id=number, path=path.encode(), readonly=provider.readonly)
+            await self._ask(request, f"mount {path} in the guest")
+
+    # Ending.
+
+    async def close(self, *, flush: bool = False) -> None:
+        """End the guest and release everything. With `flush`, dirty pages of mounts are written first. Idempotent."""
+        self.on_lost = lambda error: None
+        if flush and self._flushes and self._lost is None:
+            with contextlib.suppress(TaskvmError):  # a guest that does not answer saves nothing
+                await self.control.request(
+                    SyncRequest(), Done, "flush the mounts", timeout_s=FLUSH_TIMEOUT_S
+                )
+        self.control.close(SandboxLostError("use the sandbox", "it was closed"))
+        await self._background.aclose()
+        await self.machine.kill()
+        await self._release.aclose()
+        self._run_dir.remove()
+
+    def _fail(self, error: BaseException) -> None:
+        if self._lost is not None or not isinstance(error, Exception):
+            return
+        self._lost = error
+        self.control.close(error)
+        self.on_lost(error)
+        # The virtual machine ends at once; the rest is released by close.
+        self._background.start(self._end_machine(), f"end of {self.id}")
+
+    async def _end_machine(self) -> None:
+        await self.machine.kill()
+
+    def _fail_from_thread(self) -> Callable[[Exception], None]:
+        loop = asyncio.get_running_loop()
+
+        def fail(error: Exception) -> None:
+            loop.call_soon_threadsafe(self._fail, error)
+
+        return fail
+
+    async def _continue(self) -> None:
+        await self.machine.execute("cont")
+
+    async def _ask(self, request: Request, operation: str) -> None:
+        await self.control.request(request, Done, operation)
