@@ -1,0 +1,106 @@
+/* Random and mutated bytes against the decoders, under the address and undefined-behaviour sanitizers: `fuzz [ROUNDS [SEED]]`.
+ *
+ * Every piece of input lies in an allocation of exactly its size, so that the sanitizer sees one byte too many. */
+#include <string.h>
+
+#include "../frames.h"
+#include "../msgpack.h"
+#include "check.h"
+
+static uint64_t state;
+
+static uint32_t random_number(uint32_t below) /* splitmix64 */
+{
+	uint64_t z = state += 0x9e3779b97f4a7c15;
+	z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
+	z = (z ^ z >> 27) * 0x94d049bb133111eb;
+	return (uint32_t)((z ^ z >> 31) % below);
+}
+
+static void fill(uint8_t *bytes, size_t length)
+{
+	for (size_t i = 0; i < length; i++)
+		bytes[i] = (uint8_t)random_number(256);
+}
+
+/* Walk a map as the agent does; only what msgpack_valid has accepted may be walked. */
+static void fuzz_map(const uint8_t *bytes, size_t length)
+{
+	static const char *const KEYS[] = {"op", "path", "a", ""};
+	uint8_t *copy = malloc(length ? length : 1);
+	struct msgpack_value value;
+	memcpy(copy, bytes, length);
+	bool valid = msgpack_valid(copy, length);
+	for (size_t i = 0; valid && i < sizeof(KEYS) / sizeof(KEYS[0]); i++)
+		if (msgpack_find(copy, length, KEYS[i], &value) && value.type == MSGPACK_BYTES)
+			CHECK(value.bytes >= copy && value.bytes + value.length <= copy + length);
+	free(copy);
+}
+
+static size_t mutated_map(uint8_t *bytes, size_t capacity)
+{
+	struct msgpack_writer map = {.bytes = bytes, .capacity = capacity};
+	msgpack_write_map(&map, 3);
+	msgpack_write_string(&map, "op");
+	msgpack_write_string(&map, "exec");
+	msgpack_write_string(&map, "path");
+	msgpack_write_bytes(&map, "/some/where", random_number(12));
+	msgpack_write_string(&map, "a");
+	msgpack_write_integer(&map, (int64_t)random_number(UINT32_MAX) << random_number(32));
+	for (uint32_t changes = random_number(4); changes; changes--)
+		bytes[random_number((uint32_t)map.length)] = (uint8_t)random_number(256);
+	return random_number(4) ? map.length : random_number((uint32_t)map.length + 1);
+}
+
+/* Frames with some broken bits, cut into random pieces: the decoder keeps its invariants and its verdict. */
+static void fuzz_frames(size_t capacity)
+{
+	uint8_t *buffer = malloc(capacity), piece[512];
+	struct decoder decoder;
+	decoder_init(&decoder, buffer, capacity);
+	bool broken = false;
+	for (int i = 0; i < 64 && !broken; i++) {
+		size_t length = random_number(sizeof(piece) - HEADER_SIZE), at = 0;
+		fill(piece, sizeof(piece));
+		encode_header(piece, (uint8_t)random_number(16), 0, random_number(8), (uint32_t)length);
+		if (!random_number(16))
+			piece[random_number(HEADER_SIZE)] = (uint8_t)random_number(256);
+		length += HEADER_SIZE;
+		while (at < length && !broken) {
+			struct frame frame;
+			size_t room;
+			uint8_t *space = decoder_space(&decoder, &room);
+			CHECK(room > 0 && space >= buffer && space + room <= buffer + capacity);
+			size_t size = 1 + random_number((uint32_t)(length - at));
+			size = size < room ? size : room;
+			memcpy(space, piece + at, size);
+			decoder_filled(&decoder, size);
+			at += size;
+			enum decoder_result result;
+			while ((result = decoder_next(&decoder, &frame)) == FRAME_READY) {
+				CHECK(frame.payload >= buffer && frame.payload + frame.length <= buffer + capacity);
+				fuzz_map(frame.payload, frame.length);
+			}
+			broken = result == FRAME_BROKEN;
+			CHECK(!broken || decoder_next(&decoder, &frame) == FRAME_BROKEN);
+		}
+	}
+	free(buffer);
+}
+
+int main(int count, char **arguments)
+{
+	long rounds = count > 1 ? strtol(arguments[1], NULL, 10) : 20000;
+	state = count > 2 ? strtoull(arguments[2], NULL, 10) : 1;
+	for (long i = 0; i < rounds; i++) {
+		uint8_t bytes[256];
+		size_t length = random_number(64);
+		fill(bytes, length);
+		bytes[0] = (uint8_t)(0x80 | random_number(16)); /* random bytes that begin as a map */
+		fuzz_map(bytes, length);
+		fuzz_map(bytes, mutated_map(bytes, sizeof(bytes)));
+		fuzz_frames(HEADER_SIZE + 64 + random_number(1024));
+	}
+	printf("ok fuzz: %ld rounds\n", rounds);
+	return 0;
+}
