@@ -486,3 +486,28 @@ def test_a_very_deep_tree(guest: Path, host: Path) -> None:
     assert run(sys.executable, "-c", program, cwd=guest) == "deep\n"
     run("rm", "-rf", guest / ("d" * 20), cwd=guest)
     assert names(host) == []
+
+
+def test_fifos_and_sockets_are_the_guests_alone(guest: Path, host: Path) -> None:
+    program = (
+        "import os, socket, stat\n"
+        "os.mkdir('d'); os.mkfifo('d/fifo', 0o600)\n"
+        "listener = socket.socket(socket.AF_UNIX); listener.bind('d/sock'); listener.listen()\n"
+        "os.rename('d/sock', 'd/moved'); os.chmod('d/moved', 0o666)\n"
+        "client = socket.socket(socket.AF_UNIX); client.connect('d/moved'); listener.accept()\n"
+        "assert sorted(os.listdir('d')) == ['fifo', 'moved'], os.listdir('d')\n"
+        "assert stat.S_ISFIFO(os.stat('d/fifo').st_mode)\n"
+        "assert os.stat('d/moved').st_mode == stat.S_IFSOCK | 0o666\n"
+        "if os.fork() == 0:\n"
+        "    open('d/fifo', 'w').write('through'); os._exit(0)\n"
+        "assert open('d/fifo').read() == 'through'\n"
+        "try: os.rmdir('d')\n"
+        "except OSError as error: print(error.errno)\n"
+        "open('d/file', 'w').close(); os.rename('d/file', 'd/fifo')\n"
+        "os.unlink('d/moved')\n"
+        "print(os.listdir('d'))\n"
+    )
+
+    assert run(sys.executable, "-c", program, cwd=guest) == f"{errno.ENOTEMPTY}\n['fifo']\n"
+    assert names(host / "d") == ["fifo"]
+    assert (host / "d" / "fifo").is_file()

@@ -28,6 +28,8 @@ from taskvm.fs import syscalls
 from taskvm.fs.descriptors import DescriptorSet, Held, descriptor_budget
 from taskvm.fs.nodes import HostNode, NodeTable, identity
 from taskvm.fs.provider import DirEntry, Entry, Node, Provider, refuse
+from taskvm.fs.specials import END_OFFSET, FIRST_OFFSET, Special, Specials
+from taskvm.fs.specials import KINDS as SPECIAL_KINDS
 from taskvm.wire.fuse import SetAttr, SetAttrField
 from taskvm.wire.fuse_replies import Lifetime, StatFs
 
@@ -67,6 +69,7 @@ class HostDir(Provider):
         self._directories = DescriptorSet(budget)
         # Unlinked files that the guest still uses. O_PATH: opened for reading or writing through /proc when needed.
         self._pins = DescriptorSet(budget)
+        self._specials = Specials()
         self._umask = _umask()
 
     def __repr__(self) -> str:
@@ -84,29 +87,33 @@ class HostDir(Provider):
 
     def lookup(self, parent: Node, name: bytes) -> Entry:
         directory = self._nodes[parent]
+        attr: os.stat_result | Special
         try:
             attr = os.stat(name, dir_fd=self._walk(directory), follow_symlinks=False)
         except FileNotFoundError:
-            self._nodes.unbind(directory, name)
-            raise
+            special = self._specials.get(directory.identity, name)
+            if special is None:
+                self._nodes.unbind(directory, name)
+                raise
+            attr = special
         return Entry(self._nodes.bind(directory, name, attr).id, attr, LIFETIME)
 
     def forget(self, node: Node, count: int) -> None:
-        if self._nodes.forget(node, count):
+        gone = self._nodes.forget(node, count)
+        if gone is not None:
             self._contents.drop(node)
             self._directories.drop(node)
             self._pins.drop(node)
+            self._specials.forget(gone.identity)
 
     def readdir(self, node: Node, offset: int, size: int) -> list[DirEntry]:
         directory = self._nodes[node]
-        # Its own descriptor: the ones that are walked from have no read position, and no read permission is needed.
-        fd = os.open(
-            b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._walk(directory)
-        )
-        try:
+        if FIRST_OFFSET <= offset < END_OFFSET:
+            return self._specials.list(directory.identity, offset)
+        with self._reading(directory) as fd:
             entries = syscalls.read_directory(fd, offset, size)
-        finally:
-            os.close(fd)
+        if not entries:
+            return self._specials.list(directory.identity, FIRST_OFFSET)
         if directory is self._nodes.root:  # what is above the root is nobody's business
             own = directory.identity[1]
             return [DirEntry(e[0], own if e[0] == b".." else e[1], e[2], e[3]) for e in entries]
@@ -139,9 +146,16 @@ class HostDir(Provider):
         return Entry(node.id, attr, LIFETIME)
 
     def mknod(self, parent: Node, name: bytes, mode: int) -> Entry:
-        if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
+        kind = stat.S_IFMT(mode)
+        if kind in (0, stat.S_IFREG):
+            return self.create(parent, name, mode, os.O_EXCL)
+        if kind not in SPECIAL_KINDS:
             raise refuse(errno.EPERM)
-        return self.create(parent, name, mode, os.O_EXCL)
+        directory = self._for_change(parent)
+        if self._exists(directory, name) or self._specials.get(directory.identity, name):
+            raise refuse(errno.EEXIST)
+        special = self._specials.make(directory.identity, name, kind | (mode & _MODE))
+        return Entry(self._nodes.bind(directory, name, special).id, special, LIFETIME)
 
     def mkdir(self, parent: Node, name: bytes, mode: int) -> Entry:
         directory = self._for_change(parent)
@@ -171,11 +185,18 @@ class HostDir(Provider):
     def unlink(self, parent: Node, name: bytes) -> None:
         directory = self._for_change(parent)
         self._pin(directory, name)
-        os.unlink(name, dir_fd=self._walk(directory))
+        try:
+            os.unlink(name, dir_fd=self._walk(directory))
+        except FileNotFoundError:
+            if not self._specials.remove(directory.identity, name):
+                raise
         self._nodes.unbind(directory, name)
 
     def rmdir(self, parent: Node, name: bytes) -> None:
         directory = self._for_change(parent)
+        child = directory.children.get(name)
+        if child is not None and self._specials.within(child.identity):
+            raise refuse(errno.ENOTEMPTY)
         self._pin(directory, name)
         os.rmdir(name, dir_fd=self._walk(directory))
         self._nodes.unbind(directory, name)
@@ -186,6 +207,11 @@ class HostDir(Provider):
         if flags & ~(syscalls.RENAME_NOREPLACE | syscalls.RENAME_EXCHANGE):
             raise refuse(errno.EINVAL)
         old, new = self._for_change(parent), self._for_change(new_parent)
+        if self._specials.get(old.identity, name) and not self._exists(old, name):
+            self._rename_special(old, name, new, new_name, flags)
+            return
+        if flags & syscalls.RENAME_NOREPLACE and self._specials.get(new.identity, new_name):
+            raise refuse(errno.EEXIST)
         if not flags:
             if new.children.get(new_name) is old.children.get(name) is not None:
                 return  # two names of one inode: rename(2) does nothing
@@ -195,16 +221,21 @@ class HostDir(Provider):
         if flags & syscalls.RENAME_EXCHANGE:
             self._nodes.exchange(old, name, new, new_name)
         else:
+            self._specials.remove(new.identity, new_name)
             self._nodes.move(old, name, new, new_name)
 
     # Attributes.
 
-    def getattr(self, node: Node) -> tuple[os.stat_result, Lifetime]:
+    def getattr(self, node: Node) -> tuple[os.stat_result | Special, Lifetime]:
         return self._stat(self._nodes[node]), LIFETIME
 
-    def setattr(self, node: Node, changes: SetAttr) -> tuple[os.stat_result, Lifetime]:
+    def setattr(self, node: Node, changes: SetAttr) -> tuple[os.stat_result | Special, Lifetime]:
         target, valid = self._for_change(node), changes.valid
         self._refuse_chown(target, changes)
+        special = self._specials.known(target.identity)
+        if special is not None:
+            special.change(changes, _MODE)
+            return special, LIFETIME
         if valid & SetAttrField.SIZE:
             os.ftruncate(self._content(target, write=True), changes.size)
         with self._handle(target) as fd:
@@ -344,6 +375,23 @@ class HostDir(Provider):
         finally:
             os.close(copy)
 
+    @contextmanager
+    def _reading(self, directory: HostNode) -> Iterator[int]:
+        """Yield a descriptor to list or sync a directory with; the ones that are walked from are O_PATH."""
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        fd = os.open(b".", flags, dir_fd=self._walk(directory))
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _exists(self, directory: HostNode, name: bytes) -> bool:
+        try:
+            os.stat(name, dir_fd=self._walk(directory), follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return True
+
     def _open_node(self, directory: int, node: HostNode, name: bytes, flags: int) -> int:
         """Open `name`; ESTALE unless it is `node`."""
         try:
@@ -358,12 +406,15 @@ class HostDir(Provider):
             raise refuse(errno.ESTALE)
         return fd
 
-    def _stat(self, node: HostNode) -> os.stat_result:
+    def _stat(self, node: HostNode) -> os.stat_result | Special:
         held = self._contents.get(node.id) or self._pins.get(node.id)
         if held is not None:
             return os.fstat(held.fd)
         if node.kind == stat.S_IFDIR:
             return os.fstat(self._walk(node))
+        special = self._specials.known(node.identity)
+        if special is not None:
+            return special
         parent = self._walk(self._parent_of(node))
         try:
             attr = os.stat(node.places[-1][1], dir_fd=parent, follow_symlinks=False)
@@ -467,6 +518,20 @@ class HostDir(Provider):
         except OSError:
             self.forget(entry.node, 1)
             raise
+
+    def _rename_special(
+        self, old: HostNode, name: bytes, new: HostNode, new_name: bytes, flags: int
+    ) -> None:
+        if flags & syscalls.RENAME_EXCHANGE:
+            raise refuse(errno.EINVAL)
+        if (old, name) == (new, new_name):
+            return
+        if self._exists(new, new_name) or self._specials.get(new.identity, new_name):
+            if flags & syscalls.RENAME_NOREPLACE:
+                raise refuse(errno.EEXIST)
+            self.unlink(new.id, new_name)
+        self._specials.move(old.identity, name, new.identity, new_name)
+        self._nodes.move(old, name, new, new_name)
 
     def _undo_umask(self, fd: int, mode: int) -> None:
         """Give a new file the mode that the guest's umask left, which ours must not narrow again."""

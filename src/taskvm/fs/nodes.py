@@ -8,8 +8,8 @@ date: who uses one compares the identity of what it finds.
 from __future__ import annotations
 
 import errno
-import os
 import stat
+from typing import Protocol
 
 from taskvm.fs.provider import ROOT, Node, refuse
 
@@ -19,7 +19,20 @@ MAX_NODES = 1_000_000
 Identity = tuple[int, int, int, int]
 
 
-def identity(attr: os.stat_result) -> Identity:
+class Identified(Protocol):
+    """What an identity is made of. An os.stat_result has it."""
+
+    @property
+    def st_dev(self) -> int: ...
+    @property
+    def st_ino(self) -> int: ...
+    @property
+    def st_mode(self) -> int: ...
+    @property
+    def st_mtime_ns(self) -> int: ...
+
+
+def identity(attr: Identified) -> Identity:
     """Return what tells one inode from another.
 
     File systems use inode numbers again at once. The guest caches the target of a symbolic link for
@@ -55,7 +68,7 @@ class HostNode:
 class NodeTable:
     """All nodes of one HostDir."""
 
-    def __init__(self, root: os.stat_result) -> None:
+    def __init__(self, root: Identified) -> None:
         self.root = HostNode(ROOT, identity(root))
         self._by_id: dict[Node, HostNode] = {ROOT: self.root}
         self._by_identity: dict[Identity, HostNode] = {self.root.identity: self.root}
@@ -70,7 +83,7 @@ class NodeTable:
         except KeyError:
             raise refuse(errno.ESTALE) from None
 
-    def bind(self, parent: HostNode, name: bytes, attr: os.stat_result) -> HostNode:
+    def bind(self, parent: HostNode, name: bytes, attr: Identified) -> HostNode:
         """Return the node of what was just seen as `name` in `parent`, with one reference more."""
         key = identity(attr)
         node = self._by_identity.get(key)
@@ -107,23 +120,23 @@ class NodeTable:
         if second is not None:
             self._place(second, parent, name)
 
-    def forget(self, number: Node, count: int) -> bool:
-        """Drop `count` references; tell whether the node is gone with them."""
+    def forget(self, number: Node, count: int) -> HostNode | None:
+        """Drop `count` references; return the node if it is gone with them."""
         node = self._by_id.get(number)
         if node is None or number == ROOT:
-            return False
+            return None
         node.references -= count
         if node.references > 0:
-            return False
+            return None
         for parent, name in node.places:
             del parent.children[name]
         node.places.clear()
         del self._by_id[number]
         if self._by_identity.get(node.identity) is node:
             del self._by_identity[node.identity]
-        return True
+        return node
 
-    def reidentify(self, node: HostNode, attr: os.stat_result) -> None:
+    def reidentify(self, node: HostNode, attr: Identified) -> None:
         """Note that a change which the guest asked for changed the identity of `node`."""
         if self._by_identity.get(node.identity) is node:
             del self._by_identity[node.identity]

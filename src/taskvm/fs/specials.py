@@ -1,0 +1,129 @@
+"""FIFOs and sockets that a guest made in a directory of the host. They exist here and nowhere on the host.
+
+The guest's kernel does all that they can do: a name, a type and a mode is what it needs from a file system. On the
+host one would be a trap, for a tool that opens a FIFO waits for a writer, so the host never sees them; they end
+with the mount. They are kept by the identity of their directory, which outlives the guest's memory of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+from dataclasses import dataclass
+
+from taskvm.fs.nodes import Identity
+from taskvm.fs.provider import DirEntry, refuse
+from taskvm.wire.fuse import SetAttr, SetAttrField
+
+MAX_SPECIALS = 4096
+# Offsets of readdir that no file system of the host uses: most count from 0, and the hashes of ext4 leave
+# 0x7fffffff in their upper half free, except for its own end of a directory.
+FIRST_OFFSET = 0x7FFF_FFFF_0000_0000
+END_OFFSET = 0x7FFF_FFFF_FFFF_FFFF
+_FIRST_INO = 1 << 62  # the host's inode numbers are far smaller
+KINDS = (stat.S_IFIFO, stat.S_IFSOCK)
+# Of no file system of the host: the kernel gives none the device number 0.
+DEVICE = 0
+
+
+@dataclass(slots=True)
+class Special:
+    """One FIFO or socket; named like os.stat_result, whose part it plays."""
+
+    st_ino: int
+    st_mode: int
+    st_uid: int
+    st_gid: int
+    st_atime_ns: int
+    st_mtime_ns: int
+    st_ctime_ns: int
+    st_nlink: int = 1
+    st_dev: int = DEVICE
+    st_size: int = 0
+    st_blocks: int = 0
+    st_blksize: int = 4096
+
+    def change(self, changes: SetAttr, mode_mask: int) -> None:
+        """Apply what SETATTR asks; a size is EINVAL, as truncate(2) says."""
+        if changes.valid & SetAttrField.SIZE:
+            raise refuse(errno.EINVAL)
+        if changes.valid & SetAttrField.MODE:
+            self.st_mode = stat.S_IFMT(self.st_mode) | (changes.mode & mode_mask)
+        self.st_ctime_ns = time.time_ns()
+        if changes.valid & SetAttrField.ATIME:
+            now = changes.valid & SetAttrField.ATIME_NOW
+            self.st_atime_ns = self.st_ctime_ns if now else changes.atime_ns
+        if changes.valid & SetAttrField.MTIME:
+            now = changes.valid & SetAttrField.MTIME_NOW
+            self.st_mtime_ns = self.st_ctime_ns if now else changes.mtime_ns
+
+
+class Specials:
+    """All FIFOs and sockets of one mount, by the identity of their directory and their name."""
+
+    def __init__(self) -> None:
+        self._named: dict[Identity, dict[bytes, Special]] = {}
+        self._by_ino: dict[int, Special] = {}
+        self._next_ino = _FIRST_INO
+
+    def get(self, directory: Identity, name: bytes) -> Special | None:
+        """Return what `name` is, if it is one of these."""
+        if not self._named:
+            return None
+        return self._named.get(directory, {}).get(name)
+
+    def known(self, identity: Identity) -> Special | None:
+        """Return the one that a node is, which may have no name any more."""
+        return self._by_ino.get(identity[1]) if identity[0] == DEVICE else None
+
+    def make(self, directory: Identity, name: bytes, mode: int) -> Special:
+        """Add a new one. The caller knows that nothing has the name yet."""
+        if len(self._by_ino) >= MAX_SPECIALS:
+            raise refuse(errno.ENOSPC)
+        now = time.time_ns()
+        special = Special(self._next_ino, mode, os.getuid(), os.getgid(), now, now, now)
+        self._next_ino += 1
+        self._by_ino[special.st_ino] = special
+        self._named.setdefault(directory, {})[name] = special
+        return special
+
+    def remove(self, directory: Identity, name: bytes) -> bool:
+        """Take the name away, if it is one of these."""
+        special = self.get(directory, name)
+        if special is None:
+            return False
+        self._take(directory, name)
+        special.st_nlink = 0
+        return True
+
+    def move(self, old: Identity, name: bytes, new: Identity, new_name: bytes) -> None:
+        """Rename one, over another one if there was one."""
+        self.remove(new, new_name)
+        self._named.setdefault(new, {})[new_name] = self._take(old, name)
+
+    def forget(self, identity: Identity) -> None:
+        """Let go of what the guest no longer knows, if it has no name either."""
+        special = self.known(identity)
+        if special is not None and not special.st_nlink:
+            del self._by_ino[special.st_ino]
+
+    def within(self, directory: Identity) -> bool:
+        """Tell whether the directory has any."""
+        return directory in self._named
+
+    def list(self, directory: Identity, offset: int) -> list[DirEntry]:
+        """Return those of a directory from `offset` on, in the order they were made, which is for ever."""
+        named = sorted(self._named.get(directory, {}).items(), key=lambda item: item[1].st_ino)
+        return [
+            DirEntry(name, special.st_ino, special.st_mode >> 12, after)
+            for name, special in named
+            if (after := FIRST_OFFSET + special.st_ino - _FIRST_INO + 1) > offset
+        ]
+
+    def _take(self, directory: Identity, name: bytes) -> Special:
+        special = self._named[directory].pop(name)
+        if not self._named[directory]:
+            del self._named[directory]
+        return special

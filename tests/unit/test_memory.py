@@ -1,0 +1,202 @@
+"""The memory provider: a file system like any other, within its limit."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from taskvm.fs.memory import Memory
+from taskvm.fs.provider import ROOT
+from taskvm.wire.fuse import SetAttr, SetAttrField
+
+
+def change(valid: SetAttrField, **fields: int) -> SetAttr:
+    defaults = {"size": 0, "atime_ns": 0, "mtime_ns": 0, "mode": 0, "uid": 0, "gid": 0}
+    return SetAttr(valid, **(defaults | fields))
+
+
+def names(memory: Memory, node: int = ROOT) -> list[bytes]:
+    return [entry.name for entry in memory.readdir(node, 0, 1 << 20)][2:]
+
+
+def failure(call: object, *arguments: object) -> int:
+    assert callable(call)
+    with pytest.raises(OSError, match="E") as caught:
+        call(*arguments)
+    return caught.value.errno or 0
+
+
+def test_a_new_tree_is_empty() -> None:
+    memory = Memory()
+    assert names(memory) == []
+    assert stat.S_ISDIR(memory.getattr(ROOT)[0].st_mode)
+
+
+def test_an_unlinked_file_lives_until_it_is_forgotten() -> None:
+    memory = Memory()
+    file = memory.create(ROOT, b"file", 0o600, 0).node
+    memory.write(file, 0, memoryview(b"data"), append=False)
+    memory.unlink(ROOT, b"file")
+
+    assert memory.read(file, 1, 2) == b"at"
+    assert memory.getattr(file)[0].st_nlink == 0
+    memory.forget(file, 1)
+    assert failure(memory.getattr, file) == errno.ESTALE
+
+
+def test_everything_is_charged_and_given_back() -> None:
+    memory = Memory(limit_bytes=100_000)
+    free = memory.statfs(ROOT).free
+    file = memory.create(ROOT, b"file", 0o600, 0).node
+    memory.write(file, 0, memoryview(bytes(50_000)), append=False)
+    memory.setxattr(file, b"user.a", bytes(1000), 0)
+    assert memory.statfs(ROOT).free < free - 10
+
+    memory.unlink(ROOT, b"file")
+    memory.forget(file, 1)
+
+    assert (memory._used, memory.statfs(ROOT).free) == (0, free)
+
+
+def test_the_limit_holds_before_anything_is_allocated() -> None:
+    memory = Memory(limit_bytes=100_000)
+    file = memory.create(ROOT, b"file", 0o600, 0).node
+
+    assert failure(memory.setattr, file, change(SetAttrField.SIZE, size=1 << 60)) == errno.ENOSPC
+    with pytest.raises(OSError, match="ENOSPC"):
+        memory.write(file, 1 << 50, memoryview(b"x"), append=False)
+    assert failure(memory.setxattr, file, b"user.a", bytes(100_000), 0) == errno.ENOSPC
+    with pytest.raises(OSError, match="ENOSPC"):
+        fill(memory)
+    assert 10 < len(names(memory)) < 100
+
+
+def fill(memory: Memory) -> None:
+    for number in range(1000):
+        memory.mkdir(ROOT, b"d%d" % number, 0o755)
+
+
+def test_writes_append_pad_and_truncate() -> None:
+    memory = Memory()
+    file = memory.create(ROOT, b"file", 0o600, 0).node
+    memory.write(file, 3, memoryview(b"abc"), append=False)
+    memory.write(file, 0, memoryview(b"!"), append=True)
+    assert memory.read(file, 0, 100) == b"\0\0\0abc!"
+    memory.setattr(file, change(SetAttrField.SIZE, size=4))
+    assert memory.read(file, 0, 100) == b"\0\0\0a"
+
+
+def test_create_honours_exclusion_and_truncation() -> None:
+    memory = Memory()
+    file = memory.create(ROOT, b"file", 0o600, os.O_EXCL).node
+    memory.write(file, 0, memoryview(b"abc"), append=False)
+
+    assert failure(memory.create, ROOT, b"file", 0o600, os.O_EXCL) == errno.EEXIST
+    assert memory.create(ROOT, b"file", 0o600, 0).attr.st_size == 3
+    assert memory.create(ROOT, b"file", 0o600, os.O_TRUNC).attr.st_size == 0
+
+
+def test_renames() -> None:
+    memory = Memory()
+    a = memory.create(ROOT, b"a", 0o600, 0).node
+    directory = memory.mkdir(ROOT, b"d", 0o755).node
+    inner = memory.mkdir(directory, b"e", 0o755).node
+
+    assert failure(memory.rename, ROOT, b"d", inner, b"x", 0) == errno.EINVAL
+    assert failure(memory.rename, ROOT, b"a", ROOT, b"d", 0) == errno.EISDIR
+    assert failure(memory.rename, ROOT, b"d", ROOT, b"a", 0) == errno.ENOTDIR
+    assert failure(memory.rename, ROOT, b"a", ROOT, b"d", 1) == errno.EEXIST
+    assert failure(memory.rmdir, ROOT, b"d") == errno.ENOTEMPTY
+    memory.rename(ROOT, b"a", inner, b"b", 0)
+    assert memory.lookup(inner, b"b").node == a
+    assert failure(memory.rename, inner, b"b", ROOT, b"d", 2) == errno.EINVAL
+    other = memory.mkdir(ROOT, b"other", 0o755).node
+    memory.rename(inner, b"b", ROOT, b"other", 2)
+    assert (memory.lookup(ROOT, b"other").node, memory.lookup(inner, b"b").node) == (a, other)
+    assert failure(memory.rename, ROOT, b"d", other, b"x", 0) == errno.EINVAL
+
+
+def test_what_is_missing_or_of_another_kind_is_refused() -> None:
+    memory = Memory()
+    file = memory.create(ROOT, b"file", 0o600, 0).node
+    link = memory.symlink(ROOT, b"link", b"../target").node
+
+    assert memory.readlink(link) == b"../target"
+    assert failure(memory.lookup, ROOT, b"none") == errno.ENOENT
+    assert failure(memory.lookup, ROOT, b"x" * 256) == errno.ENAMETOOLONG
+    assert failure(memory.mkdir, ROOT, b"x" * 256, 0) == errno.ENAMETOOLONG
+    assert failure(memory.lookup, file, b"x") == errno.ENOTDIR
+    assert failure(memory.read, ROOT, 0, 1) == errno.EISDIR
+    assert failure(memory.read, link, 0, 1) == errno.EINVAL
+    assert failure(memory.readlink, file) == errno.EINVAL
+    assert failure(memory.unlink, ROOT, b"none") == errno.ENOENT
+    assert failure(memory.rmdir, ROOT, b"file") == errno.ENOTDIR
+    assert failure(memory.mknod, ROOT, b"dev", stat.S_IFCHR) == errno.EPERM
+    assert failure(memory.link, ROOT, ROOT, b"x") == errno.EPERM
+    assert failure(memory.setattr, file, change(SetAttrField.UID, uid=4242)) == errno.EPERM
+    assert failure(memory.setxattr, file, b"security.x", b"", 0) == errno.EOPNOTSUPP
+    assert failure(memory.getxattr, file, b"user.x") == errno.ENODATA
+
+
+def test_a_reading_that_is_resumed_misses_nothing_while_names_come_and_go() -> None:
+    memory = Memory()
+    for number in range(50):
+        memory.mkdir(ROOT, b"%d" % number, 0o755)
+    seen: list[bytes] = []
+    offset = 0
+
+    while batch := memory.readdir(ROOT, offset, 100):
+        seen.append(batch[0].name)
+        offset = batch[0].offset
+        if batch[0].name == b"20":
+            memory.rmdir(ROOT, b"20")
+            memory.rmdir(ROOT, b"40")
+            memory.mkdir(ROOT, b"new", 0o755)
+
+    stable = {b"%d" % number for number in range(50)} - {b"40"}
+    assert set(seen) == stable | {b".", b"..", b"new"}
+    assert len(seen) == len(set(seen))
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3), st.integers(0, 3)), max_size=60))
+def test_any_sequence_of_changes_gives_everything_back(steps: list[tuple[int, int, int]]) -> None:
+    """Model: names of the root as a set; at the end nothing is charged for."""
+    memory = Memory()
+    model: set[bytes] = set()
+    held: list[int] = []
+    for action, first, second in steps:
+        a, b = b"n%d" % first, b"n%d" % second
+        try:
+            if action == 0:
+                held.append(memory.create(ROOT, a, 0o600, os.O_EXCL).node)
+                model.add(a)
+            elif action == 1:
+                memory.unlink(ROOT, a)
+                model.discard(a)
+            elif action == 2:
+                memory.rename(ROOT, a, ROOT, b, 0)
+                model = (model - {a}) | {b}
+            elif action == 3:
+                held.append(memory.link(memory.lookup(ROOT, a).node, ROOT, b).node)
+                held.append(held[-1])
+                model.add(b)
+            else:
+                memory.rename(ROOT, a, ROOT, b, action - 3)
+                model = (model - {a}) | {b} if action == 4 else model
+        except OSError as error:
+            if action == 3 and error.errno == errno.EEXIST:
+                held.append(memory.lookup(ROOT, a).node)
+                held.append(held[-1])
+        if action in (2, 4) and a == b:
+            model = set(names(memory))
+        assert set(names(memory)) == model
+    for name in names(memory):
+        memory.unlink(ROOT, name)
+    for node in list(memory._inodes):
+        memory.forget(node, 10_000)
+    assert memory._used == 0

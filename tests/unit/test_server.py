@@ -1,0 +1,285 @@
+"""The thread that serves the port: mounts come and go, the port comes to rest, and failures stay inside."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from taskvm.errors import GuestProtocolError, SandboxLostError, SandboxStateError, UsageError
+from taskvm.fs import server as server_module
+from taskvm.fs.hostdir import HostDir
+from taskvm.fs.memory import Memory
+from taskvm.fs.provider import Change, Entry, Provider
+from taskvm.fs.server import FsServer
+from taskvm.wire.frames import Frame, FrameDecoder, FrameType, encode_frame, encode_header
+from taskvm.wire.fuse import Opcode
+
+INIT = struct.pack("<IIII", 7, 37, 131072, 0xFFFF_FFFF) + bytes(48)
+
+
+@dataclass
+class Guest:
+    """The agent's end of the port."""
+
+    sock: socket.socket
+    server: FsServer
+    failures: list[Exception]
+    failed: threading.Event
+    decoder: FrameDecoder = field(default_factory=FrameDecoder)
+    frames: list[Frame] = field(default_factory=list)
+
+    def send(self, opcode: int, node: int, body: bytes = b"", *, mount: int = 1) -> None:
+        request = struct.pack("<IIQQIIIHH", 40 + len(body), opcode, 8, node, 0, 0, 0, 0, 0) + body
+        self.sock.sendall(encode_frame(FrameType.FUSE, 0, mount, request))
+
+    def receive(self) -> Frame:
+        while not self.frames:
+            data = self.sock.recv(1 << 20)
+            if not data:
+                raise ConnectionError("closed")
+            self.frames += self.decoder.feed(data)
+        return self.frames.pop(0)
+
+    def ask(self, opcode: int, node: int, body: bytes = b"", *, mount: int = 1) -> int:
+        """Return the errno of the answer."""
+        self.send(opcode, node, body, mount=mount)
+        frame = self.receive()
+        assert (frame.type, frame.stream) == (FrameType.FUSE, mount)
+        return -int(struct.unpack_from("<IiQ", frame.payload)[1])
+
+
+@pytest.fixture
+def guest() -> Iterator[Guest]:
+    ours, theirs = socket.socketpair()
+    ours.settimeout(10)
+    failures: list[Exception] = []
+    failed = threading.Event()
+
+    def on_failure(error: Exception) -> None:
+        failures.append(error)
+        failed.set()
+
+    server = FsServer(theirs, on_failure=on_failure)
+    yield Guest(ours, server, failures, failed)
+    server.close()
+    ours.close()
+
+
+def test_mounts_are_served_side_by_side(guest: Guest, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    guest.server.add_mount(1, HostDir(tmp_path))
+    guest.server.add_mount(2, Memory())
+
+    assert [guest.ask(Opcode.INIT, 0, INIT, mount=mount) for mount in (1, 2)] == [0, 0]
+    assert guest.ask(Opcode.LOOKUP, 1, b"file\0", mount=1) == 0
+    guest.send(Opcode.LOOKUP, 1, b"file\0", mount=2)
+    reply = bytes(guest.receive().payload)
+    assert struct.unpack_from("<IiQQ", reply) == (16 + 128, 0, 8, 0)  # a name that may be forgotten
+
+
+def test_a_removed_mount_is_gone_and_closed(guest: Guest, tmp_path: Path) -> None:
+    provider = HostDir(tmp_path)
+    guest.server.add_mount(1, provider)
+    guest.ask(Opcode.INIT, 0, INIT)
+
+    guest.server.remove_mount(1)
+    guest.server.remove_mount(1)
+
+    assert guest.ask(Opcode.GETATTR, 1, bytes(16)) == errno.ENODEV
+    assert provider._root == -1
+    guest.server.add_mount(1, Memory())
+    assert guest.ask(Opcode.INIT, 0, INIT) == 0
+
+
+@pytest.mark.parametrize("mount_id", [0, -1, 2**31])
+def test_a_mount_id_outside_the_hosts_range_is_refused(guest: Guest, mount_id: int) -> None:
+    with pytest.raises(UsageError, match="out of range"):
+        guest.server.add_mount(mount_id, Memory())
+
+
+def test_a_mount_id_is_used_once(guest: Guest) -> None:
+    guest.server.add_mount(1, Memory())
+    with pytest.raises(UsageError, match="taken"):
+        guest.server.add_mount(1, Memory())
+
+
+def test_closing_is_idempotent_and_final(guest: Guest, tmp_path: Path) -> None:
+    provider = HostDir(tmp_path)
+    guest.server.add_mount(1, provider)
+
+    guest.server.close()
+    guest.server.close()
+
+    assert provider._root == -1
+    assert guest.sock.recv(1) == b""
+    with pytest.raises(SandboxStateError):
+        guest.server.add_mount(2, Memory())
+    with pytest.raises(SandboxLostError):
+        guest.server.quiesce()
+    assert guest.failures == []
+
+
+def test_the_port_comes_to_rest_and_goes_on(guest: Guest) -> None:
+    guest.server.add_mount(1, Memory())
+    guest.ask(Opcode.INIT, 0, INIT)
+    resting = threading.Thread(target=guest.server.quiesce)
+    resting.start()
+
+    assert guest.receive().type is FrameType.QUIESCE
+    guest.send(Opcode.GETATTR, 1, bytes(16))
+    guest.sock.sendall(encode_header(FrameType.QUIESCED, 0, 0, 0))
+    resting.join(0.1)
+    assert resting.is_alive()  # an answer is not read yet
+    assert guest.receive().type is FrameType.FUSE
+    resting.join(10)
+    assert not resting.is_alive()
+
+    guest.server.resume()
+    assert guest.receive().type is FrameType.RESUME
+
+
+def test_a_guest_that_never_rests_is_given_up(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "QUIESCE_TIMEOUT_S", 0.05)
+    with pytest.raises(TimeoutError, match="QUIESCE"):
+        guest.server.quiesce()
+
+
+def test_a_port_that_ends_while_it_comes_to_rest_is_lost(guest: Guest) -> None:
+    errors: list[Exception] = []
+
+    def rest() -> None:
+        try:
+            guest.server.quiesce()
+        except SandboxLostError as error:
+            errors.append(error)
+
+    resting = threading.Thread(target=rest)
+    resting.start()
+    guest.receive()
+    guest.sock.close()
+    resting.join(10)
+
+    assert len(errors) == 1
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"\xff" * 64,
+        encode_frame(FrameType.DATA, 0, 1, b"data"),
+        encode_header(FrameType.RESUME, 0, 0, 0),
+        encode_frame(FrameType.FUSE, 0, 1, bytes(40)),
+        encode_header(FrameType.FUSE, 0, 1, (1 << 20) + 65537),
+    ],
+)
+def test_a_guest_that_breaks_the_protocol_is_told_on(guest: Guest, raw: bytes) -> None:
+    guest.server.add_mount(1, Memory())
+
+    guest.sock.sendall(raw)
+
+    assert guest.failed.wait(10)
+    assert [type(error) for error in guest.failures] == [GuestProtocolError]
+    assert guest.sock.recv(1) == b""
+
+
+def test_requests_before_init_break_the_protocol(guest: Guest) -> None:
+    guest.server.add_mount(1, Memory())
+    guest.send(Opcode.GETATTR, 1, bytes(16))
+    assert guest.failed.wait(10)
+
+
+def test_a_second_init_breaks_the_protocol(guest: Guest) -> None:
+    guest.server.add_mount(1, Memory())
+    guest.ask(Opcode.INIT, 0, INIT)
+    guest.send(Opcode.INIT, 0, INIT)
+    assert guest.failed.wait(10)
+
+
+def test_changes_reach_the_guest_as_notifications(guest: Guest) -> None:
+    provider = Memory()
+    guest.server.add_mount(1, provider)
+    guest.ask(Opcode.INIT, 0, INIT)
+
+    provider.changes(Change(1, b"name"))
+    provider.changes(Change(5))
+
+    codes = [struct.unpack_from("<IiQ", guest.receive().payload) for _ in range(2)]
+    assert [(code, unique) for _length, code, unique in codes] == [(3, 0), (2, 0)]
+
+
+def test_changes_after_the_end_are_nobodys_error(guest: Guest) -> None:
+    provider = Memory()
+    guest.server.add_mount(1, provider)
+    guest.server.close()
+    provider.changes(Change(1))
+
+
+class Broken(Provider):
+    """A provider with a bug."""
+
+    def lookup(self, parent: int, name: bytes) -> Entry:
+        raise RuntimeError(f"could not look up {name!r}")
+
+
+def test_a_bug_of_a_provider_is_eio_and_reported_once_without_contents(
+    guest: Guest, caplog: pytest.LogCaptureFixture
+) -> None:
+    guest.server.add_mount(1, Broken())
+    guest.ask(Opcode.INIT, 0, INIT)
+
+    with caplog.at_level(logging.ERROR, "taskvm.fs"):
+        answers = [guest.ask(Opcode.LOOKUP, 1, b"private\0") for _ in range(3)]
+
+    assert answers == [errno.EIO] * 3
+    assert [record.getMessage() for record in caplog.records] == [
+        "LOOKUP failed with RuntimeError, a bug: the guest got EIO"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("opcode", "expected"),
+    [
+        (Opcode.OPEN, errno.ENOSYS),
+        (Opcode.OPENDIR, errno.ENOSYS),
+        (Opcode.ACCESS, errno.ENOSYS),
+        (Opcode.FLUSH, errno.ENOSYS),
+        (4242, errno.ENOSYS),
+    ],
+)
+def test_what_the_kernel_does_by_itself_is_left_to_it(
+    guest: Guest, opcode: int, expected: int
+) -> None:
+    guest.server.add_mount(1, Memory())
+    guest.ask(Opcode.INIT, 0, INIT)
+    assert guest.ask(opcode, 1, bytes(16)) == expected
+
+
+def test_many_requests_sent_at_once_are_all_answered_in_order(guest: Guest) -> None:
+    guest.server.add_mount(1, Memory())
+    guest.ask(Opcode.INIT, 0, INIT)
+    requests = b"".join(
+        encode_frame(
+            FrameType.FUSE,
+            0,
+            1,
+            struct.pack("<IIQQIIIHH", 56, Opcode.GETATTR, number, 1, 0, 0, 0, 0, 0) + bytes(16),
+        )
+        for number in range(2000)
+    )
+    sender = threading.Thread(target=guest.sock.sendall, args=(requests,))
+    sender.start()
+
+    answered = [struct.unpack_from("<IiQ", guest.receive().payload)[2] for _ in range(2000)]
+
+    sender.join()
+    assert answered == list(range(2000))
