@@ -328,6 +328,7 @@ async def test_what_is_neither_http_nor_tls_is_refused(canary: HttpServer, first
         ("GET / HTTP/1.1", ["Connection: Upgrade", "Upgrade: websocket"], 501),
         ("GET / HTTP/1.1", ["Connection: Upgrade", "Upgrade: h2c", "HTTP2-Settings: x"], 501),
         ("GET / HTTP/1.1", ["HTTP2-Settings: x"], 501),
+        ("TRACE / HTTP/1.1", [], 501),
         ("POST / HTTP/1.1", ["Content-Length: 5", "Transfer-Encoding: chunked"], 400),
         ("POST / HTTP/1.1", ["Content-Length: 5", "Content-Length: 6"], 400),
         ("POST / HTTP/1.1", ["Content-Length: +5"], 400),

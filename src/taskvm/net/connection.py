@@ -17,7 +17,7 @@ import ssl
 from dataclasses import dataclass
 
 from taskvm.audit import Kind, Verdict
-from taskvm.net.egress import UNRECORDED, Egress, Refusal
+from taskvm.net.egress import UNRECORDED, Egress, Refusal, Session
 from taskvm.net.names import SYNTHETIC_NETWORK
 from taskvm.net.relay import HttpRelay
 from taskvm.net.streams import ByteStream, GuestStream
@@ -158,7 +158,7 @@ class GuestConnection:
         self, scheme: Scheme, stream: ByteStream, host: str, denied: Refusal | None
     ) -> None:
         origin = Origin(scheme, host, self._destination.port)
-        relay = HttpRelay(self._egress, stream, origin, self._number, denied)
+        relay = HttpRelay(Session(self._egress, origin, self._number), stream, denied)
         try:
             await relay.run()
             async with asyncio.timeout(LINGER_S):

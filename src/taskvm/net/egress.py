@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from taskvm.audit import Kind, Verdict
 from taskvm.injection import Injector
 from taskvm.net.auditlog import AuditLog
 from taskvm.net.certs import CertificateAuthority
 from taskvm.net.names import SyntheticNames
 from taskvm.net.upstream import Dialer
 from taskvm.policy import Decision, Policy
+from taskvm.wire.http1 import Origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,25 @@ class Egress:
     ca: CertificateAuthority
     dialer: Dialer
     names: SyntheticNames
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """One connection of the guest, once it is known where it may go."""
+
+    egress: Egress
+    origin: Origin
+    connection: int
+
+    def record(self, kind: Kind, decision: Verdict, **fields: Any) -> bool:
+        """Record an event of this connection; `fields` are those of AuditEvent.
+
+        False: it is not recorded.
+        """
+        origin = self.origin
+        return self.egress.audit.record(
+            kind, decision, connection=self.connection, host=origin.host, port=origin.port, **fields
+        )
 
 
 class Refusal(Exception):  # noqa: N818 - an answer for the guest, not a fault

@@ -17,6 +17,7 @@ import errno
 import ipaddress
 import logging
 import os
+from collections import deque
 from collections.abc import Iterable, Sequence
 
 import msgspec
@@ -38,6 +39,8 @@ from taskvm.wire.frames import GUEST_STREAM_BIT, Frame, FrameType, decode_u32, e
 
 MAX_CONNECTIONS = 256
 MAX_ANSWERS = 256  # DNS answers that wait for the port (protocol page: the oldest is dropped)
+# Refused connections whose RESET waits for the port. One read of ours can hold thousands of OPENs.
+MAX_REFUSED = 65_536
 
 _logger = logging.getLogger(__name__)
 
@@ -86,7 +89,9 @@ class Gateway:
         self._port = port
         self._streams: dict[int, _Stream] = {}
         self._tasks: asyncio.TaskGroup | None = None
-        self._answers: asyncio.Queue[tuple[FrameType, int, bytes]] = asyncio.Queue(MAX_ANSWERS)
+        self._answers: deque[tuple[int, bytes]] = deque(maxlen=MAX_ANSWERS)
+        self._refused: deque[int] = deque()
+        self._something_to_send = asyncio.Event()
         self._lost: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         self._early: list[Frame] = []
         port.on_frame = self._on_frame
@@ -125,9 +130,7 @@ class Gateway:
         elif frame.type is FrameType.OPEN:
             self._open(frame)
         elif frame.type is FrameType.DATAGRAM:
-            self._answer(
-                FrameType.DATAGRAM, frame.stream, self._nameserver.answer(bytes(frame.payload))
-            )
+            self._answer(frame.stream, bytes(frame.payload))
         elif frame.type in _FLOW_FRAMES and frame.channel == 0:
             self._flow(frame)
         else:
@@ -177,7 +180,7 @@ class Gateway:
                 reason=f"{MAX_CONNECTIONS} connections are open", address=str(address),
                 port=request.port,
             )  # fmt: skip
-            self._answer(FrameType.RESET, frame.stream, encode_u32(errno.EAGAIN))
+            self._refuse(frame.stream)
             return
         stream = self._streams[frame.stream] = _Stream(self._port, frame.stream)
         destination = Destination(address, request.port)
@@ -188,26 +191,34 @@ class Gateway:
         task.add_done_callback(lambda _: self._streams.pop(frame.stream, None))
         stream.task = task
 
-    # Answers, which wait here when the guest does not read.
+    # Answers, which wait here while the guest does not read.
 
-    def _answer(self, kind: FrameType, stream: int, payload: bytes) -> None:
-        if not payload:
+    def _answer(self, stream: int, query: bytes) -> None:
+        answer = self._nameserver.answer(query)
+        if answer:
+            self._answers.append((stream, answer))
+            self._something_to_send.set()
+
+    def _refuse(self, stream: int) -> None:
+        if len(self._refused) >= MAX_REFUSED:
+            self._port.fail("the guest opens connections and does not read the answers")
             return
-        if self._answers.full():
-            dropped, _, _ = self._answers.get_nowait()
-            if dropped is FrameType.RESET:
-                self._port.fail("the guest opens connections and does not read the answers")
-                return
-        self._answers.put_nowait((kind, stream, payload))
+        self._refused.append(stream)
+        self._something_to_send.set()
 
     async def _send_answers(self) -> None:
-        while True:
-            kind, stream, payload = await self._answers.get()
-            await self._port.wait_writable()
-            try:
-                self._port.send(kind, 0, stream, payload)
-            except SandboxLostError:
-                return  # run has been told
+        with contextlib.suppress(SandboxLostError):  # run has been told
+            while True:
+                await self._something_to_send.wait()
+                await self._port.wait_writable()
+                if self._refused:
+                    reason = encode_u32(errno.EAGAIN)
+                    self._port.send(FrameType.RESET, 0, self._refused.popleft(), reason)
+                elif self._answers:
+                    number, answer = self._answers.popleft()
+                    self._port.send(FrameType.DATAGRAM, 0, number, answer)
+                else:
+                    self._something_to_send.clear()
 
     # Connections.
 

@@ -1,4 +1,4 @@
-"""HTTP/1.1 between the guest and one origin: judge each request, put secrets in, stream both ways.
+"""HTTP/1.1 between the guest and one origin: one judged request after another, streamed both ways.
 
 Rule 1: a request is judged, recorded and complete in its head before its first byte leaves.
 Rule 2: one upstream connection at a time, for this guest connection alone; it is kept while it is
@@ -13,23 +13,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import h11
 
-from taskvm.audit import Kind, Verdict
+from taskvm.audit import Verdict
 from taskvm.errors import UpstreamError
-from taskvm.injection import InjectionRefused
-from taskvm.net.egress import UNRECORDED, Egress, Refusal
+from taskvm.net.egress import UNRECORDED, Refusal, Session
+from taskvm.net.judge import Judge
 from taskvm.net.streams import ByteStream
 from taskvm.net.upstream import AddressRefused, Upstream
-from taskvm.policy import decide_name
 from taskvm.wire.http1 import (
     MAX_HEAD,
     HttpRefused,
-    Origin,
     RequestHead,
-    check_request,
     may_have_trailer,
     render_refusal,
     response_headers,
@@ -56,19 +52,10 @@ class _Exchange:
 class HttpRelay:
     """Serves one guest connection. With `denied`, its first request gets that for an answer."""
 
-    def __init__(
-        self,
-        egress: Egress,
-        guest: ByteStream,
-        origin: Origin,
-        connection: int,
-        denied: Refusal | None = None,
-    ) -> None:
-        self._egress = egress
+    def __init__(self, session: Session, guest: ByteStream, denied: Refusal | None = None) -> None:
+        self._session = session
         self._guest = guest
-        self._origin = origin
-        self._connection = connection
-        self._denied = denied
+        self._judge = Judge(session, denied)
         self._client = h11.Connection(h11.SERVER, MAX_HEAD)
         self._server = h11.Connection(h11.CLIENT, MAX_HEAD)
         self._upstream: Upstream | None = None
@@ -94,7 +81,7 @@ class HttpRelay:
             request = await self._read_request(wait_s)
             if request is None:
                 return False
-            head = self._judge(request)
+            head = self._judge.admit(request)
             upstream = await self._connect()
         except Refusal as refusal:
             await self._refuse(refusal)
@@ -111,66 +98,11 @@ class HttpRelay:
             return None
         except h11.RemoteProtocolError as error:
             # h11's own words quote the guest's bytes: they stay out of the log and the answer.
-            raise self._deny_unread(error.error_status_hint) from error
+            raise self._judge.refuse_unread(error.error_status_hint) from error
         if not isinstance(event, h11.Request):
             return None
         self._method = event.method
         return event
-
-    def _deny_unread(self, status: int) -> Refusal:
-        reason = "the request is not valid HTTP/1.1"
-        self._record("request", "deny", rule="http", reason=reason)
-        return Refusal(status, "bad_request", "http", reason)
-
-    def _judge(self, request: h11.Request) -> RequestHead:
-        """Return the head to send, secrets in it. Raises Refusal; either way it is recorded."""
-        seen = self._describe(request)
-        try:
-            rule, head, secrets = self._decide(request)
-        except Refusal as refusal:
-            self._record("request", "deny", rule=refusal.rule, reason=refusal.reason, **seen)
-            raise
-        recorded = self._record("request", "allow", rule=rule, secrets=secrets, **seen)
-        if secrets:
-            recorded &= self._record("secret", "allow", rule=rule, secrets=secrets)
-        if not recorded:
-            raise Refusal.of(UNRECORDED)
-        return head
-
-    def _decide(self, request: h11.Request) -> tuple[str, RequestHead, tuple[str, ...]]:
-        if self._denied is not None:
-            raise self._denied
-        origin = self._origin
-        try:
-            head = check_request(request, origin)
-        except HttpRefused as error:
-            kind = "egress_denied" if error.status == 403 else "bad_request"
-            raise Refusal(error.status, kind, "http", error.reason) from error
-        decision = decide_name(self._egress.policy, origin.host, origin.port)
-        if not decision.allowed:
-            raise Refusal.of(decision)
-        try:
-            self._egress.injector.refuse_traces(head.method, "the method")
-            injected = self._egress.injector.inject(
-                origin.scheme, origin.host, origin.port, head.target, head.headers
-            )
-        except InjectionRefused as error:
-            self._record("secret", "deny", reason=error.reason, secrets=(error.secret,))
-            raise Refusal(403, "egress_denied", "secret", error.reason, error.hint) from error
-        sent = RequestHead(head.method, head.target, injected.headers)
-        return decision.rule, sent, injected.used
-
-    def _describe(self, request: h11.Request) -> dict[str, str]:
-        """Return what the record says of a request: nothing, where a secret's value is in it."""
-        try:
-            for text in (request.method, request.target):
-                self._egress.injector.refuse_traces(text, "the request line")
-        except InjectionRefused:
-            return {}
-        return {
-            "method": request.method.decode("ascii"),
-            "path": request.target.partition(b"?")[0].decode("ascii"),
-        }
 
     # The connection to the server.
 
@@ -178,12 +110,11 @@ class HttpRelay:
         if self._upstream is not None and self._upstream.is_quiet():
             return self._upstream
         self._drop_upstream()
-        origin = self._origin
         try:
-            self._upstream = await self._egress.dialer.connect(origin)
+            self._upstream = await self._session.egress.dialer.connect(self._session.origin)
         except AddressRefused as error:
             decision = error.decision
-            self._record(
+            self._session.record(
                 "connect",
                 "deny",
                 rule=decision.rule,
@@ -192,10 +123,10 @@ class HttpRelay:
             )
             raise Refusal.of(decision) from error
         except UpstreamError as error:
-            self._record("connect", "error", reason=str(error))
+            self._session.record("connect", "error", reason=str(error))
             raise Refusal(502, "upstream_failed", "", error.cause) from error
         up = self._upstream
-        if not self._record("connect", "allow", rule=up.rule, address=up.address):
+        if not self._session.record("connect", "allow", rule=up.rule, address=up.address):
             raise Refusal.of(UNRECORDED)
         self._server = h11.Connection(h11.CLIENT, MAX_HEAD)
         return up
@@ -223,7 +154,7 @@ class HttpRelay:
             self._guest.abort()
             return False
         finally:
-            self._record(
+            self._session.record(
                 "response", verdict, reason=reason, status=exchange.status,
                 bytes_up=exchange.bytes_up, bytes_down=exchange.bytes_down,
                 duration_ms=round((time.monotonic() - exchange.started) * 1000),
@@ -234,12 +165,10 @@ class HttpRelay:
 
     async def _exchange(self, exchange: _Exchange, upstream: Upstream) -> None:
         """Send the request and relay the response; the two bodies flow at once."""
-        head = exchange.head
-        request = h11.Request(method=head.method, target=head.target, headers=head.headers)
         try:
             async with asyncio.timeout(STALL_TIMEOUT_S) as self._deadline:
                 with _server_errors("send the request"):
-                    await upstream.stream.write(self._server.send(request))
+                    await upstream.stream.write(self._server.send(_build(exchange.head)))
                 async with asyncio.TaskGroup() as group:
                     upload = group.create_task(self._send_body(exchange, upstream))
                     await asyncio.sleep(0)  # a request without a body ends before its answer
@@ -259,7 +188,7 @@ class HttpRelay:
             if isinstance(event, h11.Data):
                 exchange.bytes_up += len(event.data)
             elif isinstance(event, h11.EndOfMessage):
-                event = h11.EndOfMessage(headers=self._request_trailer(exchange.head, event))
+                event = h11.EndOfMessage(headers=self._judge.admit_trailer(exchange.head, event))
             else:
                 raise ConnectionResetError("the guest closed within its request")
             self._moved()
@@ -269,20 +198,6 @@ class HttpRelay:
                 return  # the server reads no more; what it answers decides
             if isinstance(event, h11.EndOfMessage):
                 return
-
-    def _request_trailer(
-        self, head: RequestHead, end: h11.EndOfMessage
-    ) -> list[tuple[bytes, bytes]]:
-        if not may_have_trailer(head.headers):
-            return []
-        fields = trailer_headers(end.headers.raw_items())
-        try:
-            for name, value in fields:
-                self._egress.injector.refuse_traces(name + b":" + value, "the trailer")
-        except InjectionRefused as error:
-            self._record("secret", "deny", reason=error.reason, secrets=(error.secret,))
-            raise Refusal(403, "egress_denied", "secret", error.reason, error.hint) from error
-        return fields
 
     async def _relay_response(self, exchange: _Exchange, upstream: Upstream) -> None:
         chunked = False
@@ -322,7 +237,7 @@ class HttpRelay:
         if pipelined:
             # Refused by closing after this answer; a client that pipelines asks again (RFC 9112
             # section 9.3.2).
-            self._record("request", "deny", rule="http", reason="a request was pipelined")
+            self._session.record("request", "deny", rule="http", reason="a request was pipelined")
         if pipelined or self._client.they_are_waiting_for_100_continue:
             headers.append((b"Connection", b"close"))
         exchange.status = event.status_code
@@ -360,7 +275,7 @@ class HttpRelay:
     async def _refuse(self, refusal: Refusal) -> None:
         """Answer with the refusal; the connection is over after it."""
         body = render_refusal(
-            refusal.kind, self._origin.host, refusal.rule, refusal.reason, refusal.hint
+            refusal.kind, self._session.origin.host, refusal.rule, refusal.reason, refusal.hint
         )
         headers = [
             ("Content-Type", "application/json"),
@@ -373,7 +288,8 @@ class HttpRelay:
             if self._method != b"HEAD":
                 data += self._client.send(h11.Data(data=body))
         except h11.LocalProtocolError:
-            return  # the guest is in the middle of something that no answer fits
+            self._guest.abort()  # the guest is in the middle of something that no answer fits
+            return
         # A guest that reads nothing must not keep the connection for ever.
         async with asyncio.timeout(REFUSAL_TIMEOUT_S):
             await self._guest.write(data)
@@ -384,23 +300,20 @@ class HttpRelay:
         else:
             await self._refuse(Refusal(502, "upstream_failed", "", error.cause))
 
-    def _record(self, kind: Kind, decision: Verdict, **fields: Any) -> bool:
-        origin = self._origin
-        return self._egress.audit.record(
-            kind,
-            decision,
-            connection=self._connection,
-            host=origin.host,
-            port=origin.port,
-            **fields,
-        )
-
 
 async def _next_event(connection: h11.Connection, stream: ByteStream) -> object:
     """Return the next event that the peer's bytes make."""
     while (event := connection.next_event()) is h11.NEED_DATA:
         connection.receive_data(await stream.read())
     return event
+
+
+def _build(head: RequestHead) -> h11.Request:
+    try:
+        return h11.Request(method=head.method, target=head.target, headers=head.headers)
+    except h11.LocalProtocolError:
+        # `from None`: h11 quotes the header, and a secret's value may stand in it.
+        raise Refusal(400, "bad_request", "http", "a header cannot be sent") from None
 
 
 def _checked(response: h11.Response | h11.InformationalResponse) -> list[tuple[bytes, bytes]]:

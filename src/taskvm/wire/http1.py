@@ -105,6 +105,8 @@ def check_request(request: h11.Request, origin: Origin) -> RequestHead:
         raise HttpRefused(431, "the request's head is too long")
     if request.method == b"CONNECT":
         raise HttpRefused(403, "CONNECT is refused: connections need no proxy here")
+    if request.method in (b"TRACE", b"TRACK"):  # the answer would show the guest our headers
+        raise HttpRefused(501, "TRACE is refused: its answer repeats what was sent, secrets too")
     if _values(request.headers, b"upgrade") or _values(request.headers, b"http2-settings"):
         raise HttpRefused(501, "Upgrade is not supported")
     chunked = _check_framing(request)
