@@ -1,0 +1,86 @@
+"""The table of nodes: references, places and identities."""
+
+from __future__ import annotations
+
+import errno
+import stat
+from types import SimpleNamespace
+
+import pytest
+
+from taskvm.fs import nodes as nodes_module
+from taskvm.fs.nodes import NodeTable
+
+
+def seen(ino: int, kind: int = stat.S_IFREG, mtime_ns: int = 0) -> SimpleNamespace:
+    return SimpleNamespace(st_dev=1, st_ino=ino, st_mode=kind | 0o644, st_mtime_ns=mtime_ns)
+
+
+@pytest.fixture
+def table() -> NodeTable:
+    return NodeTable(seen(1, stat.S_IFDIR))
+
+
+def test_a_node_lives_as_long_as_its_references(table: NodeTable) -> None:
+    node = table.bind(table.root, b"a", seen(5))
+    table.bind(table.root, b"a", seen(5))
+
+    assert table.forget(node.id, 1) is None
+    assert table[node.id] is node
+    assert table.forget(node.id, 1) is node
+    with pytest.raises(OSError, match="ESTALE") as caught:
+        table[node.id]
+    assert caught.value.errno == errno.ESTALE
+    assert table.root.children == {}
+    assert len(table) == 1
+
+
+def test_numbers_are_never_used_twice(table: NodeTable) -> None:
+    first = table.bind(table.root, b"a", seen(5)).id
+    table.forget(first, 1)
+    assert table.bind(table.root, b"a", seen(5)).id != first
+
+
+def test_the_root_is_never_forgotten(table: NodeTable) -> None:
+    assert table.forget(1, 2**64 - 1) is None
+    assert table[1] is table.root
+
+
+def test_another_inode_under_the_name_is_another_node(table: NodeTable) -> None:
+    old = table.bind(table.root, b"a", seen(5))
+    new = table.bind(table.root, b"a", seen(6))
+    assert (old.places, new.places) == ([], [(table.root, b"a")])
+
+
+def test_a_directory_has_one_place_and_a_file_may_have_more(table: NodeTable) -> None:
+    for kind, places in ((stat.S_IFDIR, 1), (stat.S_IFREG, 2)):
+        node = table.bind(table.root, b"a%d" % kind, seen(kind, kind))
+        table.bind(table.root, b"b%d" % kind, seen(kind, kind))
+        assert len(node.places) == places
+
+
+def test_a_link_that_was_made_anew_is_another_node(table: NodeTable) -> None:
+    old = table.bind(table.root, b"a", seen(5, stat.S_IFLNK, 1))
+    assert table.bind(table.root, b"a", seen(5, stat.S_IFLNK, 2)) is not old
+
+
+def test_moves_and_exchanges_keep_both_directions(table: NodeTable) -> None:
+    a, b = table.bind(table.root, b"a", seen(5)), table.bind(table.root, b"b", seen(6))
+
+    table.exchange(table.root, b"a", table.root, b"b")
+    assert (a.places, b.places) == ([(table.root, b"b")], [(table.root, b"a")])
+    table.move(table.root, b"a", table.root, b"b")
+    assert (a.places, b.places) == ([], [(table.root, b"b")])
+    assert table.root.children == {b"b": b}
+    table.move(table.root, b"unknown", table.root, b"b")
+    assert table.root.children == {}
+
+
+def test_a_guest_that_never_forgets_is_stopped(
+    table: NodeTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nodes_module, "MAX_NODES", 3)
+    table.bind(table.root, b"a", seen(5))
+    table.bind(table.root, b"b", seen(6))
+    with pytest.raises(OSError, match="ENFILE"):
+        table.bind(table.root, b"c", seen(7))
