@@ -148,7 +148,7 @@ static void wait_for_devices(int uevents, struct boot_ports *ports)
 
 /* The root. */
 
-static void move_mount(const char *path)
+static void carry_mount(const char *path)
 {
 	char target[64];
 	snprintf(target, sizeof(target), NEW_ROOT "%s", path);
@@ -166,9 +166,9 @@ static void enter_root(void)
 		result = mount(DISK, NEW_ROOT, "ext4", MS_NOATIME | MS_RDONLY, NULL);
 	if (result < 0)
 		fatal("mount %s on %s: %s", DISK, NEW_ROOT, strerror(errno));
-	move_mount("/proc");
-	move_mount("/sys");
-	move_mount("/dev");
+	carry_mount("/proc");
+	carry_mount("/sys");
+	carry_mount("/dev");
 	unlink("/init");
 	if (chdir(NEW_ROOT) < 0 || mount(".", "/", NULL, MS_MOVE, NULL) < 0 || chroot(".") < 0 || chdir("/") < 0)
 		fatal("make %s the root: %s", NEW_ROOT, strerror(errno));

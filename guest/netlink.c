@@ -111,7 +111,8 @@ struct batch {
 
 static void put(struct batch *batch, const void *bytes, size_t length)
 {
-	memcpy(batch->bytes + batch->length, bytes, length); /* every message is ours: 8 of them, about 900 bytes */
+	if (length)
+		memcpy(batch->bytes + batch->length, bytes, length); /* every message is ours: 8 of them, about 900 bytes */
 	batch->length += (length + 3) & ~(size_t)3;
 }
 
