@@ -1,0 +1,91 @@
+"""A connection's first bytes: what it speaks, and whether it means whom it was made to."""
+
+from __future__ import annotations
+
+import random
+import struct
+
+import pytest
+from egress_lab import egress_lab, http_server, read_all
+
+from taskvm.net import connection
+from taskvm.port import StreamReset
+
+
+async def test_a_client_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "SNIFF_TIMEOUT_S", 0.05)
+    async with egress_lab(allow=["api.test"]) as lab:
+        sock = await lab.connect("api.test", 22)
+
+        with pytest.raises(StreamReset):
+            await sock.read()
+
+        assert lab.denials("connect")[0].reason == "unknown protocol: it said nothing in time"
+
+
+async def test_a_client_that_ends_at_once_is_recorded() -> None:
+    async with egress_lab(allow=["api.test"]) as lab:
+        sock = await lab.connect("api.test", 80)
+        sock.end()
+
+        with pytest.raises(StreamReset):
+            await sock.read()
+
+        assert lab.denials("connect")[0].rule == "protocol"
+
+
+async def test_a_client_of_http2_only_is_told_in_tls() -> None:
+    with http_server("api.test") as server:
+        async with egress_lab(allow=["api.test"], hosts={"api.test": ["127.0.0.1"]}) as lab:
+            address = await lab.address_of("api.test")
+            async with lab.tls(address, server.port, "api.test", alpn=["h2"]) as stream:
+                await stream.write(b"GET / HTTP/1.1\r\nHost: api.test\r\n\r\n")
+                answer = await read_all(stream)
+
+        assert answer.startswith(b"HTTP/1.1 403")
+        assert lab.denials("tls")[0].reason == "the client speaks no HTTP/1.1"
+    assert server.connections == 0
+
+
+async def test_a_hidden_server_name_is_refused() -> None:
+    name = b"\x00\x00\x00\x0d\x00\x0b\x00\x00\x08api.test"
+    hidden = b"\xfe\x0d\x00\x01\x00"
+    body = b"\x03\x03" + bytes(32) + b"\x00\x00\x02\x13\x01\x01\x00"
+    body += struct.pack(">H", len(name + hidden)) + name + hidden
+    message = b"\x01" + len(body).to_bytes(3, "big") + body
+    async with egress_lab(allow=["api.test"]) as lab:
+        sock = await lab.connect("api.test", 443)
+
+        with pytest.raises(StreamReset):
+            await sock.exchange(b"\x16\x03\x01" + struct.pack(">H", len(message)) + message)
+
+        assert lab.denials("tls")[0].reason == "the server name is encrypted (ECH)"
+
+
+async def test_random_bytes_end_connections_and_nothing_else() -> None:
+    """Two hundred connections of noise, some of it after a valid start; then one that works."""
+    noise = random.Random(7)
+    starts = [b"", b"GET / HTTP/1.1\r\nHost: ", b"\x16\x03\x01\x00\x50\x01\x00\x00\x4c", b"POST /"]
+    with http_server() as server:
+        async with egress_lab(
+            allow=["api.test"],
+            allow_addresses=[f"127.0.0.1:{server.port}"],
+            hosts={"api.test": ["127.0.0.1"]},
+        ) as lab:
+            for number in range(200):
+                sock = await lab.connect("api.test", server.port)
+                await sock.write(starts[number % 4] + noise.randbytes(noise.randint(1, 200)))
+                sock.end()
+                try:
+                    await sock.read_all()
+                except StreamReset:
+                    continue
+            sock = await lab.connect("api.test", server.port)
+            host = f"api.test:{server.port}"
+            answer = await sock.exchange(
+                f"GET / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode()
+            )
+
+            assert answer.startswith(b"HTTP/1.1 200")
+            assert not [event for event in lab.events if event.reason == "internal error"]
+    assert len(server.requests) == 1
