@@ -7,14 +7,13 @@ configuration stays in the guest (customize.sh).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
-from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from shlex import quote
-from typing import IO
 
 from taskvm.errors import ImageError
 from taskvm.image.manifest import ImageSpec
@@ -55,6 +54,8 @@ _LOCAL_APT_OPTIONS = re.compile(
     re.IGNORECASE,
 )
 
+_PROGRESS_INTERVAL_S = 0.2
+
 # The metapackage's dependency is the kernel itself. apt-get verifies what it downloads here as everywhere.
 _FETCH_KERNEL = """set -eu
 export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG"
@@ -74,16 +75,16 @@ def build_debian(spec: ImageSpec, directory: Path, progress: Callable[[str], Non
     sources = choose_sources(spec)
     for source in sources:
         progress(f"using {source.suite} from {source.uri.rpartition('@')[2]}")
-    argv = [program, *mmdebstrap_options(spec, mode, directory, host_apt_options())]
-    argv += [spec.suite, "-", *(source.to_line() for source in sources)]
+    argv = [*mount_namespace(mode), program]
+    argv += [*mmdebstrap_options(spec, mode, directory, host_apt_options()), spec.suite]
     environment = {
         "TASKVM_DEBIAN_ARCH": spec.debian_arch,
         "TASKVM_GUEST_SOURCES": render_guest_sources(sources),
         "SOURCE_DATE_EPOCH": str(SOURCE_DATE_EPOCH),
         "LC_ALL": "C.UTF-8",
     }
-    with (directory / "root.tar").open("wb") as tar:
-        _run_mmdebstrap(argv, environment, tar, progress)
+    lines = "".join(f"{source.to_line()}\n" for source in sources)
+    _run_mmdebstrap(argv, environment, lines.encode(), directory, progress)
 
 
 def choose_mode() -> str:
@@ -92,6 +93,17 @@ def choose_mode() -> str:
         return "root"
     require_tool("newuidmap", "uidmap")
     return "unshare"
+
+
+def mount_namespace(mode: str) -> list[str]:
+    """Return the command that gives mmdebstrap mounts of its own; in unshare mode it sees to that itself.
+
+    As root it binds the host's /dev/shm and mounts /proc and /sys below /tmp. Killed, it would leave them there for
+    whoever cleans up /tmp to delete through; in a namespace they end with its last process.
+    """
+    if mode != "root":
+        return []
+    return [require_tool("unshare", "util-linux"), "--mount", "--propagation", "private", "--"]
 
 
 def mmdebstrap_options(
@@ -129,26 +141,33 @@ def host_apt_options() -> list[str]:
 
 
 def _run_mmdebstrap(
-    argv: list[str], environment: dict[str, str], tar: IO[bytes], progress: Callable[[str], None]
+    argv: list[str],
+    environment: dict[str, str],
+    sources: bytes,
+    directory: Path,
+    progress: Callable[[str], None],
 ) -> None:
-    log: deque[str] = deque(maxlen=60)
-    meter = AptMeter(progress)
-    with subprocess.Popen(
-        argv,
-        env={**os.environ, **environment},
-        stdin=subprocess.DEVNULL,
-        stdout=tar,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-    ) as process:
-        assert process.stderr is not None
+    log = directory / "mmdebstrap.log"
+    # The messages go to a file, not a pipe: if this process is killed, mmdebstrap must live on to remove its own
+    # directory in /tmp. The sources go through standard input: a password in one is nothing for the process list.
+    with (
+        (directory / "root.tar").open("wb") as tar,
+        log.open("wb") as messages,
+        subprocess.Popen(
+            [*argv, "-", "-"],
+            env={**os.environ, **environment},
+            stdin=subprocess.PIPE,
+            stdout=tar,
+            stderr=messages,
+        ) as process,
+    ):
         try:
-            for line in process.stderr:
-                log.append(line.rstrip())
-                meter.feed(line)
+            assert process.stdin is not None
+            process.stdin.write(sources)
+            process.stdin.close()
+            _follow(log, process, AptMeter(progress))
         except BaseException:
-            process.terminate()  # mmdebstrap removes its own directory then
+            process.terminate()
             raise
     if process.returncode != 0:
         raise ImageError(
@@ -158,9 +177,23 @@ def _run_mmdebstrap(
         )
 
 
-def _complaint(log: Iterable[str]) -> str:
+def _follow(log: Path, process: subprocess.Popen[bytes], meter: AptMeter) -> None:
+    rest = b""
+    with log.open("rb") as messages:
+        ended = False
+        while not ended:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_PROGRESS_INTERVAL_S)
+                ended = True
+            *lines, rest = (rest + messages.read()).split(b"\n")
+            for line in lines:
+                meter.feed(line.decode(errors="replace"))
+
+
+def _complaint(log: Path) -> str:
     # What went wrong stands just above mmdebstrap's own first "E:", which only says that something did.
-    lines = [line for line in log if line and not line.startswith("I: ")]
+    text = log.read_text(encoding="utf-8", errors="replace")
+    lines = [line for line in text.splitlines() if line and not line.startswith("I: ")]
     first = next((n for n, line in enumerate(lines) if line.startswith("E: ")), len(lines))
     return " | ".join(lines[max(0, first - 5) : first + 1]) or "no message"
 
@@ -179,8 +212,10 @@ class AptMeter:
         """Take one line of output."""
         if line.startswith("I: running --customize-hook"):
             self._progress("setting the guest up")
-        elif line.startswith("I: ") and "chroot architecture" not in line:
-            self._progress(line[3:].strip().rstrip("."))
+        elif match := re.match(
+            r"I: ((?!chroot arch|finding|using|skipping|done|removing).+)", line
+        ):
+            self._progress(match[1].rstrip("."))
         elif match := re.search(r"(\d+) newly installed", line):
             self._total = int(match[1])
             self._done = dict.fromkeys(self._done, 0)

@@ -1,10 +1,18 @@
 """taskvm.image.debian: what mmdebstrap is asked for, and what its output is turned into."""
 
+import os
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from taskvm.image.debian import AptMeter, host_apt_options, mmdebstrap_options
+from taskvm.image.debian import (
+    AptMeter,
+    host_apt_options,
+    mmdebstrap_options,
+    mount_namespace,
+)
 from taskvm.image.manifest import ImageSpec
 
 
@@ -70,3 +78,18 @@ def test_progress_counts_packages_of_each_batch_and_keeps_quiet_about_the_rest()
         "20 of 40 packages fetched",
         "40 of 40 packages fetched",
     ]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root's mounts would be the host's")
+def test_what_a_build_mounts_as_root_is_not_seen_by_the_host(tmp_path: Path) -> None:
+    before = Path("/proc/self/mountinfo").read_text()
+    script = f"mount -t tmpfs none {tmp_path} && grep -q ' {tmp_path} ' /proc/self/mountinfo && kill -9 $$"
+
+    killed = subprocess.run([*mount_namespace("root"), "sh", "-c", script], check=False)
+
+    assert killed.returncode == -signal.SIGKILL
+    assert Path("/proc/self/mountinfo").read_text() == before
+
+
+def test_an_ordinary_users_build_has_a_namespace_from_mmdebstrap() -> None:
+    assert mount_namespace("unshare") == []
