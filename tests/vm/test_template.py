@@ -18,7 +18,7 @@ def templates() -> dict[str, str]:
     """The digest of every file of every template."""
     base = cache_dir() / "templates"
     return {
-        str(path.relative_to(base)): hashlib.file_digest(path.open("rb"), "sha256").hexdigest()
+        str(path.relative_to(base)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(base.glob("*/*"))
         if path.name != "manifest.json"
     }

@@ -38,6 +38,8 @@ from taskvm.vm.qemu import Qemu
 # Part of every key: raise it when qemu_command's devices change or a template holds something else.
 LAYOUT = 1
 FILES = ("ram", "state", "disk.qcow2", "overlay.qcow2")
+# Of the most recently used. Each new agent, image, size or QEMU makes another; a machine that runs keeps what it has open.
+KEPT_TEMPLATES = 8
 
 Progress = Callable[[str], None]
 
@@ -145,11 +147,13 @@ async def ensure_template(
     base = private_dir(cache_dir() / "templates")
     template = Template(path=base / inputs.digest, qemu=qemu, shape=shape, guest=guest)
     if _is_intact(template.path, inputs):
+        os.utime(template.path)
         return template
     async with _locked(base / f"{inputs.digest}.lock", progress):
         if not _is_intact(template.path, inputs):
             progress(f"booting a {shape.memory_mib} MiB guest once, to start from its memory later")
             await _build(template, inputs, base)
+            _remove_old(base)
     return template
 
 
@@ -207,6 +211,13 @@ async def _boot_and_save(template: Template, staging: Path) -> None:
             ports.close()
     finally:
         await machine.kill()
+
+
+def _remove_old(base: Path) -> None:
+    used = [(path.stat().st_mtime_ns, path) for path in base.glob("*/") if path.name[0] != "."]
+    for _, path in sorted(used)[:-KEPT_TEMPLATES]:
+        shutil.rmtree(path, ignore_errors=True)
+        path.with_suffix(".lock").unlink(missing_ok=True)
 
 
 def _reserve(memory: Path, memory_mib: int) -> None:

@@ -1,0 +1,271 @@
+"""Tasks in a real guest: the seven tools, the workspace, and what stays on the host (taskfactory.sandboxing)."""
+
+import asyncio
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from taskfactory.agents.loop import AgentSession
+from taskfactory.agents.place import Place
+from taskfactory.agents.scripted import ScriptedModel
+from taskfactory.document import parse_document
+from taskfactory.errors import EnvironmentLost, OperationError
+from taskfactory.events import AnyEvent, ToolCall
+from taskfactory.extensions import Hooks
+from taskfactory.runner import Summary, run_task
+from taskfactory.sandboxconfig import SandboxConfig
+from taskfactory.sandboxing import open_place
+from taskfactory.task import Task
+
+pytestmark = pytest.mark.vm
+
+ON = SandboxConfig(enabled=True)
+
+
+def script(text: str) -> ScriptedModel:
+    return ScriptedModel.from_document(parse_document(text, "script.yaml"))
+
+
+async def run(workspace: Path, text: str, config: SandboxConfig = ON, words: str = "") -> Summary:
+    events: list[AnyEvent] = []
+    opening = open_place(
+        config, workspace, audit_path=workspace.parent / "audit.jsonl", say=lambda text: None
+    )
+    task = Task(id="A-1", title="Try", description=words)
+    summary = await run_task(task, opening, script(text), Hooks(), events.append)
+    assert summary.outcome == "success", summary.error
+    return summary
+
+
+@pytest.fixture
+async def place(workspace: Path) -> AsyncIterator[Place]:
+    opening = open_place(
+        ON, workspace, audit_path=workspace.parent / "audit.jsonl", say=lambda text: None
+    )
+    async with opening as opened:
+        yield opened
+
+
+async def test_the_seven_tools_act_in_the_guest_on_the_hosts_workspace(workspace: Path) -> None:
+    (workspace / "src").mkdir()
+    (workspace / "src" / "calc.py").write_text("def add(a, b):\n    return a - b\n")
+
+    summary = await run(
+        workspace,
+        """
+- tools:
+    - {tool: ls, expect: {contains: [src/]}}
+    - {tool: find, arguments: {pattern: "*.py"}, expect: {contains: [src/calc.py]}}
+    - {tool: grep, arguments: {pattern: "return"}, expect: {contains: ["src/calc.py:2:     return a - b"]}}
+    - {tool: read, arguments: {path: src/calc.py}, expect: {contains: [def add]}}
+- tools:
+    - tool: edit
+      arguments: {path: src/calc.py, oldText: a - b, newText: a + b}
+    - tool: write
+      arguments: {path: new/dir/note.txt, content: written in the guest}
+- tools:
+    - tool: bash
+      arguments: {command: "pwd; cd src; python3 -c 'import calc; print(calc.add(2, 3))'"}
+      expect: {matches: '^/workspace\\n5$'}
+""",
+    )
+
+    assert (workspace / "src" / "calc.py").read_text() == "def add(a, b):\n    return a + b\n"
+    assert (workspace / "new" / "dir" / "note.txt").read_text() == "written in the guest"
+    assert summary.sandboxed
+    assert summary.tool_errors == 0
+
+
+async def test_the_hosts_path_of_the_workspace_means_the_guests(workspace: Path) -> None:
+    (workspace / "a").write_text("hello")
+
+    await run(
+        workspace,
+        f"""
+- tools:
+    - {{tool: read, arguments: {{path: {workspace}/a}}, expect: {{contains: [hello]}}}}
+    - {{tool: bash, arguments: {{command: cat {workspace}/a}}, expect: {{contains: [hello]}}}}
+""",
+    )
+
+
+async def test_a_host_file_outside_the_workspace_is_not_there(workspace: Path) -> None:
+    canary = workspace.parent / "canary"
+    canary.write_text("the host's own words")
+
+    await run(
+        workspace,
+        f"""
+- tools:
+    - {{tool: read, arguments: {{path: {canary}}}, expect: {{is_error: true, not_contains: [own words]}}}}
+    - {{tool: read, arguments: {{path: ../canary}}, expect: {{is_error: true, not_contains: [own words]}}}}
+    - tool: bash
+      arguments: {{command: "cat {canary} || cat /workspace/../canary"}}
+      expect: {{is_error: true, not_contains: [own words]}}
+    - {{tool: read, arguments: {{path: /etc/hostname}}, expect: {{matches: '^sandbox-'}}}}
+""",
+    )
+
+
+async def test_a_link_out_of_the_workspace_leads_into_the_guest(workspace: Path) -> None:
+    canary = workspace.parent / "canary"
+    canary.write_text("the host's own words")
+    (workspace / "link").symlink_to(canary)
+
+    await run(
+        workspace,
+        """
+- tools:
+    - {tool: read, arguments: {path: link}, expect: {is_error: true, not_contains: [own words]}}
+    - {tool: write, arguments: {path: link, content: overwritten}}
+""",
+    )
+
+    assert canary.read_text() == "the host's own words"
+
+
+async def test_nothing_of_the_hosts_environment_is_in_the_guest(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOST_ONLY", "the host's own words")
+
+    await run(
+        workspace,
+        "- tools: [{tool: bash, arguments: {command: env}, expect: {not_contains: [HOST_ONLY, own words]}}]",
+    )
+
+
+async def test_a_commit_made_in_the_guest_is_on_the_host(workspace: Path) -> None:
+    subprocess.run(["git", "init", "-q", "-b", "main", str(workspace)], check=True)
+    (workspace / "a").write_text("x")
+
+    await run(
+        workspace,
+        """
+- tools:
+    - tool: bash
+      arguments:
+        command: git add a && git -c user.name=Agent -c user.email=agent@test.invalid commit -q -m "From the guest"
+""",
+    )
+
+    log = ["git", "-C", str(workspace), "log", "--format=%an: %s"]
+    assert subprocess.run(log, capture_output=True, text=True).stdout == "Agent: From the guest\n"
+
+
+async def test_a_denied_host_is_in_the_summary(workspace: Path) -> None:
+    summary = await run(
+        workspace,
+        """
+- tools:
+    - tool: bash
+      arguments: {command: "curl -sS --max-time 20 https://not-allowed.test/"}
+      expect: {is_error: true}
+""",
+    )
+
+    assert [refusal.target.partition(":")[0] for refusal in summary.refusals] == [
+        "not-allowed.test"
+    ]
+    assert all(refusal.reason for refusal in summary.refusals)
+
+
+async def test_cut_output_is_kept_where_the_tools_can_read_it(place: Place) -> None:
+    events: list[AnyEvent] = []
+    session = AgentSession(place, Hooks(), events.append)
+
+    await session.run(
+        script("""
+- tools: [{tool: bash, arguments: {command: seq 1 5000}, expect: {contains: [All of the output]}}]
+- tools:
+    - tool: bash
+      arguments: {command: "head -n 2 /tmp/taskfactory-bash-*.log"}
+      expect: {matches: '^1\\n2$'}
+"""),
+        "x",
+    )
+
+    assert list(Path("/tmp").glob("taskfactory-bash-*.log")) == []
+
+
+async def test_a_timeout_ends_everything_the_command_started(place: Place) -> None:
+    session = AgentSession(place, Hooks(), lambda event: None)
+
+    await session.run(
+        script("""
+- tools:
+    - tool: bash
+      arguments: {command: "(setsid sleep 987 &) ; echo out; sleep 60", timeout: 2}
+      expect: {is_error: true, contains: [out, timeout]}
+- tools:
+    - tool: bash
+      arguments: {command: "cat /proc/[0-9]*/cmdline | tr '\\\\0' ' '"}
+      expect: {contains: [taskvm], not_contains: [sleep 987]}
+"""),
+        "x",
+    )
+
+
+async def test_a_refusal_has_the_guests_errno(place: Place) -> None:
+    with pytest.raises(OperationError) as caught:
+        await place.operations.read_bytes("/no/such/file")
+
+    assert caught.value.errno == 2
+
+
+async def test_a_write_keeps_the_mode_and_follows_a_link(workspace: Path, place: Place) -> None:
+    (workspace / "run").write_text("old")
+    (workspace / "run").chmod(0o755)
+    (workspace / "link").symlink_to("run")
+
+    await place.operations.write_bytes("/workspace/link", b"new")
+
+    assert (workspace / "link").is_symlink()
+    assert (workspace / "run").read_text() == "new"
+    assert (workspace / "run").stat().st_mode & 0o777 == 0o755
+
+
+async def test_a_cancelled_run_releases_its_sandbox(workspace: Path) -> None:
+    at_work = asyncio.Event()
+    opening = open_place(
+        ON, workspace, audit_path=workspace.parent / "audit.jsonl", say=lambda text: None
+    )
+
+    def emit(event: AnyEvent) -> None:
+        if isinstance(event, ToolCall):
+            at_work.set()
+
+    model = script("- tools: [{tool: bash, arguments: {command: sleep 600}}]")
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(
+            run_task(Task(id="A-1"), opening, model, Hooks(), emit), name="run"
+        )
+        await at_work.wait()
+        during = _own_guests()
+        running.cancel()
+
+    assert running.cancelled()
+    assert (during, _own_guests()) == (1, 0)
+
+
+async def test_a_released_sandbox_is_a_lost_place(workspace: Path) -> None:
+    opening = open_place(
+        ON, workspace, audit_path=workspace.parent / "audit.jsonl", say=lambda text: None
+    )
+    async with opening as place:
+        operations = place.operations
+
+    with pytest.raises(EnvironmentLost):
+        await operations.stat("/workspace")
+
+
+def _own_guests() -> int:
+    """How many QEMU processes are children of this process."""
+    children = [
+        pid
+        for path in Path("/proc/self/task").glob("*/children")
+        for pid in path.read_text().split()
+    ]
+    return sum("qemu" in Path(f"/proc/{pid}/cmdline").read_text() for pid in children)

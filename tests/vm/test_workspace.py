@@ -1,0 +1,154 @@
+"""A host directory at /workspace: real programs in the guest, judged by what is on the host."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from taskvm import HostDir, Sandbox
+from tests.conftest import GUEST
+
+pytestmark = pytest.mark.vm
+
+IDENTITY = "git config --global user.name A; git config --global user.email a@example.com; "
+
+
+async def test_a_commit_made_in_the_guest_is_on_the_host(
+    workspace: Path, vm_with_workspace: Sandbox
+) -> None:
+    """git init, commit, branch and merge work on the mount, and the host's git agrees."""
+    script = IDENTITY + (
+        "set -e; git init -q -b main .; echo one > file; git add .; git commit -qm one; "
+        "git checkout -qb side; echo two >> file; git commit -qam two; git checkout -q main; "
+        "git merge -q side; git gc -q; git status --porcelain; git fsck --strict"
+    )
+
+    done = await vm_with_workspace.exec(script, timeout_s=120)
+    log = subprocess.run(
+        ["git", "-C", workspace, "log", "--format=%s"], capture_output=True, text=True, check=True
+    )
+
+    assert done.ok, done.stderr
+    assert log.stdout == "two\none\n"
+    assert (workspace / "file").read_text() == "one\ntwo\n"
+
+
+async def test_the_guests_files_belong_to_the_host_user(
+    workspace: Path, vm_with_workspace: Sandbox
+) -> None:
+    """What the guest's user and its root write is the host user's, with the mode that was asked for."""
+    await vm_with_workspace.exec("umask 022; echo x > mine; chmod 750 mine", check=True)
+    await vm_with_workspace.exec("echo y > roots", user="root", check=True)
+
+    assert (workspace / "mine").stat().st_mode & 0o7777 == 0o750
+    assert {path.stat().st_uid for path in workspace.iterdir()} == {os.getuid()}
+
+
+async def test_host_changes_show_in_the_guest(
+    workspace: Path, vm_with_workspace: Sandbox
+) -> None:
+    """A file that the host writes or replaces is read by the guest, soon after."""
+    (workspace / "note").write_text("old")
+    first = await vm_with_workspace.exec(["cat", "note"])
+    (workspace / "new").write_text("replaced")
+    (workspace / "new").rename(workspace / "note")
+    second = await vm_with_workspace.exec("sleep 1.2; cat note")
+
+    assert (first.stdout, second.stdout) == ("old", "replaced")
+
+
+async def test_an_editors_save_and_pythons_cache_work(
+    workspace: Path, vm_with_workspace: Sandbox
+) -> None:
+    """Save by rename, imports with byte code, SQLite in WAL mode."""
+    script = (
+        "set -e; echo 'value = 41' > module.py; cp module.py .module.swp; "
+        "sed -i s/41/42/ .module.swp; mv .module.swp module.py; "
+        "python3 -c 'import module; assert module.value == 42'; ls __pycache__; "
+        "python3 -c 'import sqlite3; c = sqlite3.connect(\"db\"); "
+        'c.execute("pragma journal_mode=wal"); c.execute("create table t (x)"); '
+        'c.executemany("insert into t values (?)", [(i,) for i in range(100)]); c.commit(); c.close()\''
+    )
+
+    done = await vm_with_workspace.exec(script)
+
+    assert done.ok, done.stderr
+    assert (workspace / "module.py").read_text() == "value = 42\n"
+    assert list((workspace / "__pycache__").iterdir())
+
+
+async def test_large_files_keep_every_byte(
+    workspace: Path, vm_with_workspace: Sandbox
+) -> None:
+    """Sixteen megabytes written in the guest hash the same on the host."""
+    done = await vm_with_workspace.exec(
+        "head -c 16M /dev/urandom > big; sync big; sha256sum big | cut -d' ' -f1", check=True
+    )
+    host = subprocess.run(["sha256sum", workspace / "big"], capture_output=True, text=True, check=True)
+
+    assert host.stdout.split()[0] == done.stdout.strip()
+
+
+async def test_a_read_only_mount_refuses_every_write(workspace: Path) -> None:
+    """Not by the guest's mount flag alone: its root may remount, and still changes nothing."""
+    (workspace / "file").write_text("safe")
+    async with Sandbox.create(
+        mounts={"/workspace": HostDir(workspace, mode="ro")}, **GUEST
+    ) as vm:
+        read = await vm.exec(["cat", "/workspace/file"])
+        tried = await vm.exec(
+            "mount -o remount,rw /workspace; echo broken > /workspace/file; rm -f /workspace/file; "
+            "touch /workspace/new; chmod 777 /workspace/file; mkdir /workspace/dir; "
+            "mv /workspace/file /workspace/other; ln /workspace/file /workspace/hard",
+            user="root",
+        )
+
+    assert read.stdout == "safe"
+    assert not tried.ok
+    assert [path.name for path in workspace.iterdir()] == ["file"]
+    assert (workspace / "file").read_text() == "safe"
+
+
+async def test_two_mounts_and_the_files_api_reach_the_host(tmp_path: Path) -> None:
+    """Several mounts work side by side, also through typed file operations."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    async with Sandbox.create(
+        mounts={"/workspace": HostDir(one), "/data/two": HostDir(two)}, **GUEST
+    ) as vm:
+        await vm.files.write_text("/workspace/a", "A")
+        await vm.files.write_text("/data/two/b", "B")
+        listed = [entry.name for entry in await vm.files.list("/data/two")]
+
+    assert ((one / "a").read_text(), (two / "b").read_text()) == ("A", "B")
+    assert listed == ["b"]
+
+
+async def test_one_host_directory_serves_several_sandboxes(workspace: Path) -> None:
+    """The same HostDir value can be given again, at once or later."""
+    shared = HostDir(workspace)
+    async with (
+        Sandbox.create(mounts={"/workspace": shared}, **GUEST) as first,
+        Sandbox.create(mounts={"/workspace": shared}, **GUEST) as second,
+    ):
+        await first.exec("echo from-first > note", check=True)
+        seen = await second.exec(["cat", "note"])
+    async with Sandbox.create(mounts={"/workspace": shared}, **GUEST) as third:
+        again = await third.exec(["cat", "note"])
+
+    assert seen.stdout == again.stdout == "from-first\n"
+
+
+async def test_mapped_pages_are_on_the_host_after_close(workspace: Path) -> None:
+    """What a program changed through a shared mapping, and never synced, is not lost."""
+    (workspace / "mapped").write_bytes(b"." * 8192)
+    async with Sandbox.create(mounts={"/workspace": HostDir(workspace)}, **GUEST) as vm:
+        await vm.exec(
+            "python3 -c 'import mmap; f = open(\"mapped\", \"r+b\"); m = mmap.mmap(f.fileno(), 0); "
+            'm[:5] = b"dirty"; import os; os._exit(0)\'',
+            check=True,
+        )
+
+    assert (workspace / "mapped").read_bytes().startswith(b"dirty")
