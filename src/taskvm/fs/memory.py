@@ -75,6 +75,7 @@ class Memory(Provider):
     """Serves a new, empty tree of at most `limit_bytes`. Its files belong to the user of this process."""
 
     negative_ns = _DAY_NS
+    lasting = True
 
     def __init__(self, *, limit_bytes: int = DEFAULT_LIMIT) -> None:
         self._limit = limit_bytes

@@ -71,6 +71,12 @@ class Provider:
     readonly: bool = False
     negative_ns: int = 0
     """How long the guest may remember that a name does not exist."""
+    lasting: bool = False
+    """Whether lifetimes are long, so that the guest may keep whole listings. With short ones a listing
+    that it kept costs a LOOKUP for each name that is used; one that it reads again brings the attributes
+    along (a second `grep -r` over 5000 files in 100 directories: 5001 requests against 408)."""
+    xattrs: bool = True
+    """Whether there are extended attributes. A guest asks each file that is written first for one."""
     changes: Callable[[Change], None] = staticmethod(_ignore)
     """Set by the server; see rule 6."""
 

@@ -229,6 +229,9 @@ def _gone(message: memoryview) -> Reply | None:
 
 
 def _send_all(sock: socket.socket, buffers: Sequence[bytes]) -> None:
+    if len(buffers) == 1:  # nearly always; cheaper than sendmsg
+        sock.sendall(buffers[0])
+        return
     remaining: list[bytes | memoryview] = list(buffers)
     while remaining:
         sent = sock.sendmsg(remaining)

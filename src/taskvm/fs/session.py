@@ -2,8 +2,8 @@
 
 Rule 1: INIT comes first and once; whatever a kernel could not have sent is FuseError, and the guest loses its sandbox.
 Rule 2: a provider's OSError is the guest's errno; any other exception is EIO and told to `report`.
-Rule 3: OPEN and OPENDIR are answered ENOSYS once, after which the kernel opens files by itself and sends no RELEASE:
-    so no reply names anything that would have to be released.
+Rule 3: OPEN is answered ENOSYS once (OPENDIR too, if what the guest learns lasts), after which the kernel opens files
+    by itself and sends no RELEASE: no reply names anything that would have to be released.
 Rule 4: locks stay in the guest's kernel, no page is written back late, and a changed mtime drops the cached pages:
     host and guest see one file.
 """
@@ -103,6 +103,7 @@ _CHANGING = frozenset(
         Opcode.COPY_FILE_RANGE,
     }
 )
+_XATTR = frozenset({Opcode.GETXATTR, Opcode.SETXATTR, Opcode.LISTXATTR, Opcode.REMOVEXATTR})
 # Requests that get no reply, whatever happens.
 _SILENT = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT, Opcode.NOTIFY_REPLY})
 
@@ -120,6 +121,8 @@ class Session:
             Opcode.GETATTR: self._getattr,
             Opcode.READ: self._read,
             Opcode.WRITE: self._write,
+            Opcode.OPENDIR: self._opendir,
+            Opcode.RELEASEDIR: self._releasedir,
             Opcode.READDIR: self._readdir,
             Opcode.READDIRPLUS: self._readdirplus,
             Opcode.CREATE: self._create,
@@ -158,6 +161,8 @@ class Session:
         handler = self._handlers.get(opcode)
         if handler is None:
             return encode_error(request.unique, errno.ENOSYS)
+        if opcode in _XATTR and not self.provider.xattrs:
+            return encode_error(request.unique, errno.ENOSYS)  # the kernel asks no more
         if opcode in _CHANGING and self.provider.readonly:
             return encode_error(request.unique, errno.EROFS)
         try:
@@ -207,6 +212,14 @@ class Session:
                 return encode_negative_entry(request.unique, self.provider.negative_ns)
             raise
         return encode_entry(request.unique, entry.node, entry.attr, entry.lifetime)
+
+    def _opendir(self, request: Request, _arguments: None) -> Reply:
+        if self.provider.lasting:
+            return encode_error(request.unique, errno.ENOSYS)  # rule 3, and listings are kept
+        return encode_reply(request.unique, encode_open(0, 0))
+
+    def _releasedir(self, request: Request, _arguments: None) -> Reply:
+        return encode_reply(request.unique)
 
     def _readdir(self, request: Request, read: Read) -> Reply:
         reply = DirectoryReply(request.unique, read.size)

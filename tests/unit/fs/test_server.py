@@ -264,6 +264,25 @@ def test_what_the_kernel_does_by_itself_is_left_to_it(
     assert guest.ask(opcode, 1, bytes(16)) == expected
 
 
+def test_listings_are_kept_only_while_what_is_told_lasts(guest: Guest, tmp_path: Path) -> None:
+    guest.server.add_mount(1, HostDir(tmp_path))
+    guest.ask(Opcode.INIT, 0, INIT)
+
+    guest.send(Opcode.OPENDIR, 1, bytes(8))
+
+    # No FOPEN_CACHE_DIR, and no handle that would have to be released.
+    assert bytes(guest.receive().payload) == struct.pack("<IiQ", 32, 0, 8) + bytes(16)
+    assert guest.ask(Opcode.RELEASEDIR, 1, bytes(24)) == 0
+
+
+def test_a_kernel_that_gets_no_attributes_stops_asking(guest: Guest) -> None:
+    provider = Memory()
+    provider.xattrs = False
+    guest.server.add_mount(1, provider)
+    guest.ask(Opcode.INIT, 0, INIT)
+    assert guest.ask(Opcode.GETXATTR, 1, struct.pack("<II", 0, 0) + b"user.a\0") == errno.ENOSYS
+
+
 def test_many_requests_sent_at_once_are_all_answered_in_order(guest: Guest) -> None:
     guest.server.add_mount(1, Memory())
     guest.ask(Opcode.INIT, 0, INIT)
