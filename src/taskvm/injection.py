@@ -17,7 +17,7 @@ import base64
 import binascii
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import unquote_to_bytes
 
@@ -54,7 +54,7 @@ class BoundSecret:
 class Injected:
     """The headers to send, and the names of the secrets in them."""
 
-    headers: list[Header]
+    headers: list[Header] = field(repr=False)  # values are in them
     used: tuple[str, ...]
 
 

@@ -161,7 +161,7 @@ class Policy:
                     f"read the policy's {argument}", "it is one text", f"Write a list: [{value!r}]"
                 )
         return cls(
-            tuple(HostPattern.parse(text) for text in allow),
+            tuple(_parse_allowed(text) for text in allow),
             tuple(AddressRule.parse(text) for text in allow_addresses),
         )
 
@@ -232,6 +232,18 @@ def _named(policy: Policy, ip: IPAddress, port: int) -> AddressRule | None:
 
 
 # Reading patterns.
+
+
+def _parse_allowed(text: str) -> HostPattern:
+    pattern = HostPattern.parse(text)
+    label = special_range(pattern.network.network_address) if pattern.network is not None else ""
+    if label:
+        raise UsageError(
+            f"allow the host {text!r}",
+            f"it is not a public address ({label})",
+            f'Write it as an address rule: allow_addresses = ["{text}"]',
+        )
+    return pattern
 
 
 def _split_port(text: str) -> tuple[str, int | None]:

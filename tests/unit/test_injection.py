@@ -15,7 +15,7 @@ from taskvm.policy import Policy
 from taskvm.secret import Secret
 
 VALUE = "sk-live-0123456789abcdef"
-POLICY = Policy.parse(["api.test", "*.other.test", "port.test:8443", "10.0.0.1"])
+POLICY = Policy.parse(["api.test", "*.other.test", "port.test:8443"], ["10.0.0.1"])
 
 
 def bind(*secrets: Secret) -> tuple[BoundSecret, ...]:
@@ -41,6 +41,15 @@ def test_a_placeholder_is_random_and_names_its_secret() -> None:
     assert KEY.placeholder.startswith("taskvm_secret_KEY_")
     assert len(KEY.placeholder) == len("taskvm_secret_KEY_") + 48
     assert again.placeholder != KEY.placeholder
+
+
+def test_the_headers_with_values_are_not_shown() -> None:
+    headers = [(b"Authorization", KEY.placeholder.encode())]
+
+    injected = INJECTOR.inject("https", "api.test", 443, b"/", headers)
+
+    assert VALUE.encode() in injected.headers[0][1]
+    assert VALUE not in repr(injected)
 
 
 def test_each_secret_goes_into_its_own_headers() -> None:

@@ -86,6 +86,14 @@ def test_an_empty_policy_denies_all() -> None:
         assert not decide_name(policy, host, None).allowed
 
 
+@pytest.mark.parametrize("text", ["127.0.0.1", "10.0.0.0/8:443", "[::1]:80", "169.254.169.254"])
+def test_an_internal_address_is_allowed_by_an_address_rule_only(text: str) -> None:
+    with pytest.raises(UsageError, match="allow_addresses"):
+        Policy.parse([text])
+
+    assert Policy.parse([], [text]).allow_addresses
+
+
 def test_one_text_is_not_a_list_of_letters() -> None:
     with pytest.raises(UsageError, match="list"):
         Policy.parse(allow="example.com")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import h11
@@ -74,7 +74,7 @@ class RequestHead:
 
     method: bytes
     target: bytes
-    headers: list[Header]
+    headers: list[Header] = field(repr=False)  # secrets' values are put into them
 
     @property
     def path(self) -> str:
