@@ -168,7 +168,7 @@ class SandboxOperations:
         timeout_s: float | None = None,
     ) -> Ending:
         argv = command if isinstance(command, str) else list(command)
-        with _mapped(f"run {argv if isinstance(argv, str) else argv[0]!r}"):
+        with _mapped("run a command" if isinstance(argv, str) else f"run {argv[0]}"):
             process = await self._vm.spawn(argv, cwd=cwd, merge_output=True)
             try:
                 return await _follow(process, on_output, timeout_s)
@@ -218,7 +218,7 @@ def _mapped(operation: str) -> Iterator[None]:
     except SandboxError as error:
         raise EnvironmentLost(f"{operation}: the sandbox is lost: {error}") from error
     except TaskvmError as error:
-        raise OperationError(operation, str(error)) from error
+        raise OperationError(operation, error.cause) from error
 
 
 def _kind(kind: str) -> EntryKind:
