@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
 import pytest
-from egress_lab import (
+from tests.support.egress_lab import (
     HttpServer,
     Lab,
     dns_query,

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
 import pytest
-from egress_lab import HttpServer, Lab, egress_lab, http_server, read_all
+from tests.support.egress_lab import HttpServer, Lab, egress_lab, http_server, read_all
 
 from taskvm.secret import Secret
 

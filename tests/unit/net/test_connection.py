@@ -6,7 +6,7 @@ import random
 import struct
 
 import pytest
-from egress_lab import egress_lab, http_server, read_all
+from tests.support.egress_lab import egress_lab, http_server, read_all
 
 from taskvm.net import connection
 from taskvm.port import StreamReset

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from egress_lab import (
+from tests.support.egress_lab import (
     HttpServer,
     Lab,
     dns_query,

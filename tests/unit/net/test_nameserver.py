@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from egress_lab import dns_query
+from tests.support.egress_lab import dns_query
 
 from taskvm.audit import parse_event
 from taskvm.net.auditlog import AuditLog

@@ -9,12 +9,15 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
-from egress_lab import (
+from tests.support.egress_lab import (
     HttpServer,
     Lab,
     egress_lab,
     scripted_server,
 )
+
+from taskvm.net import relay
+from taskvm.port import StreamReset
 
 
 @asynccontextmanager
@@ -162,3 +165,55 @@ async def test_a_head_request_is_refused_without_a_body() -> None:
 
     assert answer.startswith(b"HTTP/1.1 403")
     assert answer.endswith(b"\r\n\r\n")
+
+
+async def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay, "STALL_TIMEOUT_S", 0.1)
+    async with scripted_server(b"", close=False) as server, sandbox(server) as lab:
+        sock = await lab.connect("api.test", server.port)
+        answer = await sock.exchange(
+            f"GET / HTTP/1.1\r\nHost: api.test:{server.port}\r\n\r\n".encode()
+        )
+
+    assert answer.startswith(b"HTTP/1.1 502")
+    assert b"nothing moved for too long" in answer
+
+
+async def test_a_head_that_never_ends_closes_the_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(relay, "HEAD_TIMEOUT_S", 0.1)
+    async with egress_lab(allow=["api.test"]) as lab:
+        sock = await lab.connect("api.test", 80)
+
+        assert await sock.exchange(b"GET / HTTP/1.1\r\nX-Slow: ") == b""
+
+
+async def test_a_guest_that_resets_ends_the_exchange_with_the_server() -> None:
+    async with (
+        scripted_server(b"HTTP/1.1 200 OK\r\n", close=False) as server,
+        sandbox(server) as lab,
+    ):
+        sock = await lab.connect("api.test", server.port)
+        await sock.write(f"GET / HTTP/1.1\r\nHost: api.test:{server.port}\r\n\r\n".encode())
+        async with asyncio.timeout(5):
+            while not server.requests:
+                await asyncio.sleep(0.01)
+            sock.reset()
+            while lab.gateway.connections:
+                await asyncio.sleep(0.01)
+
+        ended = [event for event in lab.events if event.kind == "response"]
+        assert [event.decision for event in ended] == ["error"]
+
+
+async def test_a_request_that_breaks_off_is_not_completed_for_the_server() -> None:
+    async with scripted_server(b"", close=False) as server, sandbox(server) as lab:
+        sock = await lab.connect("api.test", server.port)
+        head = f"POST / HTTP/1.1\r\nHost: api.test:{server.port}\r\nTransfer-Encoding: chunked\r\n"
+        await sock.write(head.encode() + b"\r\n5\r\nhello\r\nnonsense\r\n")
+
+        with pytest.raises(StreamReset):
+            await sock.read_all()
+
+    assert b"0\r\n\r\n" not in server.requests[0].body

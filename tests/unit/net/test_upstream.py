@@ -9,7 +9,7 @@ import ssl
 from pathlib import Path
 
 import pytest
-from egress_lab import SERVER_CA, RecordingResolver, http_server
+from tests.support.egress_lab import SERVER_CA, RecordingResolver, http_server
 
 from taskvm.errors import UpstreamError, UsageError
 from taskvm.net import upstream
