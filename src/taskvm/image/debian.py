@@ -56,6 +56,11 @@ _LOCAL_APT_OPTIONS = re.compile(
 
 _PROGRESS_INTERVAL_S = 0.2
 
+# A step of mmdebstrap's that a person wants to know of.
+_STEP = re.compile(
+    r"I: ((?!chroot arch|finding|reading|running special|using|skipping|done|removing).+)"
+)
+
 # The metapackage's dependency is the kernel itself. apt-get verifies what it downloads here as everywhere.
 _FETCH_KERNEL = """set -eu
 export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG"
@@ -212,9 +217,7 @@ class AptMeter:
         """Take one line of output."""
         if line.startswith("I: running --customize-hook"):
             self._progress("setting the guest up")
-        elif match := re.match(
-            r"I: ((?!chroot arch|finding|using|skipping|done|removing).+)", line
-        ):
+        elif match := _STEP.match(line):
             self._progress(match[1].rstrip("."))
         elif match := re.search(r"(\d+) newly installed", line):
             self._total = int(match[1])
