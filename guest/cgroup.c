@@ -19,6 +19,11 @@
 /* What the guest may nest below an exec (a container engine nests three or four); deeper leaves stay until the end. */
 enum { MAX_NESTING = 16 };
 
+enum {
+	MAX_PROCESSES = 32768, /* kernel.pid_max of a small machine */
+	AGENT_THREADS = 256,   /* pools, mounts, ports, and the kernel's own threads */
+};
+
 static int execs = -1;
 
 static bool write_at(int directory, const char *path, const char *text)
@@ -41,6 +46,22 @@ static void enable_controllers(const char *path)
 			say("enable %s in %s: %s", CONTROLLERS[i], path, strerror(errno));
 }
 
+/* The agent can always start a thread, whatever forks in an exec. */
+static void limit_processes(void)
+{
+	char text[16] = "";
+	int fd = open("/proc/sys/kernel/threads-max", O_RDONLY | O_CLOEXEC);
+	if (fd < 0 || read(fd, text, sizeof(text) - 1) <= 0)
+		say("read threads-max: %s", strerror(errno));
+	if (fd >= 0)
+		close(fd);
+	int limit = atoi(text);
+	limit = (limit > 0 && limit < MAX_PROCESSES ? limit : MAX_PROCESSES) - AGENT_THREADS;
+	snprintf(text, sizeof(text), "%d", limit);
+	if (!write_at(AT_FDCWD, ROOT "/exec/pids.max", text))
+		say("write %s to %s/exec/pids.max: %s", text, ROOT, strerror(errno));
+}
+
 void cgroup_init(void)
 {
 	if (mount("cgroup2", ROOT, "cgroup2", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL) < 0)
@@ -51,6 +72,7 @@ void cgroup_init(void)
 		fatal("enter the cgroup agent: %s", strerror(errno));
 	enable_controllers(ROOT "/cgroup.subtree_control");
 	enable_controllers(ROOT "/exec/cgroup.subtree_control");
+	limit_processes();
 	execs = open(ROOT "/exec", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	if (execs < 0)
 		fatal("open %s/exec: %s", ROOT, strerror(errno));

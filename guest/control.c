@@ -2,6 +2,7 @@
 #include "control.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -25,6 +26,8 @@ enum { MAX_FILE_OPERATIONS = 32, BUCKETS = 256 };
 /* A process that waits in the kernel for a file system freezes only when that answers. It runs nothing of the user's before it is
  * thawed, so after this time the guest is as good as at rest. */
 enum { FREEZE_SECONDS = 2 };
+/* How long poweroff waits for one killed process after another. */
+enum { LAST_WORDS_MS = 1000 };
 
 struct port control_port;
 struct loop control_loop;
@@ -115,9 +118,10 @@ static void turn_off(struct transfer *transfer)
 {
 	transfer_done(transfer);
 	cgroup_kill_all();
-	int events = cgroup_open_events(-1);
-	for (int i = 0; i < 200 && !cgroup_event(events, "populated 0"); i++)
-		usleep(10 * 1000); /* bounded, and nothing else is left to be done */
+	struct pollfd events = {.fd = cgroup_open_events(-1), .events = POLLPRI};
+	while (!cgroup_event(events.fd, "populated 0"))
+		if (poll(&events, 1, LAST_WORDS_MS) <= 0)
+			break;
 	if (mount(NULL, "/", NULL, MS_REMOUNT | MS_RDONLY, NULL) < 0) {
 		say("remount / read-only: %s", strerror(errno));
 		sync();

@@ -457,5 +457,7 @@ void egress_start(int fd)
 	loop_add(&net_loop, listener, &listener_source, EPOLLIN);
 	loop_add(&net_loop, queries, &query_source, EPOLLIN);
 	port_attach(&net_port, &net_loop, take_frame, port_has_room);
-	thread_start(serve, NULL);
+	int error = thread_start(serve, NULL);
+	if (error)
+		fatal("start the thread of port %s: %s", net_port.name, strerror(error));
 }

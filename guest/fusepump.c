@@ -34,7 +34,7 @@ struct notification {
 struct fuse_mount {
 	struct fuse_mount *next;
 	uint32_t id;
-	int fd, users; /* threads that may use `fd`; under `mounts_lock` */
+	int fd, users; /* the table and each thread that holds it; under `mounts_lock` */
 	char path[PATH_MAX];
 
 	pthread_mutex_t lock;
@@ -63,6 +63,13 @@ static struct fuse_mount *mount_get(uint32_t id)
 	return mount;
 }
 
+static void mount_hold(struct fuse_mount *mount)
+{
+	pthread_mutex_lock(&mounts_lock);
+	mount->users++;
+	pthread_mutex_unlock(&mounts_lock);
+}
+
 static void mount_put(struct fuse_mount *mount)
 {
 	pthread_mutex_lock(&mounts_lock);
@@ -88,13 +95,13 @@ static bool mount_enter(struct fuse_mount *mount, struct failure *failure)
 	if (!other) {
 		mount->next = mounts;
 		mounts = mount;
-		mount->users = 3; /* the table's, the reader's and the notifier's */
+		mount->users++;
 	}
 	pthread_mutex_unlock(&mounts_lock);
 	return !other || fail_call(failure, EEXIST, "id");
 }
 
-/* The kernel has closed the connection: no thread waits for it any more. */
+/* No more requests will come, or none ever came. */
 static void mount_end(struct fuse_mount *mount)
 {
 	bool listed = false;
@@ -222,7 +229,9 @@ void fusepump_start(int fd)
 	port_init(&fs_port, PORT_FS, fd, MAX_PAYLOAD);
 	loop_init(&fs_loop, NULL);
 	port_attach(&fs_port, &fs_loop, take_frame, NULL);
-	thread_start(serve, NULL);
+	int error = thread_start(serve, NULL);
+	if (error)
+		fatal("start the thread of port %s: %s", fs_port.name, strerror(error));
 }
 
 /* Operations. */
@@ -237,6 +246,7 @@ static struct fuse_mount *mount_new(const struct request *request, struct failur
 		return NULL;
 	}
 	mount->id = (uint32_t)id;
+	mount->users = 1;
 	mount->last = &mount->first;
 	pthread_mutex_init(&mount->lock, NULL);
 	pthread_cond_init(&mount->news, NULL);
@@ -293,29 +303,38 @@ static void answer(struct transfer *transfer, bool good, const struct failure *f
 		transfer_fail(transfer, failure);
 }
 
+static bool start_thread(struct fuse_mount *mount, void *(*run)(void *), struct failure *failure)
+{
+	mount_hold(mount);
+	int error = thread_start(run, mount);
+	if (!error)
+		return true;
+	mount_put(mount);
+	return fail_call(failure, error, "pthread_create");
+}
+
+/* The reader begins after mount(2): before it, /dev/fuse belongs to no file system. */
+static bool bring_up(struct fuse_mount *mount, bool readonly, struct failure *failure)
+{
+	if (!make_mount_point(mount->path, failure) || !mount_enter(mount, failure))
+		return false;
+	bool attached = attach(mount, readonly, failure);
+	if (attached && start_thread(mount, write_notifications, failure) &&
+	    start_thread(mount, read_requests, failure) && prove(mount, failure))
+		return true;
+	mount_end(mount);
+	if (attached)
+		umount2(mount->path, MNT_DETACH);
+	return false;
+}
+
 void fusepump_mount(struct transfer *transfer)
 {
 	struct failure failure = {0};
 	struct fuse_mount *mount = mount_new(transfer->request, &failure);
-	bool good = mount && make_mount_point(mount->path, &failure) && mount_enter(mount, &failure);
-	if (mount && !good) {
-		close(mount->fd);
-		free(mount);
-	}
-	if (good && !attach(mount, request_flag(transfer->request, "readonly", false), &failure)) {
-		mount_end(mount);
-		mount_put(mount); /* the reader's and the notifier's share: they never began */
+	bool good = mount && bring_up(mount, request_flag(transfer->request, "readonly", false), &failure);
+	if (mount)
 		mount_put(mount);
-		good = false;
-	} else if (good) {
-		thread_start(read_requests, mount);
-		thread_start(write_notifications, mount);
-		char path[PATH_MAX];
-		memcpy(path, mount->path, sizeof(path));
-		good = prove(mount, &failure);
-		if (!good)
-			umount2(path, MNT_DETACH);
-	}
 	answer(transfer, good, &failure);
 }
 

@@ -19,7 +19,7 @@ static struct {
 	struct source source;
 } finished = {.lock = PTHREAD_MUTEX_INITIALIZER, .last = &finished.first};
 
-void thread_start(void *(*run)(void *), void *argument)
+int thread_start(void *(*run)(void *), void *argument)
 {
 	pthread_attr_t attributes;
 	pthread_t thread;
@@ -27,9 +27,8 @@ void thread_start(void *(*run)(void *), void *argument)
 	pthread_attr_setstacksize(&attributes, STACK_SIZE);
 	pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
 	int error = pthread_create(&thread, &attributes, run, argument);
-	if (error)
-		fatal("start a thread: %s", strerror(error));
 	pthread_attr_destroy(&attributes);
+	return error;
 }
 
 static void deliver(struct source *source, uint32_t events)
@@ -98,6 +97,10 @@ void pool_init(struct pool *pool, unsigned limit)
 	pthread_cond_init(&pool->work, NULL);
 	pool->limit = limit;
 	pool->last = &pool->first;
+	pool->threads = 1;
+	int error = thread_start(work, pool);
+	if (error)
+		fatal("start a thread: %s", strerror(error));
 }
 
 void pool_submit(struct pool *pool, struct job *job)
@@ -109,10 +112,8 @@ void pool_submit(struct pool *pool, struct job *job)
 		queued++;
 	*pool->last = job;
 	pool->last = &job->next;
-	if (pool->idle < queued && pool->threads < pool->limit) {
+	if (pool->idle < queued && pool->threads < pool->limit && thread_start(work, pool) == 0)
 		pool->threads++;
-		thread_start(work, pool);
-	}
 	pthread_cond_signal(&pool->work);
 	pthread_mutex_unlock(&pool->lock);
 }

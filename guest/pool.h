@@ -24,10 +24,11 @@ struct pool {
 
 /* Where finished jobs come back; call once, before any pool is used. */
 void pool_deliver_to(struct loop *loop);
+/* Starts the first thread at once, so that there always is one. */
 void pool_init(struct pool *pool, unsigned limit);
-/* Hand over a job; it waits when all `limit` threads are busy. */
+/* Hand over a job; it waits when all `limit` threads are busy, or no more can be had. */
 void pool_submit(struct pool *pool, struct job *job);
-/* Start a detached thread with a small stack. */
-void thread_start(void *(*run)(void *), void *argument);
+/* Start a detached thread with a small stack; 0 or an errno: a guest may have used up all threads. */
+int thread_start(void *(*run)(void *), void *argument);
 
 #endif
