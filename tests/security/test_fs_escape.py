@@ -253,6 +253,30 @@ def test_what_the_host_moves_out_is_out_of_reach_a_second_later(
     kernel.close()
 
 
+def test_an_open_file_that_the_host_moves_out_is_out_of_reach_a_second_later(
+    share: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("taskvm.fs.hostdir.time.monotonic", lambda: now[0])
+    kernel = HostileKernel(HostDir(share))
+    (share / "rotated").write_bytes(b"old")
+    (share / "deleted").write_bytes(b"old")
+    nodes = [kernel.lookup(ROOT, name) for name in (b"file", b"rotated", b"deleted")]
+    for node in nodes:
+        assert kernel.write(node, b"x")[0] == 0
+
+    (share / "file").rename(share.parent / "moved")
+    (share / "rotated").rename(share / "directory" / "rotated")
+    (share / "deleted").unlink()
+    now[0] += 1.0
+
+    assert [kernel.write(node, b"y")[0] for node in nodes] == [errno.ESTALE, 0, 0]
+    assert kernel.setattr(nodes[0], 1, mode=0o777)[0] == errno.ESTALE
+    assert (share.parent / "moved").read_bytes() == b"xorkspace"
+    assert (share / "directory" / "rotated").read_bytes() == b"yld"
+    kernel.close()
+
+
 def test_nothing_but_regular_files_is_opened(kernel: HostileKernel, share: Path) -> None:
     os.mkfifo(share / "fifo")
     with socket.socket(socket.AF_UNIX) as listener:

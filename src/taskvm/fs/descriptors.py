@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import resource
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from taskvm.fs.provider import Node
 
@@ -24,7 +24,7 @@ def descriptor_budget() -> int:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """One descriptor. `until` (of time.monotonic) is when its path has to be walked again."""
+    """One descriptor. `until` (of time.monotonic) is when its place has to be looked at again."""
 
     fd: int
     readable: bool = False
@@ -56,6 +56,10 @@ class DescriptorSet:
         if len(self._held) > self._limit:
             _node, eldest = self._held.popitem(last=False)
             os.close(eldest.fd)
+
+    def renew(self, node: Node, until: float) -> None:
+        """Note that the descriptor of `node` was looked at."""
+        self._held[node] = replace(self._held[node], until=until)
 
     def drop(self, node: Node) -> None:
         """Close the descriptor of `node`, if there is one."""

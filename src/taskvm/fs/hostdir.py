@@ -2,8 +2,8 @@
 
 Rule 1: every path is walked by openat2 from the root's descriptor, beneath it, across no symbolic link and no mount
     point; the last step of an operation names one component in a directory that was reached so.
-Rule 2: a descriptor of a directory is used for at most WALK_AGE_S after its path was walked, so what the host moves
-    out of the tree is out of reach a second later.
+Rule 2: a descriptor of a directory is used for at most WALK_AGE_S after its path was walked, and one of a file after
+    it was seen to be inside, so what the host moves out of the tree is out of reach a second later.
 Rule 3: only regular files are opened for their contents, without blocking. What was opened is compared with the node
     before it is used; there is no check before an open.
 Rule 4: nothing here makes a device, or a set-user-id or set-group-id file; what has such a bit loses it when it is
@@ -142,7 +142,7 @@ class HostDir(Provider):
         except OSError:
             os.close(fd)
             raise
-        self._contents.put(node.id, Held(fd, readable=True, writable=True))
+        self._contents.put(node.id, Held(fd, True, True, time.monotonic() + WALK_AGE_S))
         return Entry(node.id, attr, LIFETIME)
 
     def mknod(self, parent: Node, name: bytes, mode: int) -> Entry:
@@ -407,7 +407,7 @@ class HostDir(Provider):
         return fd
 
     def _stat(self, node: HostNode) -> os.stat_result | Special:
-        held = self._contents.get(node.id) or self._pins.get(node.id)
+        held = self._held_content(node) or self._pins.get(node.id)
         if held is not None:
             return os.fstat(held.fd)
         if node.kind == stat.S_IFDIR:
@@ -427,7 +427,7 @@ class HostDir(Provider):
     @contextmanager
     def _handle(self, node: HostNode) -> Iterator[int]:
         """Yield a descriptor of the node of whatever type, good for its attributes (it may be O_PATH)."""
-        held = self._contents.get(node.id) or self._pins.get(node.id)
+        held = self._held_content(node) or self._pins.get(node.id)
         if held is not None:
             yield held.fd
         elif node.kind == stat.S_IFDIR:
@@ -455,7 +455,7 @@ class HostDir(Provider):
 
     def _content(self, node: HostNode, *, write: bool) -> int:
         """Return a descriptor to read from or write to; valid until the next call."""
-        held = self._contents.get(node.id)
+        held = self._held_content(node)
         if held is not None and (held.writable if write else held.readable):
             return held.fd
         if node.kind != stat.S_IFREG:
@@ -464,8 +464,26 @@ class HostDir(Provider):
         self._contents.put(node.id, opened)
         return opened.fd
 
-    def _any_content(self, node: HostNode) -> int:
+    def _held_content(self, node: HostNode) -> Held | None:
+        """Return the descriptor that is kept for a file, unless the host has moved the file out."""
         held = self._contents.get(node.id)
+        if held is None:
+            return None
+        now = time.monotonic()
+        if held.until <= now:
+            if not self._is_inside(held.fd):
+                self._contents.drop(node.id)
+                return None
+            self._contents.renew(node.id, now + WALK_AGE_S)
+        return held
+
+    def _is_inside(self, fd: int) -> bool:
+        # The kernel tells the place a descriptor has now, and for an unlinked file the one it had.
+        root, place = (os.readlink(_through_proc(one)) for one in (self._root, fd))  # noqa: PTH115
+        return place.startswith(root.rstrip("/") + "/")
+
+    def _any_content(self, node: HostNode) -> int:
+        held = self._held_content(node)
         return held.fd if held is not None else self._content(node, write=False)
 
     def _open_writable(self, node: HostNode) -> Held:
@@ -489,7 +507,8 @@ class HostDir(Provider):
         else:
             parent = self._walk(self._parent_of(node))
             fd = self._open_node(parent, node, node.places[-1][1], access | _OPEN_CONTENT)
-        return Held(fd, readable=access != os.O_WRONLY, writable=access != os.O_RDONLY)
+        until = time.monotonic() + WALK_AGE_S
+        return Held(fd, access != os.O_WRONLY, access != os.O_RDONLY, until)
 
     def _pin(self, parent: HostNode, name: bytes) -> None:
         """Keep what is about to lose its name `name`, if the guest has it and knows no other name of it."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 from hypothesis import given
@@ -163,38 +165,51 @@ def test_a_reading_that_is_resumed_misses_nothing_while_names_come_and_go() -> N
     assert len(seen) == len(set(seen))
 
 
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3), st.integers(0, 3)), max_size=60))
-def test_any_sequence_of_changes_gives_everything_back(steps: list[tuple[int, int, int]]) -> None:
-    """Model: names of the root as a set; at the end nothing is charged for."""
-    memory = Memory()
-    model: set[bytes] = set()
-    held: list[int] = []
-    for action, first, second in steps:
-        a, b = b"n%d" % first, b"n%d" % second
-        try:
-            if action == 0:
-                held.append(memory.create(ROOT, a, 0o600, os.O_EXCL).node)
-                model.add(a)
-            elif action == 1:
-                memory.unlink(ROOT, a)
-                model.discard(a)
-            elif action == 2:
-                memory.rename(ROOT, a, ROOT, b, 0)
-                model = (model - {a}) | {b}
-            elif action == 3:
-                held.append(memory.link(memory.lookup(ROOT, a).node, ROOT, b).node)
-                held.append(held[-1])
-                model.add(b)
-            else:
-                memory.rename(ROOT, a, ROOT, b, action - 3)
-                model = (model - {a}) | {b} if action == 4 else model
-        except OSError as error:
-            if action == 3 and error.errno == errno.EEXIST:
-                held.append(memory.lookup(ROOT, a).node)
-                held.append(held[-1])
-        if action in (2, 4) and a == b:
-            model = set(names(memory))
-        assert set(names(memory)) == model
+class Model:
+    """The names of the root and the inode of each, changed as POSIX says."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self.nodes: dict[bytes, int] = {}
+
+    def create(self, a: bytes, b: bytes) -> None:
+        self.nodes[a] = self.memory.create(ROOT, a, 0o600, os.O_EXCL).node
+
+    def unlink(self, a: bytes, b: bytes) -> None:
+        self.memory.unlink(ROOT, a)
+        del self.nodes[a]
+
+    def link(self, a: bytes, b: bytes) -> None:
+        self.nodes[b] = self.memory.link(self.memory.lookup(ROOT, a).node, ROOT, b).node
+
+    def rename(self, a: bytes, b: bytes) -> None:
+        self.memory.rename(ROOT, a, ROOT, b, 0)
+        if self.nodes[a] != self.nodes.get(b):
+            self.nodes[b] = self.nodes.pop(a)
+
+    def move(self, a: bytes, b: bytes) -> None:
+        self.memory.rename(ROOT, a, ROOT, b, 1)
+        self.nodes[b] = self.nodes.pop(a)
+
+    def exchange(self, a: bytes, b: bytes) -> None:
+        self.memory.rename(ROOT, a, ROOT, b, 2)
+        self.nodes[a], self.nodes[b] = self.nodes[b], self.nodes[a]
+
+
+ACTIONS = (Model.create, Model.unlink, Model.link, Model.rename, Model.move, Model.exchange)
+NAMES = st.sampled_from([b"a", b"b", b"c"])
+
+
+@given(st.lists(st.tuples(st.sampled_from(ACTIONS), NAMES, NAMES), max_size=60))
+def test_any_sequence_of_changes_follows_the_model_and_gives_everything_back(
+    steps: list[tuple[Callable[[Model, bytes, bytes], None], bytes, bytes]],
+) -> None:
+    model = Model(memory := Memory())
+    for action, a, b in steps:
+        with suppress(FileNotFoundError, FileExistsError):
+            action(model, a, b)
+        assert set(names(memory)) == set(model.nodes)
+        assert {name: memory.lookup(ROOT, name).node for name in model.nodes} == model.nodes
     for name in names(memory):
         memory.unlink(ROOT, name)
     for node in list(memory._inodes):
