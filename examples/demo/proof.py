@@ -1,7 +1,8 @@
 """What must be true after the demonstration, looked up on the host. Nothing here asks the guest.
 
 The repository now has an agent's files in it, its configuration included, so git only hands out
-objects (`cat-file`): `git diff` and `git log` would run programs that a repository's configuration names.
+objects (`cat-file`, no transport allowed): `git diff` and `git log` would run programs that a
+repository's configuration names, and so would the fetch of an object that is missing.
 """
 
 # ruff: noqa: INP001 - part of a script, not of a package
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -154,7 +156,9 @@ def _files(directory: Path) -> Iterator[Path]:
 
 def _git_object(repository: Path, kind: str, name: str) -> str:
     command = ["git", "-C", str(repository), "cat-file", kind, name]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    environment = {**os.environ, "GIT_ALLOW_PROTOCOL": "none"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    return done.stdout
 
 
 def _mask(authorization: str) -> str:

@@ -81,7 +81,7 @@ def run(
         click.echo(escape_block(str(error)), err=True)
         sys.exit(2)
     except (KeyboardInterrupt, asyncio.CancelledError):
-        click.echo("Ended on request; the sandbox is released.", err=True)
+        click.echo("Ended on request; whatever the task had started is gone.", err=True)
         sys.exit(_INTERRUPTED)
     sys.exit(code)
 

@@ -103,9 +103,12 @@ class Hooks:
     # Firing...
 
     def operations(self, operations: Operations) -> Operations:
-        """Return the operations that the tools use."""
+        """Return the operations that the tools use. Raises ExtensionError."""
         for wrap in self._wrappers:
-            operations = wrap(operations)
+            try:
+                operations = wrap(operations)
+            except Exception as error:
+                raise _failed("operations", wrap, error) from error
         return operations
 
     async def session_start(self, event: SessionStart) -> None:

@@ -134,7 +134,7 @@ def _read_workspace(reader: _Reader, *, env_default: bool) -> SandboxConfig:
         on_unavailable=_on_unavailable(reader),
         allowed_addresses=reader.texts("allowedAddresses"),
         resolve=reader.text_map("resolve"),
-        extra_ca_files=reader.texts("extraCaFiles"),
+        extra_ca_files=_absolute_paths(reader, "extraCaFiles"),
     )
     for name, secret in config.secrets.items():
         for index, host in enumerate(secret.hosts):
@@ -158,6 +158,14 @@ def _workspace_secrets(reader: _Reader) -> dict[str, SandboxSecret]:
             entry.problem(("hosts",), "the secret may go nowhere: list the hosts it is for")
         secrets[name] = SandboxSecret(hosts=hosts, env_var=variable)
     return secrets
+
+
+def _absolute_paths(reader: _Reader, key: str) -> tuple[str, ...]:
+    paths = reader.texts(key)
+    for index, path in enumerate(paths):
+        if not path.startswith("/"):
+            reader.problem((key, index), f"{path!r} is not an absolute path")
+    return paths
 
 
 def _on_unavailable(reader: _Reader) -> OnUnavailable:

@@ -22,6 +22,7 @@ from taskfactory.agents.paths import PathMap
 from taskfactory.agents.place import Place, Refusal, host_place, host_roots
 from taskfactory.errors import EnvironmentLost, EnvironmentUnavailable, OperationError
 from taskfactory.sandboxconfig import SandboxConfig
+from taskfactory.workspace import refuse_inside
 
 if TYPE_CHECKING:
     from taskvm import Process, Sandbox, Secret, Starting
@@ -86,6 +87,13 @@ def _sandbox(
 ) -> Starting:
     import taskvm
 
+    for path in config.extra_ca_files:
+        refuse_inside(workspace, Path(path), "CA file")
+    if config.checkpoint_path is not None:
+        raise EnvironmentUnavailable(
+            f"start from the checkpoint {config.checkpoint_path}: this version cannot."
+            " Remove checkpointPath, or name an image that has what the task needs"
+        )
     return taskvm.Sandbox.create(
         mounts={GUEST_ROOT: taskvm.HostDir(workspace)},
         allow=list(config.allowed_hosts),
@@ -184,7 +192,7 @@ class SandboxOperations:
             info = await self._vm.files.stat(path, follow=False)
             if info.type == "symlink":
                 found = await self._vm.exec(["readlink", "-m", "--", path])
-                path = found.stdout.removesuffix("\n")
+                path = os.fsdecode(found.stdout_bytes.removesuffix(b"\n"))
                 info = await self._vm.files.stat(path)
         except GuestError:
             return path, 0o644  # it does not exist: the write says what else is wrong

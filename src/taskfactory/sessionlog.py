@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from taskfactory.events import AnyEvent, to_json
+from taskfactory.events import AnyEvent, ToolUpdate, to_json
 
 _ODD = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -28,7 +28,12 @@ class SessionLog:
         self._file = self.events_path.open("xb")
 
     def write(self, event: AnyEvent) -> None:
-        """Append an event; it is with the operating system before the next one happens."""
+        """Append an event; it is with the operating system before the next one happens.
+
+        The updates of running tools are left out: the results repeat them, and a command may write for ever.
+        """
+        if isinstance(event, ToolUpdate):
+            return
         self._file.write(to_json(event) + b"\n")
         self._file.flush()
 

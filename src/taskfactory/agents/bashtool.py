@@ -12,6 +12,8 @@ from taskfactory.errors import OperationError, ToolError
 # A command may write for ever: the beginning and the end are kept, the middle is not.
 KEPT_HEAD_BYTES = 16 * 1024 * 1024
 KEPT_TAIL_BYTES = 4 * MAX_BYTES
+# What watchers of one command are told; who wants more reads the output's file.
+MAX_UPDATE_BYTES = 1024 * 1024
 
 
 class BashArguments(Arguments, frozen=True):
@@ -29,10 +31,10 @@ class OutputBuffer:
         self._tail = bytearray()
         self._head_limit = head_limit
         self._tail_limit = tail_limit
-        self._size = 0
+        self.size = 0  # of everything that was added
 
     def add(self, data: bytes) -> None:
-        self._size += len(data)
+        self.size += len(data)
         room = self._head_limit - len(self._head)
         self._head += data[:room]
         self._tail += data[room:]
@@ -42,7 +44,7 @@ class OutputBuffer:
     @property
     def left_out(self) -> int:
         """How many bytes of the middle are gone."""
-        return self._size - len(self._head) - len(self._tail)
+        return self.size - len(self._head) - len(self._tail)
 
     def full(self) -> bytes:
         """Return the output, with a note where bytes are missing."""
@@ -63,9 +65,9 @@ async def _bash(arguments: BashArguments, context: ToolContext) -> ToolOutput:
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def on_output(data: bytes) -> bool:
-        output.add(data)
-        if text := decoder.decode(data):
+        if output.size < MAX_UPDATE_BYTES and (text := decoder.decode(data)):
             context.on_update(text)
+        output.add(data)
         return True
 
     ending = await context.operations.exec(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ from dataclasses import dataclass
 from taskfactory.errors import ToolError
 
 _BOM = "\ufeff"
-# Beyond this a diff takes longer than anyone would read it.
-MAX_DIFF_LINES = 20_000
+# Between the first and the last changed line; a diff of more takes longer than anyone would read it.
+MAX_DIFF_LINES = 2000
+_CONTEXT = 3  # lines around a change
+_HUNK = re.compile(r"\A@@ -(\d+)(,\d+|) \+(\d+)(,\d+|) @@\Z")
 # Quotes, and hyphens, dashes and the minus sign, by code point.
 _LOOKALIKES = (
     dict.fromkeys(range(0x2018, 0x201C), "'")
@@ -72,14 +75,30 @@ def apply_edits(original: str, edits: Sequence[Replacement], name: str) -> Edite
 
 def _edited(before: str, after: str, name: str, bom: str) -> Edited:
     old, new = _to_lf(before).split("\n"), _to_lf(after).split("\n")
-    diff = ""
-    if max(len(old), len(new)) <= MAX_DIFF_LINES:
-        diff = "\n".join(difflib.unified_diff(old, new, name, name, n=3, lineterm=""))
-    same = next(
-        (n for n, (a, b) in enumerate(zip(old, new, strict=False)) if a != b),
-        min(len(old), len(new)),
-    )
-    return Edited(bom + after, diff, same + 1)
+    head = _common(old, new)
+    tail = _common(old[head:][::-1], new[head:][::-1])
+    start = max(head - _CONTEXT, 0)
+    end = max(tail - _CONTEXT, 0)
+    window = old[start : len(old) - end], new[start : len(new) - end]
+    return Edited(bom + after, _diff(*window, name, start), head + 1)
+
+
+def _common(old: Sequence[str], new: Sequence[str]) -> int:
+    """Return how many lines at the beginning are the same."""
+    pairs = enumerate(zip(old, new, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(old), len(new)))
+
+
+def _diff(old: list[str], new: list[str], name: str, start: int) -> str:
+    """Return a unified diff of two stretches that begin after line `start` of their file."""
+    if max(len(old), len(new)) > MAX_DIFF_LINES:
+        return ""
+    lines = difflib.unified_diff(old, new, name, name, n=_CONTEXT, lineterm="")
+    return "\n".join(_HUNK.sub(lambda hunk: _shifted(hunk, start), line) for line in lines)
+
+
+def _shifted(hunk: re.Match[str], start: int) -> str:
+    return f"@@ -{int(hunk[1]) + start}{hunk[2]} +{int(hunk[3]) + start}{hunk[4]} @@"
 
 
 # Finding...

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from taskfactory.agents.cutting import MAX_BYTES, cut_head, size_text, split_lines
 from taskfactory.agents.editing import Replacement, apply_edits
 from taskfactory.agents.operations import Entry
@@ -125,7 +127,8 @@ async def _edit(arguments: EditArguments, context: ToolContext) -> ToolOutput:
         except UnicodeDecodeError as error:
             cause = f"byte {error.start} is not UTF-8 text; use bash"
             raise ToolError(f"edit {arguments.path}: {cause}") from None
-        edited = apply_edits(original, edits, arguments.path)
+        # In a thread: looking for look-alikes in a large file takes seconds.
+        edited = await asyncio.to_thread(apply_edits, original, edits, arguments.path)
         await context.operations.write_bytes(path, edited.text.encode("utf-8"))
     return ToolOutput(
         f"Replaced {len(edits)} block(s) in {arguments.path}",

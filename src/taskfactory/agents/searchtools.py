@@ -21,6 +21,9 @@ MAX_LINE_CHARS = 500
 _MAX_COLUMNS = 4 * MAX_LINE_CHARS
 # The longest path (4096) and the longest line: what has no end after that is not ripgrep's output.
 _MAX_RECORD = 64 * 1024
+# The guest owns its ripgrep: what it says is bounded here as well.
+_MAX_KEPT_BYTES = 1024 * 1024
+_MAX_SCANNED = 500_000  # paths
 _NOT_FOUND = 2  # ENOENT
 
 _COMMON = ("rg", "--no-config", "--hidden", "--color=never", "--sort=path")
@@ -90,12 +93,16 @@ class _Matches:
         self.cut_lines = False
         self._matches = 0
         self._group = 0  # where the lines after the last match, or its group, begin
+        self._kept_bytes = 0
         self._pending = b""
 
     def take(self, data: bytes) -> bool:
         *lines, self._pending = (self._pending + data).split(b"\n")
         for line in lines:
-            if not self._line(line.decode("utf-8", "replace")):
+            self._kept_bytes += min(len(line), _MAX_COLUMNS)
+            if self._kept_bytes > _MAX_KEPT_BYTES or not self._line(
+                line.decode("utf-8", "replace")
+            ):
                 return False
         return len(self._pending) <= _MAX_RECORD
 
@@ -106,7 +113,9 @@ class _Matches:
         name, nul, found = line.partition("\0")
         if not nul:
             self._group = len(self.lines)
-            self.lines.append(line)  # `--` between groups of context, or an error's text
+            self.lines.append(
+                line[:_MAX_COLUMNS]
+            )  # `--` between groups of context, or an error's text
             return True
         number = found[: len(found) - len(found.lstrip("0123456789"))]
         mark, text = found[len(number) :][:1], found[len(number) + 1 :].rstrip("\r")
@@ -183,6 +192,8 @@ class _Found:
         for candidate, shown in [*((name, f"{name}/") for name in above), (path, path)]:
             if candidate in self._seen:
                 continue
+            if len(self._seen) == _MAX_SCANNED:
+                return False
             self._seen.add(candidate)
             if self._matches(candidate):
                 if len(self.paths) == self._limit:

@@ -13,7 +13,7 @@ from taskfactory.agents.place import Place, Refusal, host_place
 from taskfactory.agents.scripted import ScriptedModel
 from taskfactory.document import parse_document
 from taskfactory.errors import EnvironmentUnavailable, ExtensionError, UnsafePathError
-from taskfactory.events import AnyEvent, SessionShutdown, SessionStart, Status
+from taskfactory.events import AnyEvent, SessionShutdown, SessionStart, Status, ToolUpdate
 from taskfactory.extensions import Hooks, load_extension
 from taskfactory.runner import Summary, run_task
 from taskfactory.sessionlog import SessionLog
@@ -188,6 +188,14 @@ def test_an_extension_in_the_workspace_is_refused(tmp_path: Path) -> None:
         load_extension(path, Hooks(), tmp_path)
 
 
+async def test_an_extension_that_cannot_replace_the_operations_ends_the_run(run: Run) -> None:
+    run.hooks.replace_operations(lambda operations: 1 / 0)  # type: ignore[arg-type, return-value] # it fails
+    summary = await run.go(WORKS)
+
+    assert "ZeroDivisionError" in summary.error
+    assert summary.tool_calls == 0
+
+
 # The record...
 
 
@@ -197,6 +205,7 @@ def test_a_record_lies_in_the_users_home_whatever_the_tasks_id(
 ) -> None:
     with SessionLog(tmp_path, task_id) as log:
         log.write(Status(text="x"))
+        log.write(ToolUpdate(call_id="1", text="the result repeats it"))
 
     assert log.directory.resolve().parent == tmp_path / "sessions"
     assert log.directory.stat().st_mode & 0o077 == 0

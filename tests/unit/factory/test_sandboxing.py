@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from taskfactory.agents.place import Refusal
-from taskfactory.errors import EnvironmentUnavailable
+from taskfactory.errors import EnvironmentUnavailable, UnsafePathError
 from taskfactory.sandboxconfig import SandboxConfig, SandboxSecret
 from taskfactory.sandboxing import open_place, read_refusals
 
@@ -85,6 +85,18 @@ async def test_a_mistake_in_the_settings_never_leads_to_the_host(tmp_path: Path)
 
     with pytest.raises(EnvironmentUnavailable):
         await enter(config, tmp_path)
+
+
+async def test_a_certificate_that_an_agent_can_write_is_not_trusted(tmp_path: Path) -> None:
+    config = SandboxConfig(enabled=True, extra_ca_files=(str(tmp_path / "ca.pem"),))
+
+    with pytest.raises(UnsafePathError, match="CA file"):
+        await enter(config, tmp_path)
+
+
+async def test_a_checkpoint_is_refused_and_not_ignored(tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentUnavailable, match="checkpoint"):
+        await enter(SandboxConfig(enabled=True, checkpoint_path="base"), tmp_path)
 
 
 def test_refusals_are_read_once_each_and_a_broken_line_is_skipped(tmp_path: Path) -> None:

@@ -107,3 +107,23 @@ def test_any_edit_succeeds_or_says_why_not(text: str, old: str) -> None:
         changed = str(error)
 
     assert changed
+
+
+def test_a_diff_has_the_line_numbers_of_the_file() -> None:
+    text = "".join(f"{n}\n" for n in range(1, 101))
+
+    edited = apply_edits(text, [Replacement("50\n", "fifty\n"), Replacement("52\n", "")], "f")
+
+    assert edited.first_changed_line == 50
+    assert edited.diff.split("\n")[2:] == [
+        "@@ -47,9 +47,8 @@",
+        *(" 47", " 48", " 49", "-50", "+fifty", " 51", "-52", " 53", " 54", " 55"),
+    ]
+
+
+def test_a_diff_that_nobody_would_read_is_left_out() -> None:
+    text = "first\n" + "same\n" * 5000 + "last\n"
+
+    edited = apply_edits(text, [Replacement("first", "1st"), Replacement("last", "end")], "f")
+
+    assert (edited.diff, edited.first_changed_line) == ("", 1)

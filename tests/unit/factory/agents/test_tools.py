@@ -1,4 +1,6 @@
-"""The seven tools of taskfactory.agents.filetools, bashtool and searchtools, on this host's files."""
+"""The seven tools (taskfactory.agents.filetools, taskfactory.agents.bashtool,
+taskfactory.agents.searchtools) on this host's files.
+"""
 
 import asyncio
 import shutil
@@ -200,6 +202,12 @@ def test_an_endless_output_is_held_in_bounded_memory() -> None:
     assert buffer.full().endswith(b"09999\n")
     assert b"bytes are missing here" in buffer.full()
     assert buffer.end().by == "bytes"
+
+
+async def test_watchers_of_an_endless_output_hear_its_beginning_only(bench: Bench) -> None:
+    await bench.call("bash", command="head -c 5000000 /dev/zero | tr '\\0' 'x'")
+
+    assert 1_000_000 < sum(map(len, bench.updates)) < 1_200_000
 
 
 # grep and find...
