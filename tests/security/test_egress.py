@@ -12,6 +12,7 @@ import struct
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
+import msgspec
 import pytest
 from tests.support.egress_lab import (
     HttpServer,
@@ -502,3 +503,20 @@ async def _answer_or_reset(sock: object, data: bytes) -> bytes:
         return await sock.exchange(data)  # type: ignore[attr-defined]  # a GuestSocket
     except StreamReset:
         return b""
+
+
+async def test_a_flood_of_connections_is_refused_one_by_one(canary: HttpServer) -> None:
+    """Five thousand OPENs in one write: the sandbox keeps its network, and memory stays bounded."""
+    async with lab_for(canary) as lab:
+        address = await lab.address_of("api.test")
+        body = msgspec.msgpack.encode({"op": "connect", "addr": address, "port": canary.port})
+        numbers = range(0x9000_0000, 0x9000_0000 + 5000)
+        lab.guest.ignored.update(numbers)
+        frames = [encode_frame(FrameType.OPEN, 0, number, body) for number in numbers]
+        lab.guest.port._transport.write(b"".join(frames))
+        async with asyncio.timeout(15):
+            while len(lab.denials("connect")) < 5000 - 256:
+                await asyncio.sleep(0.05)
+
+        assert lab.gateway.connections == 256
+        assert await lab.guest.resolve("api.test") == (0, address)

@@ -38,7 +38,8 @@ from taskvm.port import FramePort, Inlet, Outlet, StreamReset
 from taskvm.wire.frames import GUEST_STREAM_BIT, Frame, FrameType, decode_u32, encode_u32
 
 MAX_CONNECTIONS = 256
-MAX_ANSWERS = 256  # DNS answers that wait for the port (protocol page: the oldest is dropped)
+MAX_QUERIES = 256  # DNS queries that wait for an answer (protocol page: the oldest is dropped)
+MAX_EARLY_FRAMES = 256  # that come before `run`
 # Refused connections whose RESET waits for the port. One read of ours can hold thousands of OPENs.
 MAX_REFUSED = 65_536
 
@@ -89,8 +90,8 @@ class Gateway:
         self._port = port
         self._streams: dict[int, _Stream] = {}
         self._tasks: asyncio.TaskGroup | None = None
-        self._answers: deque[tuple[int, bytes]] = deque(maxlen=MAX_ANSWERS)
-        self._refused: deque[int] = deque()
+        self._queries: deque[tuple[int, bytes]] = deque(maxlen=MAX_QUERIES)
+        self._refused: deque[tuple[int, Destination]] = deque()
         self._something_to_send = asyncio.Event()
         self._lost: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         self._early: list[Frame] = []
@@ -130,7 +131,8 @@ class Gateway:
         elif frame.type is FrameType.OPEN:
             self._open(frame)
         elif frame.type is FrameType.DATAGRAM:
-            self._answer(frame.stream, bytes(frame.payload))
+            self._queries.append((frame.stream, bytes(frame.payload)))
+            self._something_to_send.set()
         elif frame.type in _FLOW_FRAMES and frame.channel == 0:
             self._flow(frame)
         else:
@@ -141,7 +143,8 @@ class Gateway:
         if stream is None:
             return
         if frame.type is FrameType.DATA:
-            stream.inlet.feed(frame.payload)
+            # Copied: a view would keep the whole read it came in, for as long as it is unread.
+            stream.inlet.feed(bytes(frame.payload))
         elif frame.type is FrameType.END:
             stream.inlet.feed_end()
         elif frame.type is FrameType.CREDIT:
@@ -157,12 +160,11 @@ class Gateway:
             stream.task.cancel()
 
     def _hold(self, frame: Frame) -> None:
-        if len(self._early) >= MAX_ANSWERS:
+        if len(self._early) >= MAX_EARLY_FRAMES:
             self._port.fail("too many frames before the sandbox's network was started")
-        self._early.append(frame)
+        self._early.append(Frame(frame.type, frame.channel, frame.stream, bytes(frame.payload)))
 
     def _open(self, frame: Frame) -> None:
-        assert self._tasks is not None, "frames are held until run has started"
         if frame.stream in self._streams:
             self._port.fail(f"OPEN of stream {frame.stream}, which is open")
             return
@@ -174,36 +176,27 @@ class Gateway:
         except (ValueError, msgspec.MsgspecError) as error:
             self._port.fail(f"malformed OPEN on the net port: {type(error).__name__}")
             return
+        self._connect(frame.stream, Destination(address, request.port))
+
+    def _connect(self, number: int, destination: Destination) -> None:
+        assert self._tasks is not None, "frames are held until run has started"
         if len(self._streams) >= MAX_CONNECTIONS:
-            self._audit.record(
-                "connect", "deny", rule="connection-limit", connection=frame.stream,
-                reason=f"{MAX_CONNECTIONS} connections are open", address=str(address),
-                port=request.port,
-            )  # fmt: skip
-            self._refuse(frame.stream)
+            self._refuse(number, destination)
             return
-        stream = self._streams[frame.stream] = _Stream(self._port, frame.stream)
-        destination = Destination(address, request.port)
-        task = self._tasks.create_task(
-            self._serve(frame.stream, stream, destination), name=f"egress {frame.stream:#x}"
+        stream = self._streams[number] = _Stream(self._port, number)
+        stream.task = self._tasks.create_task(
+            self._serve(number, stream, destination), name=f"egress {number:#x}"
         )
         # Not in the task itself: one that is cancelled before it starts runs none of its code.
-        task.add_done_callback(lambda _: self._streams.pop(frame.stream, None))
-        stream.task = task
+        stream.task.add_done_callback(lambda _: self._streams.pop(number, None))
 
-    # Answers, which wait here while the guest does not read.
+    # Answers, which wait while the guest does not read.
 
-    def _answer(self, stream: int, query: bytes) -> None:
-        answer = self._nameserver.answer(query)
-        if answer:
-            self._answers.append((stream, answer))
-            self._something_to_send.set()
-
-    def _refuse(self, stream: int) -> None:
+    def _refuse(self, number: int, destination: Destination) -> None:
         if len(self._refused) >= MAX_REFUSED:
             self._port.fail("the guest opens connections and does not read the answers")
             return
-        self._refused.append(stream)
+        self._refused.append((number, destination))
         self._something_to_send.set()
 
     async def _send_answers(self) -> None:
@@ -211,14 +204,27 @@ class Gateway:
             while True:
                 await self._something_to_send.wait()
                 await self._port.wait_writable()
-                if self._refused:
-                    reason = encode_u32(errno.EAGAIN)
-                    self._port.send(FrameType.RESET, 0, self._refused.popleft(), reason)
-                elif self._answers:
-                    number, answer = self._answers.popleft()
-                    self._port.send(FrameType.DATAGRAM, 0, number, answer)
-                else:
-                    self._something_to_send.clear()
+                # One read of ours can hold thousands of queries, each 30 to 80 microseconds' work:
+                # other sandboxes have their turn in between.
+                await asyncio.sleep(0)
+                self._send_one()
+
+    def _send_one(self) -> None:
+        if self._refused:
+            number, destination = self._refused.popleft()
+            self._audit.record(
+                "connect", "deny", rule="connection-limit", connection=number,
+                reason=f"{MAX_CONNECTIONS} connections are open",
+                address=str(destination.address), port=destination.port,
+            )  # fmt: skip
+            self._port.send(FrameType.RESET, 0, number, encode_u32(errno.EAGAIN))
+        elif self._queries:
+            number, query = self._queries.popleft()
+            answer = self._nameserver.answer(query)
+            if answer:
+                self._port.send(FrameType.DATAGRAM, 0, number, answer)
+        else:
+            self._something_to_send.clear()
 
     # Connections.
 
