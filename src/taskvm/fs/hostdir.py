@@ -18,6 +18,7 @@ import errno
 import os
 import stat
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -60,10 +61,16 @@ class HostDir(Provider):
                 f"mode {mode!r} does not exist",
                 "Use direct or ro",
             )
-        self.path = _resolve(path)
-        self.readonly = mode == "ro"
-        self._root = os.open(self.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._nodes = NodeTable(os.fstat(self._root))
+        resolved = _resolve(path)
+        root = os.open(resolved, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._begin(resolved, mode == "ro", root)
+
+    def _begin(self, path: Path, readonly: bool, root: int) -> None:
+        self.path = path
+        self.readonly = readonly
+        self._root = root
+        self._release_root = weakref.finalize(self, os.close, root)
+        self._nodes = NodeTable(os.fstat(root))
         budget = descriptor_budget()
         self._contents = DescriptorSet(budget)
         self._directories = DescriptorSet(budget)
@@ -75,12 +82,17 @@ class HostDir(Provider):
     def __repr__(self) -> str:
         return f"HostDir({str(self.path)!r}, mode={'ro' if self.readonly else 'direct'!r})"
 
+    def opened(self) -> HostDir:
+        # The same directory, not what is at its path by now: another mount's guest may have replaced that.
+        served = HostDir.__new__(HostDir)
+        served._begin(self.path, self.readonly, os.dup(self._root))
+        served.xattrs = self.xattrs
+        return served
+
     def close(self) -> None:
-        if self._root < 0:
-            return
         for held in (self._contents, self._directories, self._pins):
             held.close()
-        os.close(self._root)
+        self._release_root()
         self._root = -1
 
     # Names.

@@ -72,7 +72,7 @@ class _Inode:
 
 
 class Memory(Provider):
-    """Serves a new, empty tree of at most `limit_bytes`. Its files belong to the user of this process."""
+    """Serves each mount with a new, empty tree of at most `limit_bytes`, owned by the user of this process."""
 
     negative_ns = _DAY_NS
     lasting = True
@@ -85,6 +85,11 @@ class Memory(Provider):
         root.links = 1
         self._inodes: dict[Node, _Inode] = {ROOT: root}
         self._next = ROOT + 1
+
+    def opened(self) -> Memory:
+        served = Memory(limit_bytes=self._limit)
+        served.xattrs = self.xattrs
+        return served
 
     def close(self) -> None:
         self._inodes.clear()

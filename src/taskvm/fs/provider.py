@@ -80,6 +80,13 @@ class Provider:
     changes: Callable[[Change], None] = staticmethod(_ignore)
     """Set by the server; see rule 6."""
 
+    def opened(self) -> Provider:
+        """Return what serves one mount; the server closes it with the mount.
+
+        A provider that can be given to several sandboxes returns a new one each time, with nodes of its own.
+        """
+        return self
+
     def close(self) -> None:
         """Let go of everything held. Idempotent; no other call follows."""
 

@@ -81,7 +81,7 @@ class FsServer:
     # What the sandbox calls, from any thread.
 
     def add_mount(self, mount_id: int, provider: Provider) -> None:
-        """Serve the stream `mount_id` from `provider`, which the server closes. Before the guest mounts it."""
+        """Serve the stream `mount_id` from `provider.opened()`. Call it before the guest mounts."""
         if not 0 < mount_id < GUEST_STREAM_BIT:
             raise UsageError(f"add the mount {mount_id}", "the id is out of range", "Count from 1")
         with self._serving:
@@ -89,8 +89,9 @@ class FsServer:
                 raise SandboxStateError(f"add the mount {mount_id}", "the file server is closed")
             if mount_id in self._mounts:
                 raise UsageError(f"add the mount {mount_id}", "the id is taken", "Remove it first")
-            self._mounts[mount_id] = Session(provider, self._report)
-        provider.changes = lambda change: self._notify(mount_id, change)
+            opened = provider.opened()
+            opened.changes = lambda change: self._notify(mount_id, change)
+            self._mounts[mount_id] = Session(opened, self._report)
 
     def remove_mount(self, mount_id: int) -> None:
         """Stop serving a mount and close its provider; the guest gets ENODEV from then on. Idempotent."""

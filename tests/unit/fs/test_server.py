@@ -73,6 +73,22 @@ def guest() -> Iterator[Guest]:
     ours.close()
 
 
+def served(guest: Guest) -> Provider:
+    """Return what serves the mount 1."""
+    return guest.server._mounts[1].provider
+
+
+def test_a_provider_can_be_given_again(guest: Guest, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    provider = HostDir(tmp_path)
+    for mount in (1, 2):
+        guest.server.add_mount(mount, provider)
+        assert guest.ask(Opcode.INIT, 0, INIT, mount=mount) == 0
+    guest.server.remove_mount(1)
+
+    assert guest.ask(Opcode.LOOKUP, 1, b"file\0", mount=2) == 0
+
+
 def test_mounts_are_served_side_by_side(guest: Guest, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     guest.server.add_mount(1, HostDir(tmp_path))
@@ -86,14 +102,15 @@ def test_mounts_are_served_side_by_side(guest: Guest, tmp_path: Path) -> None:
 
 
 def test_a_removed_mount_is_gone_and_closed(guest: Guest, tmp_path: Path) -> None:
-    provider = HostDir(tmp_path)
-    guest.server.add_mount(1, provider)
+    guest.server.add_mount(1, HostDir(tmp_path))
     guest.ask(Opcode.INIT, 0, INIT)
+    provider = served(guest)
 
     guest.server.remove_mount(1)
     guest.server.remove_mount(1)
 
     assert guest.ask(Opcode.GETATTR, 1, bytes(16)) == errno.ENODEV
+    assert isinstance(provider, HostDir)
     assert provider._root == -1
     guest.server.add_mount(1, Memory())
     assert guest.ask(Opcode.INIT, 0, INIT) == 0
@@ -112,12 +129,13 @@ def test_a_mount_id_is_used_once(guest: Guest) -> None:
 
 
 def test_closing_is_idempotent_and_final(guest: Guest, tmp_path: Path) -> None:
-    provider = HostDir(tmp_path)
-    guest.server.add_mount(1, provider)
+    guest.server.add_mount(1, HostDir(tmp_path))
+    provider = served(guest)
 
     guest.server.close()
     guest.server.close()
 
+    assert isinstance(provider, HostDir)
     assert provider._root == -1
     assert guest.sock.recv(1) == b""
     with pytest.raises(SandboxStateError):
@@ -206,9 +224,9 @@ def test_a_second_init_breaks_the_protocol(guest: Guest) -> None:
 
 
 def test_changes_reach_the_guest_as_notifications(guest: Guest) -> None:
-    provider = Memory()
-    guest.server.add_mount(1, provider)
+    guest.server.add_mount(1, Memory())
     guest.ask(Opcode.INIT, 0, INIT)
+    provider = served(guest)
 
     provider.changes(Change(1, b"name"))
     provider.changes(Change(5))
@@ -218,8 +236,8 @@ def test_changes_reach_the_guest_as_notifications(guest: Guest) -> None:
 
 
 def test_changes_after_the_end_are_nobodys_error(guest: Guest) -> None:
-    provider = Memory()
-    guest.server.add_mount(1, provider)
+    guest.server.add_mount(1, Memory())
+    provider = served(guest)
     guest.server.close()
     provider.changes(Change(1))
 
