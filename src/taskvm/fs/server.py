@@ -208,9 +208,9 @@ class FsServer:
     def _notify(self, mount_id: int, change: Change) -> None:
         message = Session.notification(change)
         header = encode_header(FrameType.FUSE, 0, mount_id, len(message))
-        if not self._ended.is_set():
-            with self._sending:
-                _send_all(self._sock, [header + message])
+        # A port that ended has nobody left who could remember anything wrongly.
+        with self._sending, suppress(OSError):
+            _send_all(self._sock, [header + message])
 
     def _send_control(self, kind: FrameType, deadline: float) -> None:
         operation = f"send {kind.name} to the guest's port {PORT_FS}"
