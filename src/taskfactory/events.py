@@ -121,8 +121,20 @@ def render_line(event: AnyEvent) -> str:
 
 
 def to_json(event: AnyEvent) -> bytes:
-    """Return an event as one line of JSON, without the newline."""
-    return msgspec.json.encode(event)
+    """Return an event as one line of JSON, without the newline. A lone surrogate becomes `?`."""
+    try:
+        return msgspec.json.encode(event)
+    except UnicodeEncodeError:
+        return msgspec.json.encode(_encodable(msgspec.to_builtins(event)))
+
+
+def _encodable(value: Any) -> Any:
+    """A file's name that is no UTF-8 has surrogates in Python, and JSON has no way to say them."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {_encodable(key): _encodable(item) for key, item in value.items()}
+    return [_encodable(item) for item in value] if isinstance(value, list) else value
 
 
 def _text(event: AnyEvent) -> str:

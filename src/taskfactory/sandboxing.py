@@ -95,7 +95,7 @@ def _sandbox(
             " Remove checkpointPath, or name an image that has what the task needs"
         )
     return taskvm.Sandbox.create(
-        mounts={GUEST_ROOT: taskvm.HostDir(workspace)},
+        mounts={GUEST_ROOT: taskvm.HostDir(workspace.resolve())},
         allow=list(config.allowed_hosts),
         allow_addresses=list(config.allowed_addresses),
         resolve=dict(config.resolve),

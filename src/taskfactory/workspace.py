@@ -20,7 +20,7 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """A directory for agents. `id` is None, and there is no `config_path`, when it is not registered."""
+    """A directory for agents, as its user spells it. Unregistered: `id` and `config_path` are None."""
 
     path: Path
     id: str | None = None
@@ -53,7 +53,7 @@ def open_workspace(path: Path, home: Path, config_path: Path | None = None) -> W
     if config_path is not None:
         refuse_inside(root, config_path, "sandbox file")
     workspace_id, name = entry or (None, root.name)
-    return Workspace(path=root, id=workspace_id, name=name, config_path=config_path)
+    return Workspace(path=path.absolute(), id=workspace_id, name=name, config_path=config_path)
 
 
 def refuse_inside(workspace: Path, path: Path, what: str) -> None:

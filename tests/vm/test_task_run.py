@@ -2,6 +2,7 @@
 
 import asyncio
 import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -262,6 +263,15 @@ async def test_a_released_sandbox_is_a_lost_place(workspace: Path) -> None:
 
     with pytest.raises(EnvironmentLost):
         await operations.stat("/workspace")
+
+
+def test_the_demonstration_proves_itself() -> None:
+    """A bug fixed and committed in the guest, a secret used and not seen, attacks refused: from host evidence."""
+    demo = Path(__file__).parents[2] / "examples" / "demo" / "run"
+    done = subprocess.run([sys.executable, str(demo)], capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "All of it holds." in done.stdout
 
 
 def _own_guests() -> int:

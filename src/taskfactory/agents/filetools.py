@@ -87,7 +87,7 @@ class WriteArguments(Arguments, frozen=True):
 
 async def _write(arguments: WriteArguments, context: ToolContext) -> ToolOutput:
     path = context.resolve(arguments.path)
-    data = arguments.content.encode("utf-8", "surrogatepass")
+    data = arguments.content.encode("utf-8")
     async with context.locks.hold(path):
         await context.operations.write_bytes(path, data)
     return ToolOutput(f"Wrote {len(data)} bytes to {arguments.path}")
@@ -161,8 +161,8 @@ async def _ls(arguments: LsArguments, context: ToolContext) -> ToolOutput:
 
 
 def _line(entry: Entry) -> str:
-    # A name may hold a line break, which would make one entry look like two.
-    name = entry.name.replace("\n", "\\n")
+    # A name may hold a line break, which would make one entry look like two, or be no UTF-8.
+    name = entry.name.encode("utf-8", "replace").decode().replace("\n", "\\n")
     return f"{name}/" if entry.kind == "dir" else name
 
 

@@ -97,6 +97,9 @@ class HostOperations:
         except OSError as error:
             os.close(source)
             raise _refused(f"run {argv[0]} in {cwd}", error) from error
+        except ValueError as error:
+            os.close(source)
+            raise OperationError(f"run {argv[0]}", str(error)) from error  # a NUL in an argument
         finally:
             os.close(sink)
         return await _follow(process, source, on_output, timeout_s)

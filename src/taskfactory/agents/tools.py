@@ -89,8 +89,11 @@ class Tool(Generic[A]):
     async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolOutput:
         """Check the arguments and do the work. Raises ToolError for whatever the model can mend."""
         try:
+            msgspec.json.encode(
+                arguments
+            )  # refuses lone surrogates: no file or command can hold one
             typed = msgspec.convert(arguments, self.arguments)
-        except msgspec.ValidationError as error:
+        except (msgspec.ValidationError, UnicodeEncodeError) as error:
             raise ToolError(f"{self.name}: wrong arguments: {error}") from None
         try:
             return await self.execute(typed, context)

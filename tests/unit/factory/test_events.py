@@ -44,6 +44,12 @@ def test_an_event_survives_json_and_names_itself(event: AnyEvent) -> None:
     assert b'"event":"' in data
 
 
+def test_a_lone_surrogate_does_not_stop_the_record() -> None:
+    event = ToolCall(call_id="1", tool="ls", arguments={"\udcff": ["a\ud800"]})
+
+    assert b'{"?":["a?"]}' in to_json(event)
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [

@@ -57,7 +57,9 @@ def test_a_registered_workspace_is_found_through_a_link(home: Path, project: Pat
     link = home.parent / "link"
     link.symlink_to(project)
 
-    assert open_workspace(link, home).id == "uuid-1"
+    workspace = open_workspace(link, home)
+
+    assert (workspace.id, workspace.path) == ("uuid-1", link)
 
 
 def test_a_named_file_replaces_the_registered_one(home: Path, project: Path) -> None:

@@ -3,6 +3,7 @@ taskfactory.agents.searchtools) on this host's files.
 """
 
 import asyncio
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,24 @@ def test_there_are_seven_tools_with_schemas() -> None:
 )
 async def test_wrong_arguments_are_told(bench: Bench, arguments: dict[str, Any]) -> None:
     assert "wrong arguments" in await bench.error("read", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments"),
+    [
+        ("read", {"path": "a\ud800"}),
+        ("write", {"path": "a", "content": "\ud800"}),
+        ("edit", {"path": "a", "edits": [{"oldText": "x", "newText": "\ud800"}]}),
+        ("bash", {"command": "echo \ud800"}),
+        ("bash", {"command": "echo \0"}),
+        ("grep", {"pattern": "a\0b"}),
+        ("ls", {"path": "a\0b"}),
+    ],
+)
+async def test_text_that_no_system_takes_is_an_error(
+    bench: Bench, tool: str, arguments: dict[str, Any]
+) -> None:
+    assert await bench.error(tool, **arguments)
 
 
 # read...
@@ -332,6 +351,12 @@ async def test_ls_sorts_and_marks_directories(bench: Bench) -> None:
     assert await bench.text("ls") == ".dot\na/\nb\nC"
     assert await bench.text("ls", path="a") == "(empty directory)"
     assert "not a directory" in await bench.error("ls", path="b")
+
+
+async def test_ls_shows_names_that_are_no_text(bench: Bench) -> None:
+    (bench.root / os.fsdecode(b"\xff\nx")).touch()
+
+    assert await bench.text("ls") == "?\\nx"
 
 
 async def test_ls_stops_at_500(bench: Bench) -> None:
