@@ -283,9 +283,8 @@ def image_list() -> None:
         names.setdefault(digest, []).append(ref)
     for item in store.list():
         manifest = item.manifest
-        size = sum(asset.size_bytes for asset in manifest.assets.values()) >> 20
         click.echo(
-            f"{item.digest[:12]}  {manifest.arch}  {size:5} MiB  {manifest.created}  "
+            f"{item.digest[:12]}  {manifest.arch}  {item.disk_bytes >> 20:5} MiB  {manifest.created}  "
             f"{', '.join(sorted(names.get(item.digest, [])))}"
         )
 

@@ -15,9 +15,9 @@ import msgspec
 
 from taskvm.errors import TaskvmError
 from taskvm.image.store import ImageStore
+from taskvm.paths import cache_dir
 from taskvm.vm.accel import kvm_obstacle, recall_verdict
 from taskvm.vm.native import confine_binary, guest_binary
-from taskvm.vm.paths import cache_dir
 from taskvm.vm.qemu import find_qemu, host_arch
 from taskvm.vm.rundir import run_base, sweep
 

@@ -1,7 +1,7 @@
 """A guest and everything on the host that serves it: woken up, equipped for a sandbox, ended.
 
-Here the parts that know nothing of each other (vm, fs, net) are put together, and taken apart again. `wake` makes a fresh
-fork a guest of its own and needs no options, so a pool can do it ahead; `equip` makes it one person's sandbox.
+Here the parts that know nothing of each other (vm, fs, net) are put together, and taken apart again. `wake` makes a
+fresh fork a guest of its own and needs no options, so a pool can do it ahead; `equip` makes it somebody's sandbox.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from taskvm.net.certs import CertificateAuthority
 from taskvm.net.gateway import Gateway
 from taskvm.net.resolver import HostResolver, MappedResolver
 from taskvm.options import SandboxOptions
+from taskvm.paths import private_dir, state_dir
 from taskvm.port import FramePort
 from taskvm.vm.boot import wait_hello
 from taskvm.vm.control import Control
 from taskvm.vm.machine import Machine
-from taskvm.vm.paths import private_dir, state_dir
 from taskvm.vm.rundir import RunDir
 from taskvm.wire.control import (
     Done,

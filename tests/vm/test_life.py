@@ -1,4 +1,4 @@
-"""The life of a sandbox: clear errors, nothing left behind, nothing on the host instead."""
+"""The life of a taskvm.sandbox: clear errors, nothing left behind, nothing on the host instead."""
 
 import asyncio
 import os

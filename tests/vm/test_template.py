@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import GUEST
 
 from taskvm import Sandbox
-from taskvm.vm.paths import cache_dir
+from taskvm.paths import cache_dir
 
 pytestmark = pytest.mark.vm
 

@@ -5,9 +5,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from tests.conftest import GUEST
 
 from taskvm import HostDir, Sandbox
-from tests.conftest import GUEST
 
 pytestmark = pytest.mark.vm
 
@@ -45,9 +45,7 @@ async def test_the_guests_files_belong_to_the_host_user(
     assert {path.stat().st_uid for path in workspace.iterdir()} == {os.getuid()}
 
 
-async def test_host_changes_show_in_the_guest(
-    workspace: Path, vm_with_workspace: Sandbox
-) -> None:
+async def test_host_changes_show_in_the_guest(workspace: Path, vm_with_workspace: Sandbox) -> None:
     """A file that the host writes or replaces is read by the guest, soon after."""
     (workspace / "note").write_text("old")
     first = await vm_with_workspace.exec(["cat", "note"])
@@ -66,7 +64,7 @@ async def test_an_editors_save_and_pythons_cache_work(
         "set -e; echo 'value = 41' > module.py; cp module.py .module.swp; "
         "sed -i s/41/42/ .module.swp; mv .module.swp module.py; "
         "python3 -c 'import module; assert module.value == 42'; ls __pycache__; "
-        "python3 -c 'import sqlite3; c = sqlite3.connect(\"db\"); "
+        'python3 -c \'import sqlite3; c = sqlite3.connect("db"); '
         'c.execute("pragma journal_mode=wal"); c.execute("create table t (x)"); '
         'c.executemany("insert into t values (?)", [(i,) for i in range(100)]); c.commit(); c.close()\''
     )
@@ -78,14 +76,14 @@ async def test_an_editors_save_and_pythons_cache_work(
     assert list((workspace / "__pycache__").iterdir())
 
 
-async def test_large_files_keep_every_byte(
-    workspace: Path, vm_with_workspace: Sandbox
-) -> None:
+async def test_large_files_keep_every_byte(workspace: Path, vm_with_workspace: Sandbox) -> None:
     """Sixteen megabytes written in the guest hash the same on the host."""
     done = await vm_with_workspace.exec(
         "head -c 16M /dev/urandom > big; sync big; sha256sum big | cut -d' ' -f1", check=True
     )
-    host = subprocess.run(["sha256sum", workspace / "big"], capture_output=True, text=True, check=True)
+    host = subprocess.run(
+        ["sha256sum", workspace / "big"], capture_output=True, text=True, check=True
+    )
 
     assert host.stdout.split()[0] == done.stdout.strip()
 
@@ -93,9 +91,7 @@ async def test_large_files_keep_every_byte(
 async def test_a_read_only_mount_refuses_every_write(workspace: Path) -> None:
     """Not by the guest's mount flag alone: its root may remount, and still changes nothing."""
     (workspace / "file").write_text("safe")
-    async with Sandbox.create(
-        mounts={"/workspace": HostDir(workspace, mode="ro")}, **GUEST
-    ) as vm:
+    async with Sandbox.create(mounts={"/workspace": HostDir(workspace, mode="ro")}, **GUEST) as vm:
         read = await vm.exec(["cat", "/workspace/file"])
         tried = await vm.exec(
             "mount -o remount,rw /workspace; echo broken > /workspace/file; rm -f /workspace/file; "
@@ -146,7 +142,7 @@ async def test_mapped_pages_are_on_the_host_after_close(workspace: Path) -> None
     (workspace / "mapped").write_bytes(b"." * 8192)
     async with Sandbox.create(mounts={"/workspace": HostDir(workspace)}, **GUEST) as vm:
         await vm.exec(
-            "python3 -c 'import mmap; f = open(\"mapped\", \"r+b\"); m = mmap.mmap(f.fileno(), 0); "
+            'python3 -c \'import mmap; f = open("mapped", "r+b"); m = mmap.mmap(f.fileno(), 0); '
             'm[:5] = b"dirty"; import os; os._exit(0)\'',
             check=True,
         )

@@ -28,6 +28,7 @@ BASE_PACKAGES = (
     "file",
     "git",
     "less",
+    "mount",
     "procps",
     "python3",
     "ripgrep",

@@ -38,6 +38,7 @@ from taskvm.image.manifest import (
     Manifest,
     compute_digest,
 )
+from taskvm.paths import cache_path
 
 Progress = Callable[[str], None]
 Builder = Callable[[ImageSpec, Path, Progress], BuiltAssets]
@@ -47,16 +48,6 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 _LEAST_PREFIX = 12  # of a digest, as people shorten it
 
 
-def default_root() -> Path:
-    """Return TASKVM_CACHE, or taskvm in XDG_CACHE_HOME, or ~/.cache/taskvm."""
-    if chosen := os.environ.get("TASKVM_CACHE"):
-        return Path(chosen).absolute()
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification: a relative path is to be ignored.
-    cache = Path(base) if Path(base).is_absolute() else Path.home() / ".cache"
-    return cache / "taskvm"
-
-
 class ImageStore:
     """The store in `root`. Safe to use from several processes at once; every method blocks.
 
@@ -64,7 +55,7 @@ class ImageStore:
     """
 
     def __init__(self, root: Path | None = None, *, builder: Builder = build_assets) -> None:
-        self.root = default_root() if root is None else root
+        self.root = cache_path() if root is None else root
         self._builder = builder
 
     def ensure(self, spec: ImageSpec, progress: Progress) -> Image:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from taskvm.vm.paths import cache_dir, replace_file
+from taskvm.paths import cache_dir, replace_file
 from taskvm.vm.qemu import Qemu, host_arch
 
 KVM_DEVICE = Path("/dev/kvm")

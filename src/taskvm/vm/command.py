@@ -100,15 +100,7 @@ def qemu_command(
     """
     return [
         str(qemu),
-        # Nothing that is not named below exists in the guest, nor is any configuration file of the host read.
-        "-nodefaults",
-        "-no-user-config",
-        "-no-reboot",
-        "-display",
-        "none",
-        # QEMU's own filter beside ours: no new processes, no other identity, no scheduling games.
-        "-sandbox",
-        "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        *_BARE,
         "-machine",
         _machine_type(shape),
         "-accel",
@@ -127,6 +119,26 @@ def qemu_command(
         str(boot.initrd),
         "-append",
         shape.kernel_arguments,
+        *_devices(disk, descriptors),
+        *(["-incoming", "defer"] if incoming else []),
+    ]
+
+
+# Nothing that is not named exists in the guest, no configuration file of the host is read; and QEMU's own filter beside
+# ours: no new processes, no other identity, no scheduling games.
+_BARE = (
+    "-nodefaults",
+    "-no-user-config",
+    "-no-reboot",
+    "-display",
+    "none",
+    "-sandbox",
+    "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+)
+
+
+def _devices(disk: Path, descriptors: Descriptors) -> list[str]:
+    return [
         # cache=unsafe: the overlay is thrown away with the sandbox, so nothing is worth an fsync on the host.
         "-drive",
         _root_drive(disk),
@@ -145,7 +157,6 @@ def qemu_command(
         f"socket,id=qmp,fd={descriptors.qmp}",
         "-mon",
         "chardev=qmp,mode=control",
-        *(["-incoming", "defer"] if incoming else []),
     ]
 
 

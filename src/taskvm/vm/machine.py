@@ -96,6 +96,8 @@ class Machine:
         self._tails: list[asyncio.BaseTransport] = []
         self._console_socket = sockets.pop("console")
         self._sockets = sockets
+        self._ending = asyncio.Lock()
+        self._released = False
         self.console = Tail()
         self.stderr = Tail()
         self.exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -161,14 +163,24 @@ class Machine:
 
     async def kill(self) -> int:
         """End the process at once and wait for it; close every descriptor. Idempotent. Returns the exit status."""
-        self._release_lifeline()
-        if not self.exited.done():
-            try:
-                async with asyncio.timeout(5):
-                    await asyncio.shield(self.exited)
-            except TimeoutError:
-                self._process.kill()
-                await self.exited
+        async with self._ending:
+            self._release_lifeline()
+            if not self.exited.done():
+                await self._wait_or_kill()
+            if not self._released:
+                self._released = True
+                await self._release()
+        return await self.exited
+
+    async def _wait_or_kill(self) -> None:
+        try:
+            async with asyncio.timeout(5):
+                await asyncio.shield(self.exited)
+        except TimeoutError:
+            self._process.kill()
+            await self.exited
+
+    async def _release(self) -> None:
         with contextlib.suppress(QMPError, OSError, EOFError):
             await self._qmp.disconnect()
         for transport in self._tails:
@@ -176,7 +188,6 @@ class Machine:
         for sock in (*self._sockets.values(), self._qmp_socket):
             sock.close()
         self._close_state()
-        return await self.exited
 
     def last_words(self) -> str:
         """What QEMU and the guest's console said last, for an error message; empty when neither spoke."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from taskvm.errors import UnavailableError
-from taskvm.vm.paths import cache_dir, replace_file
+from taskvm.paths import cache_dir, replace_file
 
 INSTALL_HINT = {
     "x86_64": "Install it: apt-get install qemu-system-x86 qemu-utils",

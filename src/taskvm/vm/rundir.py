@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from taskvm.errors import HostError
-from taskvm.vm.paths import cache_dir, private_dir
+from taskvm.paths import cache_dir, private_dir
 
 _LOCK = "lock"
 

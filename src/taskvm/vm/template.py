@@ -28,17 +28,17 @@ from pathlib import Path
 import msgspec
 
 from taskvm.errors import HostError
+from taskvm.paths import cache_dir, private_dir, replace_file
 from taskvm.vm.boot import quiesce_ports, reach_ready
 from taskvm.vm.command import Boot, MachineShape
 from taskvm.vm.disk import copy_overlay, create_overlay
 from taskvm.vm.machine import Machine, MachineFiles
-from taskvm.vm.paths import cache_dir, private_dir, replace_file
 from taskvm.vm.qemu import Qemu
 
 # Part of every key: raise it when qemu_command's devices change or a template holds something else.
 LAYOUT = 1
 FILES = ("ram", "state", "disk.qcow2", "overlay.qcow2")
-# Of the most recently used. Each new agent, image, size or QEMU makes another; a machine that runs keeps what it has open.
+# Of the most recently used. Each new agent, image, size or QEMU makes another; a running one keeps its open files.
 KEPT_TEMPLATES = 8
 
 Progress = Callable[[str], None]

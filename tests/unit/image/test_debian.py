@@ -46,7 +46,7 @@ def test_the_wanted_packages_join_the_base() -> None:
 
     includes = [option for option in options if option.startswith("--include=")]
     assert includes == [
-        "--include=bash,ca-certificates,coreutils,curl,file,git,less,make,procps,python3,ripgrep"
+        "--include=bash,ca-certificates,coreutils,curl,file,git,less,make,mount,procps,python3,ripgrep"
     ]
 
 

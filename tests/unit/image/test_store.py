@@ -14,7 +14,8 @@ from taskvm.errors import ImageError, UsageError
 from taskvm.image import store as store_module
 from taskvm.image.build import BuiltAssets
 from taskvm.image.manifest import Image, ImageSpec
-from taskvm.image.store import ImageStore, Progress, default_root
+from taskvm.image.store import ImageStore, Progress
+from taskvm.paths import cache_path
 
 SPEC = ImageSpec(arch="x86_64")
 
@@ -255,4 +256,4 @@ def test_where_the_store_is(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
 
-    assert default_root() == Path(expected)
+    assert cache_path() == Path(expected)

@@ -14,17 +14,19 @@ def cache_dir() -> Path:
 
     `TASKVM_CACHE`, else `$XDG_CACHE_HOME/taskvm`, else `~/.cache/taskvm`.
     """
-    chosen = os.environ.get("TASKVM_CACHE")
-    if chosen:
-        return private_dir(Path(chosen))
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return private_dir(Path(base) / "taskvm")
+    return private_dir(cache_path())
+
+
+def cache_path() -> Path:
+    """Return the same directory without making it."""
+    if chosen := os.environ.get("TASKVM_CACHE"):
+        return Path(chosen).absolute()
+    return _xdg("XDG_CACHE_HOME", Path.home() / ".cache") / "taskvm"
 
 
 def state_dir() -> Path:
     """Return the directory of what outlives a sandbox, such as audit logs: `$XDG_STATE_HOME/taskvm` (made 0700)."""
-    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return private_dir(Path(base) / "taskvm")
+    return private_dir(_xdg("XDG_STATE_HOME", Path.home() / ".local" / "state") / "taskvm")
 
 
 def private_dir(path: Path) -> Path:
@@ -56,3 +58,9 @@ def replace_file(path: Path, content: bytes) -> None:
             raise
     except OSError as error:
         raise HostError(f"write {path}", error.strerror or str(error), "Free disk space") from error
+
+
+def _xdg(variable: str, default: Path) -> Path:
+    chosen = Path(os.environ.get(variable, ""))
+    # The XDG Base Directory specification: a relative path is to be ignored.
+    return chosen if chosen.is_absolute() else default

@@ -1,0 +1,51 @@
+"""The options of a sandbox: what exists can be started (taskvm.options)."""
+
+from pathlib import Path
+
+import pytest
+
+from taskvm.errors import UsageError
+from taskvm.fs.memory import Memory
+from taskvm.options import MAX_MOUNTS, SandboxOptions
+from taskvm.policy import Policy
+from taskvm.secret import Secret
+
+NOTHING = Policy.parse()
+
+
+@pytest.mark.parametrize(
+    "path", ["workspace", "/a/../b", "/a//b", "/a/", "/", "/etc", "/proc", "/usr", "/a\0b"]
+)
+def test_a_mount_path_is_plain_absolute_and_not_the_systems(path: str) -> None:
+    """A mount can neither hide the guest's system nor mean another path than it says."""
+    with pytest.raises(UsageError):
+        SandboxOptions(policy=NOTHING, mounts={path: Memory()})
+
+
+@pytest.mark.parametrize(("name", "value"), [("", "x"), ("A=B", "x"), ("A B", "x"), ("A", "\0")])
+def test_a_variable_must_be_one(name: str, value: str) -> None:
+    """What the guest's environment cannot hold is refused."""
+    with pytest.raises(UsageError):
+        SandboxOptions(policy=NOTHING, env={name: value})
+
+
+def test_a_secret_and_a_variable_do_not_share_a_name() -> None:
+    """The placeholder of a secret cannot be covered by a variable; the value is not in the message."""
+    secret = Secret.from_value("TOKEN", "canary-0c11", hosts=["a.example"])
+
+    with pytest.raises(UsageError, match="TOKEN") as caught:
+        SandboxOptions(policy=Policy.parse(["a.example"]), secrets=[secret], env={"TOKEN": "x"})
+    assert "canary-0c11" not in str(caught.value)
+
+
+def test_too_many_mounts_are_refused() -> None:
+    """The number of mounts has a limit."""
+    mounts = {f"/m{number}": Memory() for number in range(MAX_MOUNTS + 1)}
+
+    with pytest.raises(UsageError, match=str(MAX_MOUNTS)):
+        SandboxOptions(policy=NOTHING, mounts=mounts)
+
+
+def test_the_guests_user_has_the_hosts_numbers() -> None:
+    """By default files of a mount belong to the same user on both sides."""
+    assert SandboxOptions(policy=NOTHING).user.uid == Path("/proc/self").stat().st_uid

@@ -1,0 +1,170 @@
+"""The command line as a person uses it (taskvm.cli, taskvm.doctor), in processes of its own."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.vm
+
+TASKVM = [str(Path(sys.executable).with_name("taskvm"))]
+SMALL = ["--cpus", "1", "--memory", "256", "-q"]
+
+
+def taskvm(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(  # type: ignore[call-overload,no-any-return]  # options are subprocess.run's
+        [*TASKVM, *arguments], **{"capture_output": True, "text": True, "timeout": 120, **options}
+    )
+
+
+def test_output_and_exit_status_pass_through() -> None:
+    """Both streams and the status are the command's."""
+    done = taskvm("run", *SMALL, "--", "sh", "-c", "echo out; echo err >&2; exit 9")
+
+    assert (done.stdout, done.stderr, done.returncode) == ("out\n", "err\n", 9)
+
+
+def test_standard_input_is_passed_on() -> None:
+    """A pipe into taskvm is a pipe into the guest's command."""
+    done = taskvm("run", *SMALL, "--", "sha256sum", input="hello\n")
+
+    assert done.stdout.startswith(
+        "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03"
+    )
+
+
+def test_a_folder_is_mounted_and_is_the_working_directory(tmp_path: Path) -> None:
+    """--mount HOST:GUEST writes through; with :ro nothing changes."""
+    (tmp_path / "in").write_text("seen")
+    writes = taskvm(
+        "run", *SMALL, "--mount", f"{tmp_path}:/workspace", "--", "sh", "-c", "cat in; echo x > out"
+    )
+    reads = taskvm(
+        "run", *SMALL, "--mount", f"{tmp_path}:/workspace:ro", "--", "sh", "-c", "echo y > out"
+    )
+
+    assert writes.stdout == "seen"
+    assert reads.returncode != 0
+    assert (tmp_path / "out").read_text() == "x\n"
+
+
+def test_a_timeout_has_its_own_status() -> None:
+    """--timeout kills the command and exits with 124, as timeout(1) does."""
+    done = taskvm("run", *SMALL, "--timeout", "1", "--", "sleep", "60")
+
+    assert done.returncode == 124
+    assert "killed after 1 s" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--mount", "nowhere", "--", "true"],
+        ["--mount", "/does/not/exist:/workspace", "--", "true"],
+        ["--env", "NOEQUALS", "--", "true"],
+        ["--allow", "*", "--", "true"],
+        ["--secret", "MISSING_VARIABLE@a.example", "--allow", "a.example", "--", "true"],
+    ],
+)
+def test_a_wrong_option_is_one_line_and_status_2(arguments: list[str]) -> None:
+    """Usage errors name the option and do not show a traceback."""
+    done = taskvm("run", *SMALL, *arguments)
+
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_secret_on_the_command_line_is_refused_and_not_repeated() -> None:
+    """The value would be readable by every user of the host; the error does not print it again."""
+    done = taskvm("run", *SMALL, "--secret", "TOKEN@a.example=canary-77f2", "--", "true")
+
+    assert done.returncode == 2
+    assert "canary-77f2" not in done.stderr
+
+
+def test_a_program_that_is_not_there_is_an_error_without_a_traceback() -> None:
+    """The guest's reason is printed."""
+    done = taskvm("run", *SMALL, "--", "no-such-program")
+
+    assert done.returncode == 125
+    assert "No such file or directory" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_ends_everything_quietly() -> None:
+    """An interrupt stops the command, removes the sandbox and exits with 130."""
+    process = subprocess.Popen(
+        [*TASKVM, "run", *SMALL, "--", "sh", "-c", "echo up; sleep 600"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+
+
+def test_a_terminal_stays_blocking() -> None:
+    """Reading standard input does not make the terminal non-blocking for what comes after."""
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [*TASKVM, "run", *SMALL, "--", "sh", "-c", "read line; echo got $line"],
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+    )
+    time.sleep(0.5)
+    os.write(leader, b"typed\n")
+    assert process.wait(timeout=60) == 0
+    blocking = os.get_blocking(follower)
+    os.close(follower)
+    output = b""
+    try:
+        while data := os.read(leader, 4096):
+            output += data
+    except OSError:
+        pass  # the last writer is gone
+    os.close(leader)
+
+    assert blocking
+    assert b"got typed" in output
+
+
+def test_doctor_explains_the_accelerator() -> None:
+    """The JSON names every check; an accelerator that is not used says why."""
+    done = taskvm("doctor", "--json")
+    findings = {item["name"]: item for item in json.loads(done.stdout)}
+
+    assert done.returncode == 0
+    assert {"qemu", "accelerator", "confinement", "image", "disk"} <= findings.keys()
+    text = findings["accelerator"]["text"]
+    assert "proven" in text or "KVM is not used: " in text
+
+
+def test_doctor_reports_a_fault_with_a_remedy() -> None:
+    """Without QEMU in PATH the fault and the way to mend it are printed, and the status is 1."""
+    done = taskvm("doctor", env={**os.environ, "PATH": "/nonexistent"})
+
+    assert done.returncode == 1
+    assert "apt-get install qemu" in done.stdout
+
+
+def test_images_are_listed_and_shown() -> None:
+    """`image list` and `image show` agree on the default image."""
+    listed = taskvm("image", "list").stdout
+    shown = json.loads(taskvm("image", "show", "default").stdout)
+
+    assert shown["digest"][:12] in listed
+    assert "git" in shown["packages"]
