@@ -1,5 +1,4 @@
-"""Secrets in requests: the guest writes a placeholder, the host puts the value there, or refuses
-the request.
+"""Secrets in requests: the guest writes a placeholder, the host puts the value there or refuses.
 
 Rule 1: a placeholder is replaced only in a request to one of its secret's hosts, in one of its
         secret's headers, over TLS (in clear only where the secret's host names the port). Anywhere
@@ -74,10 +73,10 @@ class InjectionRefused(Exception):  # noqa: N818 - an outcome of a rule, named l
 def bind_secrets(
     policy: Policy, secrets: Iterable[Secret], random_bytes: Callable[[int], bytes]
 ) -> tuple[BoundSecret, ...]:
-    """Give each secret its placeholder for one sandbox. Raises UsageError when a secret's host is
-    not allowed.
+    """Give each secret its placeholder for one sandbox.
 
-    `random_bytes` is a cryptographic source, such as `os.urandom`.
+    `random_bytes` is a cryptographic source, such as `os.urandom`. Raises UsageError when a host of
+    a secret is not within the allowed hosts.
     """
     bound: list[BoundSecret] = []
     for secret in secrets:

@@ -45,10 +45,7 @@ _DEVIATING = frozenset("\u00df\u03c2\u200c\u200d\u3002\uff0e\uff61")
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What the policy says, and why:
-
-    `rule` is the text of the rule that decided, `hint` what a person can do.
-    """
+    """What the policy says: `rule` is the text of what decided, `hint` what a person can do."""
 
     allowed: bool
     rule: str
@@ -58,8 +55,7 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class HostPattern:
-    """A set of hosts: one name, the subdomains of one name (`wildcard`), or the addresses of
-    `network`.
+    """A set of hosts: one name, its subdomains (`wildcard`), or the addresses of `network`.
 
     `port` None means every port.
     """

@@ -1,5 +1,4 @@
-"""A secret: a value that the guest never sees, and the hosts and header names that it may be sent
-to.
+"""A secret: a value the guest never sees, and the hosts and header names that it may be sent to.
 
 Rule 1: the value leaves through `reveal()` only. Not through repr, str, format, pickle, copy, vars
         or an error's text.

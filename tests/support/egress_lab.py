@@ -1,5 +1,4 @@
-"""A sandbox's network without a VM: a real Gateway, a socketpair, and a guest whose programs are
-real ones.
+"""A sandbox's network without a VM: a real Gateway, a socketpair, and real programs.
 
 The guest end opens streams as the agent does and bridges local TCP listeners to them, so that curl
 and Python's own clients talk to it. Servers are real ones on 127.0.0.1, let in by an address rule.

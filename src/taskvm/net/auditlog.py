@@ -1,5 +1,4 @@
-"""Writing the audit record: one line for an event, appended whole, to a file that only its owner
-reads.
+"""Writing the audit record: a line for an event, appended whole, to a file only its owner reads.
 
 Rule 1: one writer per file (an exclusive flock).
 Rule 2: no record, no egress: a full or failing log answers False, and the gateway refuses what it

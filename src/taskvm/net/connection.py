@@ -1,5 +1,4 @@
-"""One connection of the guest, from its first byte: find out what it speaks, and that it means whom
-it was made to.
+"""One connection of the guest: what it speaks, and whether it means whom it was made to.
 
 Rule 1: the destination is a synthetic address that this sandbox was given, or an IP literal that a
         rule names.

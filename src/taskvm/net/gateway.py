@@ -1,5 +1,4 @@
-"""The network of one sandbox: serves the guest's `taskvm.net` port (docs/protocol-control.md, "The
-net port").
+"""The network of one sandbox: serves the guest's `taskvm.net` port (docs/protocol-control.md).
 
 Owns every task of every connection. A connection that fails takes nothing else with it; a guest
 that breaks the port's rules loses the port; cancelling `run` ends everything.
@@ -99,10 +98,7 @@ class Gateway:
         port.on_lost = self._on_lost
 
     async def run(self) -> None:
-        """Serve the guest until its port is lost, then raise why:
-
-        SandboxLostError or GuestProtocolError.
-        """
+        """Serve until the port is lost, then raise why: SandboxLostError, GuestProtocolError."""
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
             answering = tasks.create_task(self._send_answers())

@@ -1,5 +1,4 @@
-"""Whether a request may leave, and in what form: framing, authority, policy, secrets, in this
-order.
+"""Whether a request may leave, and how: framing, authority, policy, secrets, in this order.
 
 Rule 1: every request is recorded, allowed or not, before anything is sent; what cannot be recorded
         is refused.

@@ -1,5 +1,4 @@
-"""The synthetic addresses of one sandbox: each name it may know gets its own, for the sandbox's
-life.
+"""The synthetic addresses of one sandbox: each name it may know gets its own, for its life.
 
 So every connection tells which name it was made to. An address is never given to a second name: a
 guest that caches one for an hour still means the same host.
@@ -43,8 +42,5 @@ class SyntheticNames:
         return self._names[position] if 0 <= position < len(self._names) else None
 
     def export(self) -> tuple[str, ...]:
-        """Return what a checkpoint needs:
-
-        `SyntheticNames(exported)` gives every name its address again.
-        """
+        """Return what `SyntheticNames(...)` needs to give every name its address again."""
         return tuple(self._names)

@@ -87,10 +87,7 @@ class SocketStream:
         self._socket.shutdown(socket.SHUT_WR)
 
     def is_quiet(self) -> bool:
-        """Say whether the peer has sent nothing and not closed:
-
-        an idle connection that is still good.
-        """
+        """Say whether an idle connection is still good: nothing has come, not even the end."""
         try:
             self._socket.recv(1, socket.MSG_PEEK)
         except BlockingIOError:

@@ -1,5 +1,4 @@
-"""TLS over a byte stream, by MemoryBIO: the guest's side, where we are the server, and the servers'
-side.
+"""TLS over a byte stream, by MemoryBIO: for the guest's side, as its server, and for the servers'.
 
 Not asyncio's start_tls: it loses bytes that were read before it (cpython#142352), and we always
 read before. Rule: one reader and one writer at a time. OpenSSL's output is sent under a lock, in

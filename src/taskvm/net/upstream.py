@@ -1,5 +1,4 @@
-"""Connecting to servers: look the allowed name up, judge every address, dial exactly the judged
-one, verify TLS.
+"""Connecting to servers: look up, judge every address, dial exactly a judged one, verify TLS.
 
 Rule 1: there is one lookup for one connection, and no name is given to `connect`: nothing can
         change in between.

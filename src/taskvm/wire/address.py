@@ -1,5 +1,4 @@
-"""Which IP addresses are not simply hosts on the public internet, and the IPv4 addresses that hide
-inside IPv6 ones.
+"""IP addresses that are not simply hosts on the internet, and the IPv4 ones inside IPv6 ones.
 
 The tables are the IANA special-purpose registries (RFC 6890 and its updates; read in 2026) plus the
 two metadata services that clouds run on public addresses. Written out, because

@@ -1,5 +1,4 @@
-"""DNS messages (RFC 1035), as far as a server needs that knows every answer itself: one question
-in, one answer out.
+"""DNS messages (RFC 1035) for a server that knows every answer itself: one question, one answer.
 
 Refused: more than one question, compression in the question, labels that are no host name, and
 every message that is not a plain query. An EDNS record (RFC 6891) is stepped over and not answered,

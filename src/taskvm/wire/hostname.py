@@ -1,5 +1,4 @@
-"""Host names and authorities as one canonical text, so that two spellings of one name compare
-equal.
+"""Host names and authorities as one canonical text: two spellings of one name compare equal.
 
 Canonical: lower case, no trailing dot, A-labels (`xn--`), letters, digits, `-` and `_` only (RFC
 1123 section 2.1, with the underscore that service names use). Refused: whatever some resolver or

@@ -1,5 +1,4 @@
-"""What an HTTP/1.1 relay must check and change in a message that h11 has parsed (RFC 9110, RFC
-9112).
+"""What an HTTP/1.1 relay checks and changes in a message h11 has parsed (RFC 9110, RFC 9112).
 
 Rule 1: a message whose length two parsers could read differently is refused, not repaired.
 Rule 2: the authority of a request is the one of its connection, in every place where it is written.
@@ -53,10 +52,7 @@ class HttpRefused(Exception):  # noqa: N818 - an outcome, not a fault of ours
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where the requests of one guest connection may go:
-
-    its scheme, its canonical host, its port.
-    """
+    """Where the requests of one guest connection may go: scheme, canonical host, port."""
 
     scheme: Scheme
     host: str
@@ -83,10 +79,7 @@ class RequestHead:
 
 
 def looks_like_request(data: bytes) -> bool | None:
-    """Say whether a connection that starts with `data` speaks HTTP/1; None:
-
-    more bytes are needed.
-    """
+    """Say whether what starts with `data` speaks HTTP/1; None: more bytes are needed."""
     if data.startswith(_PREFACE):
         return False
     if _REQUEST_START.match(data):

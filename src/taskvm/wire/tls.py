@@ -29,10 +29,7 @@ class TlsError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ClientHello:
-    """What the client says of itself:
-
-    `server_name` canonical or None, `alpn` in its order of preference.
-    """
+    """What the client says: `server_name` canonical or None, `alpn` in its order of preference."""
 
     server_name: str | None
     alpn: tuple[bytes, ...] = ()
