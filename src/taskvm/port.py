@@ -222,7 +222,8 @@ class Inlet:
         if self._discarding:
             self._grant(len(payload))
             return
-        self._chunks.append(payload)
+        # A copy: a view would keep the whole read alive that it was cut from, 256 KiB for a byte of credit.
+        self._chunks.append(bytes(payload))
         self._held += len(payload)
         self._ready.set()
 
