@@ -3,7 +3,8 @@
 YAML is read by the 1.2 core schema with timestamps left as text, whatever a `%YAML` directive says:
 `no` is a word, `2026-02-22T20:15:03.412Z` stays as it was written. JSON is read by the same parser,
 because it is YAML and has lines then. Files may come from an agent: size, depth and node count are
-bounded, and so are aliases (each use of one counts, so nested aliases cannot explode).
+bounded, and so are aliases (each use of one counts, so nested aliases cannot explode). Explicit tags
+are refused.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.composer import Composer
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.resolver import VersionedResolver
 from ruamel.yaml.scalarbool import ScalarBoolean
 from ruamel.yaml.scalarstring import ScalarString
@@ -24,7 +26,7 @@ from ruamel.yaml.scalarstring import ScalarString
 from taskfactory.errors import ConfigError, Problem
 from taskfactory.sandboxconfig import KeyPath, Source
 
-MAX_BYTES = 4 * 1024 * 1024  # a task with its conversation summary is some hundred KiB
+MAX_BYTES = 1024 * 1024  # a task with its summary and diffs is some hundred KiB
 MAX_NODES = 200_000
 MAX_DEPTH = 40
 
@@ -66,6 +68,15 @@ class Document:
 
 def read_document(path: Path) -> Document:
     """Read a YAML or JSON file. Raises ConfigError with the line of what is wrong."""
+    text = read_bounded_text(path)
+    if path.suffix == ".json":
+        # A tab indents JSON but not YAML; a JSON string cannot hold one, so nothing else changes.
+        text = text.replace("\t", " ")
+    return parse_document(text, str(path))
+
+
+def read_bounded_text(path: Path) -> str:
+    """Return the text of a file of at most MAX_BYTES. Raises ConfigError."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -74,13 +85,9 @@ def read_document(path: Path) -> Document:
     if len(data) > MAX_BYTES:
         raise _refusal(str(path), f"it has more than {MAX_BYTES >> 20} MiB")
     try:
-        text = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise _refusal(str(path), f"byte {error.start} is not UTF-8") from None
-    if path.suffix == ".json":
-        # A tab indents JSON but not YAML; a JSON string cannot hold one, so nothing else changes.
-        text = text.replace("\t", " ")
-    return parse_document(text, str(path))
 
 
 def parse_document(text: str, name: str, *, first_line: int = 1) -> Document:
@@ -92,8 +99,8 @@ def parse_document(text: str, name: str, *, first_line: int = 1) -> Document:
         line = first_line + (mark.line if mark is not None else 0)
         cause = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ConfigError([Problem(f"{name}:{line}", "", f"not valid YAML: {cause}")]) from error
-    except (ValueError, RecursionError) as error:
-        # An int of a million digits, ten thousand opening brackets.
+    except (ValueError, TypeError, RecursionError) as error:
+        # Too deep, a number of a million digits, a mapping as a key.
         raise _refusal(name, f"not readable as YAML: {error}") from None
     plainer = _Plainer(name, first_line)
     return Document(name, plainer.plain(node, ()), node, plainer.lines)
@@ -110,6 +117,7 @@ def round_trip_yaml() -> YAML:
     """Return a YAML reader and writer that keeps comments and leaves timestamps alone."""
     yaml = YAML(typ="rt")
     yaml.Resolver = _Resolver
+    yaml.Composer = _Composer
     yaml.width = 1_000_000  # Task Factory folds no lines either
     yaml.preserve_quotes = True
     yaml.allow_unicode = True
@@ -130,6 +138,29 @@ class _Resolver(VersionedResolver):
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
         tag = super().resolve(kind, value, implicit)
         return self.DEFAULT_SCALAR_TAG if str(tag) == _TIMESTAMP else tag
+
+
+class _Composer(Composer):
+    """Stops at MAX_DEPTH: ruamel takes time square in the depth, and then Python's stack ends.
+
+    Refuses explicit tags (`!!int`): no file of ours has one, and ruamel fails on wrong ones in many ways.
+    """
+
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.parser.peek_event()
+        if getattr(event, "tag", None) is not None:
+            raise MarkedYAMLError(
+                problem="a tag (!…) is not allowed", problem_mark=event.start_mark
+            )
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise ValueError(f"more than {MAX_DEPTH} levels")
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
 
 
 class _Plainer:

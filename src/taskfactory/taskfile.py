@@ -16,7 +16,13 @@ import msgspec
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.scalarstring import LiteralScalarString
 
-from taskfactory.document import Document, dump_document, parse_document, read_document
+from taskfactory.document import (
+    Document,
+    dump_document,
+    parse_document,
+    read_bounded_text,
+    read_document,
+)
 from taskfactory.errors import ConfigError, Problem
 from taskfactory.sandboxconfig import Source
 from taskfactory.task import Task, parse_phase
@@ -43,7 +49,7 @@ def load(path: Path) -> TaskFile:
     if path.suffix != ".md":
         document = read_document(path)
         return TaskFile(path, _parse_task(document, None), document)
-    head, body, first_line = _split(_read_text(path), str(path))
+    head, body, first_line = _split(read_bounded_text(path), str(path))
     document = parse_document(head, str(path), first_line=first_line)
     return TaskFile(path, _parse_task(document, body), document, body)
 
@@ -101,16 +107,6 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 # Reading...
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        cause = f"it cannot be read: {error.strerror}"
-    except UnicodeDecodeError as error:
-        cause = f"byte {error.start} is not UTF-8"
-    raise ConfigError([Problem(f"{path}:1", "", cause)])
 
 
 def _split(text: str, name: str) -> tuple[str, str, int]:

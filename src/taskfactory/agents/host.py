@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno as errnos
 import os
-import shutil
 import signal
 import stat
 from collections.abc import Callable, Sequence
@@ -80,29 +78,34 @@ class HostOperations:
         timeout_s: float | None = None,
     ) -> Ending:
         argv = ["bash", "-c", command] if isinstance(command, str) else list(command)
-        if shutil.which(argv[0], path=self._env.get("PATH")) is None:
-            cause = "there is no such program on this host"
-            raise OperationError(f"run {argv[0]}", cause, errnos.ENOENT)
         source, sink = os.pipe()
         try:
-            process = await asyncio.create_subprocess_exec(
-                *argv,
-                cwd=cwd,
-                env=self._env,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=sink,
-                stderr=sink,
-                start_new_session=True,  # one group to kill
-            )
-        except OSError as error:
+            process = await _start(argv, cwd, self._env, sink)
+        except BaseException:
             os.close(source)
-            raise _refused(f"run {argv[0]} in {cwd}", error) from error
-        except ValueError as error:
-            os.close(source)
-            raise OperationError(f"run {argv[0]}", str(error)) from error  # a NUL in an argument
+            raise
         finally:
             os.close(sink)
         return await _follow(process, source, on_output, timeout_s)
+
+
+async def _start(
+    argv: Sequence[str], cwd: str, env: dict[str, str], sink: int
+) -> asyncio.subprocess.Process:
+    try:
+        return await asyncio.create_subprocess_exec(
+            *argv,
+            cwd=cwd,
+            env=env,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=sink,
+            stderr=sink,
+            start_new_session=True,  # one group to kill
+        )
+    except OSError as error:
+        raise _refused(f"run {argv[0]} in {cwd}", error) from error
+    except ValueError as error:
+        raise OperationError(f"run {argv[0]}", str(error)) from error  # a NUL in an argument
 
 
 async def _follow(
