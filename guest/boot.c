@@ -190,6 +190,22 @@ static void mount_the_rest(void)
 	mount_on("tmpfs", "/run", MS_NOSUID | MS_NODEV, "mode=755");
 }
 
+/* What every distribution's init sets: in directories that others may write to, nobody can be led to another's file by a link. */
+static void protect_links(void)
+{
+	static const char *const SETTINGS[] = {
+		"/proc/sys/fs/protected_hardlinks", "/proc/sys/fs/protected_symlinks",
+		"/proc/sys/fs/protected_fifos", "/proc/sys/fs/protected_regular",
+	};
+	for (size_t i = 0; i < ARRAY_SIZE(SETTINGS); i++) {
+		int fd = open(SETTINGS[i], O_WRONLY | O_CLOEXEC);
+		if (fd < 0 || write(fd, "1", 1) < 0)
+			say("write %s: %s", SETTINGS[i], strerror(errno));
+		if (fd >= 0)
+			close(fd);
+	}
+}
+
 void boot(struct boot_ports *ports)
 {
 	*ports = (struct boot_ports){-1, -1, -1};
@@ -202,4 +218,5 @@ void boot(struct boot_ports *ports)
 	close(uevents);
 	enter_root();
 	mount_the_rest();
+	protect_links();
 }

@@ -148,10 +148,10 @@ void cgroup_signal_group(int group, pid_t leader, int signal)
 		return;
 	}
 	/* The leader may be gone and its number another's: only a living member of the group proves that the group is this one. */
-	int pid;
+	char line[16];
 	bool found = false;
-	while (!found && fscanf(processes, "%d", &pid) == 1)
-		found = getpgid(pid) == leader;
+	while (!found && fgets(line, sizeof(line), processes))
+		found = getpgid(atoi(line)) == leader;
 	fclose(processes);
 	if (found)
 		kill(-leader, signal);

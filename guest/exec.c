@@ -302,9 +302,23 @@ void exec_open(struct request *request)
 	pool_submit(&spawners, &exec->spawn.job);
 }
 
+/* The first goes last, so that the port's room is not always the same exec's. */
+static void rotate(void)
+{
+	struct exec *first = execs, **link = &execs;
+	if (!first || !first->next)
+		return;
+	execs = first->next;
+	while (*link)
+		link = &(*link)->next;
+	first->next = NULL;
+	*link = first;
+}
+
 void exec_resume(void)
 {
 	struct exec *next;
+	rotate();
 	for (struct exec *exec = execs; exec; exec = next) {
 		next = exec->next;
 		if (exec->started)

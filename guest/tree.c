@@ -13,9 +13,15 @@ bool tree_make_directory(const char *path, mode_t mode, struct owner owner, stru
 {
 	if (mkdir(path, mode) < 0)
 		return fail_call(failure, errno, "mkdir");
-	if ((owner.uid || owner.gid) && lchown(path, owner.uid, owner.gid) < 0)
-		return fail_call(failure, errno, "chown");
-	return true;
+	if (!owner.uid && !owner.gid)
+		return true;
+	/* Not chown(path): whoever owns the directory above may have put a link to another's file in its place. */
+	int fd = open(path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+	if (fd < 0)
+		return fail_call(failure, errno, "open");
+	bool good = fchown(fd, owner.uid, owner.gid) == 0 || fail_call(failure, errno, "fchown");
+	close(fd);
+	return good;
 }
 
 bool tree_make_parents(const char *path, struct owner owner, struct failure *failure)
