@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 from ruamel.yaml.comments import CommentedMap
-from ruamel.yaml.scalarstring import LiteralScalarString
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString, LiteralScalarString
 
 from taskfactory.document import (
     Document,
@@ -152,13 +152,25 @@ def _plain(task: Task) -> dict[str, object]:
 
 
 def _yaml_value(value: object) -> object:
-    if isinstance(value, str) and "\n" in value:
+    if isinstance(value, str) and _fits_block(value):
         return LiteralScalarString(value)
+    if isinstance(value, str) and not value.isprintable():
+        return DoubleQuotedScalarString(value)  # its escapes keep line ends that YAML would fold
     if isinstance(value, dict):
         return {key: _yaml_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_yaml_value(item) for item in value]
     return value
+
+
+def _fits_block(text: str) -> bool:
+    """A literal block holds lines as they are; what it cannot hold is quoted, with escapes."""
+    lines = text.split("\n")
+    return (
+        len(lines) > 1
+        and all(line.isprintable() and line == line.rstrip() for line in lines)
+        and not text[0].isspace()
+    )
 
 
 def _render(head: str, body: str | None) -> str:

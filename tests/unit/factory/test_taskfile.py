@@ -1,9 +1,12 @@
 """taskfactory.taskfile: reading and rewriting task files without losing anything."""
 
+import tempfile
 from pathlib import Path
 
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from taskfactory import taskfile
 from taskfactory.errors import ConfigError
@@ -188,3 +191,26 @@ def test_the_prompt_has_all_that_the_agent_must_know() -> None:
     assert render_prompt(task) == (
         "# A-1: Fix it\n\nWords.\n\n## Acceptance criteria\n- It works\n\n## How to test\n- make test\n"
     )
+
+
+HARD = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=30) | st.lists(
+    st.sampled_from(
+        ["\n", " ", "a", "#", ": ", "- ", "\t", "---", "'", '"', "|", "\r", "  x", "\u2028", "\x85"]
+    )
+).map("".join)
+
+
+@given(HARD, HARD)
+@settings(deadline=None)
+def test_any_text_survives_a_rewrite(one: str, other: str) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "task.yaml"
+        path.write_text(
+            'id: A-1\ntitle: "x"\ndescription: |\n  some\n\n  more\nprUrl: >\n  f\n  g\n'
+        )
+        file = taskfile.load(path)
+        task = msgspec.structs.replace(
+            file.task, title=one, description=other, pr_url=one, acceptance_criteria=(one, other)
+        )
+
+        assert taskfile.save(file, task).task == task
