@@ -10,6 +10,7 @@ Rule 4: every `session_shutdown` handler runs, once, however the session ended.
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,9 +180,10 @@ def load_extension(path: Path, hooks: Hooks, workspace: Path) -> None:
         if spec is None or spec.loader is None:
             raise ImportError("it is not a Python file")
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up
         spec.loader.exec_module(module)
         module.register(hooks)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         cause = f"{type(error).__name__}: {error}"
         step = "Correct it, or run without it"
         raise ExtensionError(f"load the extension {path}: {cause}. {step}") from error

@@ -8,6 +8,7 @@ Rule 2: the registry is the Task Factory's: `workspaces.json`, a list of {id, pa
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from taskfactory.document import read_document
 from taskfactory.errors import ConfigError, Problem, UnsafePathError
 from taskfactory.sandboxconfig import Source
 
+MAX_LINKS = 40  # the kernel's own limit (MAXSYMLINKS in linux/namei.h)
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 
 
@@ -57,14 +59,31 @@ def open_workspace(path: Path, home: Path, config_path: Path | None = None) -> W
 
 
 def refuse_inside(workspace: Path, path: Path, what: str) -> None:
-    """Raise UnsafePathError when `path`, its target, or a link on the way to it lies in `workspace`."""
+    """Raise UnsafePathError when the way to `path` leads into `workspace`, by whatever link."""
     root = workspace.resolve()
-    for place in (path.absolute(), path.resolve(), path.absolute().parent.resolve() / path.name):
-        if place == root or place.is_relative_to(root):
-            raise UnsafePathError(
-                f"use the {what} {path}: it lies in the workspace {root}, where an agent could"
-                " rewrite it. Move it elsewhere"
-            )
+    inside = any(place != root and place.is_relative_to(root) for place in _way(path))
+    if inside or path.resolve() == root:
+        raise UnsafePathError(
+            f"use the {what} {path}: it lies in the workspace {root}, or a link there leads to it,"
+            " where an agent could rewrite it. Move it elsewhere"
+        )
+
+
+def _way(path: Path) -> Iterator[Path]:
+    """Every file, directory and link that the kernel visits on the way to `path`, which may not exist."""
+    place, rest = Path("/"), list(reversed(path.absolute().parts[1:]))
+    links = 0
+    while rest:
+        part = rest.pop()
+        place = place.parent if part == ".." else place / part
+        yield place
+        if place.is_symlink():
+            links += 1
+            if links > MAX_LINKS:
+                raise UnsafePathError(f"use {path}: more than {MAX_LINKS} links lead to it")
+            target = place.readlink()
+            place = Path("/") if target.is_absolute() else place.parent
+            rest += [part for part in reversed(target.parts) if part != "/"]
 
 
 def _registered(root: Path, home: Path) -> tuple[str, str] | None:

@@ -171,7 +171,10 @@ def test_an_extension_file_registers_itself(tmp_path: Path) -> None:
     assert hooks.operations(None) == "mine"  # type: ignore[arg-type, comparison-overlap] # it is opaque here
 
 
-@pytest.mark.parametrize("text", ["raise ValueError('x')", "", "def register(hooks): 1/0", "def ("])
+@pytest.mark.parametrize(
+    "text",
+    ["raise ValueError('x')", "raise SystemExit(0)", "", "def register(hooks): 1/0", "def ("],
+)
 def test_an_extension_that_does_not_load_is_an_error(tmp_path: Path, text: str) -> None:
     path = tmp_path / "ext.py"
     path.write_text(text)

@@ -98,7 +98,40 @@ def test_a_link_in_the_workspace_to_a_file_outside_is_refused(home: Path, projec
         open_workspace(project, home, link)
 
 
+def test_a_way_that_only_passes_through_the_workspace_is_refused(home: Path, project: Path) -> None:
+    outside = home / "sandbox.json"
+    outside.write_text("{}")
+    (project / "agents-own-link").symlink_to(home)
+    (home / "one").symlink_to(project / "agents-own-link")
+
+    for path in (
+        home / "one" / "sandbox.json",
+        home / "." / "one" / ".." / "home" / "sandbox.json",
+    ):
+        with pytest.raises(UnsafePathError):
+            open_workspace(project, home, path)
+
+
+def test_links_elsewhere_are_followed_and_circles_are_not(home: Path, project: Path) -> None:
+    (home / "real.json").write_text("{}")
+    (home / "link.json").symlink_to("real.json")
+    (home / "circle.json").symlink_to("circle.json")
+
+    assert open_workspace(project, home, home / "link.json").config_path == home / "link.json"
+    with pytest.raises(UnsafePathError, match="links"):
+        open_workspace(project, home, home / "circle.json")
+
+
+def test_a_file_beside_the_workspace_may_be_named_from_within(home: Path, project: Path) -> None:
+    beside = project / ".." / "sandbox.json"
+    beside.write_text("{}")
+
+    assert open_workspace(project, home, beside).config_path == beside
+
+
 def test_a_home_in_the_workspace_is_refused(project: Path) -> None:
+    with pytest.raises(UnsafePathError):
+        open_workspace(project, project)
     with pytest.raises(UnsafePathError, match="Task Factory home"):
         open_workspace(project, project / ".taskfactory")
 
