@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Coroutine
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,9 @@ def run(
     as_json: bool,
 ) -> None:
     """Run the task in TASK_FILE."""
+    request = _Request(task_file, workspace, agent, sandbox_config, extensions, as_json)
     try:
-        code = _run(task_file, workspace, agent, sandbox_config, extensions, as_json=as_json)
+        code = _run(request)
     except (ConfigError, UnsafePathError, ExtensionError) as error:
         click.echo(escape_block(str(error)), err=True)
         sys.exit(2)
@@ -86,34 +88,33 @@ def run(
     sys.exit(code)
 
 
-def _run(
-    task_file: Path,
-    workspace_path: Path,
-    agent: Path,
-    config_path: Path | None,
-    extensions: tuple[Path, ...],
-    *,
-    as_json: bool,
-) -> int:
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """The arguments of `run`."""
+
+    task_file: Path
+    workspace: Path
+    agent: Path
+    sandbox_config: Path | None
+    extensions: tuple[Path, ...]
+    as_json: bool
+
+
+def _run(request: _Request) -> int:
     settings = read_settings(os.environ, Path.home())
-    workspace = open_workspace(workspace_path, settings.home, config_path)
-    refuse_inside(workspace.path, agent, "agent's script")
-    file = load(task_file)
+    workspace = open_workspace(request.workspace, settings.home, request.sandbox_config)
+    file = load(request.task_file)
     config = merge_sandbox(
         workspace=workspace.sandbox_source(),
         task=file.sandbox_source(),
         env_default=settings.sandbox_default,
     )
-    model = ScriptedModel.from_document(read_document(agent))
-    hooks = Hooks()
-    for path in extensions:
-        load_extension(path, hooks, workspace.path)
-    show = _show_json if as_json else _show_line
+    model, hooks = _agent(request), _hooks(request)
     with SessionLog(settings.home, file.task.id) as log:
 
         def emit(event: AnyEvent) -> None:
             log.write(event)
-            show(event)
+            (_show_json if request.as_json else _show_line)(event)
 
         opening = open_place(
             config,
@@ -122,8 +123,20 @@ def _run(
             say=lambda text: emit(Status(text=text)),
         )
         summary = asyncio.run(_until_signal(run_task(file.task, opening, model, hooks, emit)))
-    _show_summary(summary, log, as_json=as_json)
+    _show_summary(summary, log, as_json=request.as_json)
     return 0 if summary.ok else 1
+
+
+def _agent(request: _Request) -> ScriptedModel:
+    refuse_inside(request.workspace, request.agent, "agent's script")
+    return ScriptedModel.from_document(read_document(request.agent))
+
+
+def _hooks(request: _Request) -> Hooks:
+    hooks = Hooks()
+    for path in request.extensions:
+        load_extension(path, hooks, request.workspace)
+    return hooks
 
 
 async def _until_signal(work: Coroutine[Any, Any, Summary]) -> Summary:
