@@ -26,7 +26,7 @@ _MAX_KEPT_BYTES = 1024 * 1024
 _MAX_SCANNED = 500_000  # paths
 _NOT_FOUND = 2  # ENOENT
 
-_COMMON = ("rg", "--no-config", "--hidden", "--color=never", "--sort=path")
+_COMMON = ("rg", "--no-config", "--no-messages", "--hidden", "--color=never", "--sort=path")
 
 
 # grep...
@@ -47,15 +47,12 @@ async def _grep(arguments: GrepArguments, context: ToolContext) -> ToolOutput:
     path = context.resolve(shown)
     is_dir = (await context.operations.stat(path)).kind == "dir"
     matches = _Matches(MAX_MATCHES if arguments.limit is None else max(arguments.limit, 1))
-    ending = await _ripgrep(
-        (*_grep_options(arguments), "-e", arguments.pattern, "--", "./" if is_dir else path),
-        path if is_dir else context.paths.root,
-        matches.take,
-        context,
-    )
-    if ending.exit_code not in (0, 1) and not ending.stopped:
+    place = ("./", path) if is_dir else (path, context.paths.root)
+    options = (*_grep_options(arguments), "-e", arguments.pattern, "--", place[0])
+    ending = await _ripgrep(options, place[1], matches.take, context)
+    if _failed(ending, has_results=matches.count > 0, said=matches.rest()):
         raise ToolError(f"grep {arguments.pattern!r}: {matches.rest() or 'ripgrep failed'}")
-    if not matches.lines:
+    if not matches.count:
         return ToolOutput("No matches")
     cut = cut_head("\n".join(matches.lines), max_lines=len(matches.lines))
     notes = []
@@ -89,10 +86,10 @@ class _Matches:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        self.count = 0
         self.lines: list[str] = []
         self.cut_lines = False
-        self._matches = 0
-        self._group = 0  # where the lines after the last match, or its group, begin
+        self._next_group: int | None = None  # where the context of a match to come begins
         self._kept_bytes = 0
         self._pending = b""
 
@@ -100,31 +97,30 @@ class _Matches:
         *lines, self._pending = (self._pending + data).split(b"\n")
         for line in lines:
             self._kept_bytes += min(len(line), _MAX_COLUMNS)
-            if self._kept_bytes > _MAX_KEPT_BYTES or not self._line(
-                line.decode("utf-8", "replace")
-            ):
+            if self._kept_bytes > _MAX_KEPT_BYTES:
+                return False
+            if not self._line(line.decode("utf-8", "replace")):
                 return False
         return len(self._pending) <= _MAX_RECORD
 
     def rest(self) -> str:
+        """Return what ripgrep said besides matches."""
         return "\n".join([*self.lines, self._pending.decode("utf-8", "replace")]).strip()
 
     def _line(self, line: str) -> bool:
         name, nul, found = line.partition("\0")
-        if not nul:
-            self._group = len(self.lines)
-            self.lines.append(
-                line[:_MAX_COLUMNS]
-            )  # `--` between groups of context, or an error's text
+        if not nul:  # `--` between groups of context, or an error's text
+            self._next_group = len(self.lines)
+            self.lines.append(line[:_MAX_COLUMNS])
             return True
         number = found[: len(found) - len(found.lstrip("0123456789"))]
         mark, text = found[len(number) :][:1], found[len(number) + 1 :].rstrip("\r")
         if mark == ":":
-            if self._matches == self.limit:
-                del self.lines[self._group :]  # the context of a match that is not shown
+            if self.count == self.limit:
+                del self.lines[self._next_group or len(self.lines) :]
                 return False
-            self._matches += 1
-            self._group = len(self.lines) + 1
+            self.count += 1
+            self._next_group = None
         if len(text) > MAX_LINE_CHARS:
             text, self.cut_lines = text[:MAX_LINE_CHARS] + "…", True
         self.lines.append(f"{name.removeprefix('./')}{mark}{number}{mark} {text}")
@@ -152,7 +148,7 @@ async def _find(arguments: FindArguments, context: ToolContext) -> ToolOutput:
         raise ToolError(f"find: the pattern is refused: {error}") from None
     options = ("--files", "--null", "--glob=!.git", "--", "./")
     ending = await _ripgrep(options, path, found.take, context)
-    if ending.exit_code not in (0, 1) and not ending.stopped:
+    if _failed(ending, has_results=bool(found.paths), said=found.rest()):
         raise ToolError(
             f"find {arguments.pattern!r} in {shown}: {found.rest() or 'ripgrep failed'}"
         )
@@ -200,6 +196,13 @@ class _Found:
                     return False
                 self.paths.append(shown.replace("\n", "\\n"))
         return True
+
+
+def _failed(ending: Ending, *, has_results: bool, said: str) -> bool:
+    """Exit code 2 also means that some file could not be read, which is no reason to hide the others."""
+    if ending.stopped or ending.exit_code in (0, 1):
+        return False
+    return ending.exit_code != 2 or (not has_results and bool(said))
 
 
 async def _ripgrep(

@@ -282,6 +282,16 @@ async def test_a_match_that_is_not_shown_leaves_no_context_behind(bench: Bench) 
 
 
 @needs_ripgrep
+async def test_what_cannot_be_read_hides_nothing_else(bench: Bench) -> None:
+    (bench.root / "a").write_text("hit\n")
+    (bench.root / "dangling").symlink_to("nowhere")
+
+    assert await bench.text("grep", pattern="hit") == "a:1: hit"
+    assert await bench.text("grep", pattern="miss") == "No matches"
+    assert await bench.text("find", pattern="a") == "a"
+
+
+@needs_ripgrep
 @pytest.mark.parametrize("pattern", ["--files", "-e", "--pre=touch evil"])
 async def test_a_pattern_is_never_an_option(bench: Bench, pattern: str) -> None:
     (bench.root / "a").write_text("x")
