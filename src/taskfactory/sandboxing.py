@@ -3,7 +3,8 @@
 Rule 1: with the sandbox off, taskvm is never imported.
 Rule 2: a sandbox that cannot start refuses the task. The host takes its place only where the user's
         own sandbox.json says `"onUnavailable": "host"`, and never for a mistake in the settings.
-Rule 3: nothing of the host's environment reaches the guest.
+Rule 3: nothing of the host's environment reaches the guest, and nothing that an agent can write
+        decides about it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -44,36 +46,46 @@ async def open_place(
     say: Say,
     environ: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Place]:
-    """Give the place where a task's tools act, and take it back. Raises EnvironmentUnavailable.
+    """Give the place where a task's tools act, and take it back.
 
     `environ` is where the secrets' values are read; it is this process's environment unless given.
+    Raises EnvironmentUnavailable when the place cannot be had, EnvironmentLost when it cannot be released.
     """
     if not config.enabled:
         yield host_place(workspace)
         return
-    async with AsyncExitStack() as stack:
-        place = await _enter(config, workspace, audit_path, say, environ or os.environ, stack)
-        yield place
+    from taskvm.errors import TaskvmError
+
+    wish = _Wish(config, workspace, audit_path, say, environ or os.environ)
+    try:
+        async with AsyncExitStack() as stack:
+            yield await _enter(wish, stack)
+    except TaskvmError as error:
+        raise EnvironmentLost(f"release the sandbox: {error}") from error
 
 
-async def _enter(
-    config: SandboxConfig,
-    workspace: Path,
-    audit_path: Path,
-    say: Say,
-    environ: Mapping[str, str],
-    stack: AsyncExitStack,
-) -> Place:
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """What a sandbox is to be."""
+
+    config: SandboxConfig
+    workspace: Path
+    audit_path: Path
+    say: Say
+    environ: Mapping[str, str]
+
+
+async def _enter(wish: _Wish, stack: AsyncExitStack) -> Place:
     from taskvm.errors import HostError, TaskvmError
 
     try:
-        vm = await stack.enter_async_context(_sandbox(config, workspace, audit_path, say, environ))
-        return await _sandbox_place(vm, workspace, audit_path)
+        vm = await stack.enter_async_context(_sandbox(wish))
+        return await _sandbox_place(vm, wish)
     except HostError as error:
-        if config.on_unavailable != "host":
+        if wish.config.on_unavailable != "host":
             raise EnvironmentUnavailable(_refusal(error)) from error
-        say(f"NO SANDBOX: {error}. The workspace's file allows the host: the task runs there")
-        return host_place(workspace)
+        wish.say(f"NO SANDBOX: {error}. The workspace's file allows the host: the task runs there")
+        return host_place(wish.workspace)
     except TaskvmError as error:
         raise EnvironmentUnavailable(_refusal(error)) from error
 
@@ -82,28 +94,27 @@ def _refusal(error: Exception) -> str:
     return f"the task needs a sandbox, and none can start: {error}. Nothing was run on the host"
 
 
-def _sandbox(
-    config: SandboxConfig, workspace: Path, audit_path: Path, say: Say, environ: Mapping[str, str]
-) -> Starting:
+def _sandbox(wish: _Wish) -> Starting:
     import taskvm
 
+    config = wish.config
     for path in config.extra_ca_files:
-        refuse_inside(workspace, Path(path), "CA file")
+        refuse_inside(wish.workspace, Path(path), "CA file")
     if config.checkpoint_path is not None:
         raise EnvironmentUnavailable(
             f"start from the checkpoint {config.checkpoint_path}: this version cannot."
             " Remove checkpointPath, or name an image that has what the task needs"
         )
     return taskvm.Sandbox.create(
-        mounts={GUEST_ROOT: taskvm.HostDir(workspace.resolve())},
-        allow=list(config.allowed_hosts),
-        allow_addresses=list(config.allowed_addresses),
-        resolve=dict(config.resolve),
-        secrets=_secrets(config, environ),
+        mounts={GUEST_ROOT: taskvm.HostDir(wish.workspace.resolve())},
+        allow=config.allowed_hosts,
+        allow_addresses=config.allowed_addresses,
+        resolve=config.resolve,
+        secrets=_secrets(config, wish.environ),
         image=config.image_path,
-        extra_ca_files=[Path(path) for path in config.extra_ca_files],
-        audit_path=audit_path,
-        on_progress=say,
+        extra_ca_files=config.extra_ca_files,
+        audit_path=wish.audit_path,
+        on_progress=wish.say,
     )
 
 
@@ -126,15 +137,15 @@ def _secrets(config: SandboxConfig, environ: Mapping[str, str]) -> list[Secret]:
     ]
 
 
-async def _sandbox_place(vm: Sandbox, workspace: Path, audit_path: Path) -> Place:
+async def _sandbox_place(vm: Sandbox, wish: _Wish) -> Place:
     result = await vm.exec('printf %s "$HOME"', timeout_s=_HOME_TIMEOUT_S)
     home = result.stdout if result.stdout.startswith("/") else "/root"
     return Place(
         operations=SandboxOperations(vm),
-        paths=PathMap(host_roots=host_roots(workspace), root=GUEST_ROOT, home=home),
+        paths=PathMap(host_roots=host_roots(wish.workspace), root=GUEST_ROOT, home=home),
         sandboxed=True,
         description=f"in the sandbox {vm.id}",
-        refusals=lambda: read_refusals(audit_path),
+        refusals=lambda: read_refusals(wish.audit_path),
     )
 
 
