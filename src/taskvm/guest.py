@@ -33,14 +33,13 @@ from taskvm.net.resolver import HostResolver, MappedResolver
 from taskvm.options import SandboxOptions
 from taskvm.paths import private_dir, state_dir
 from taskvm.port import FramePort
-from taskvm.vm.boot import wait_hello
+from taskvm.vm.boot import add_account, wait_hello
 from taskvm.vm.control import Control
 from taskvm.vm.machine import Machine
 from taskvm.vm.rundir import RunDir
 from taskvm.wire.control import (
     Done,
     ExecRequest,
-    MkdirRequest,
     MountRequest,
     Request,
     Started,
@@ -96,10 +95,10 @@ class Guest:
         """
         if not resumed:
             await wait_hello(self.machine, self.control)
+            await add_account(self.control, self.user)
         request = identity_request(
             hostname=self.id,
             machine_id=secrets.token_hex(16),
-            user=self.user,
             ca_certificate=self._ca.certificate_pem,
             entropy=os.urandom(ENTROPY_BYTES),
             time_ns=time.time_ns(),
@@ -110,15 +109,6 @@ class Guest:
                 group.create_task(self._continue())
         if resumed:
             self.control.port.resume()
-        if self.user.uid != 0:
-            home = MkdirRequest(
-                path=self.user.home.encode(),
-                uid=self.user.uid,
-                gid=self.user.gid,
-                mode=0o700,
-                parents=True,
-            )
-            await self._ask(home, "make the user's home")
 
     async def doze(self) -> None:
         """Run a trivial command, so that the emulator has translated that path, and pause. Nothing of a user's runs."""

@@ -44,33 +44,38 @@ def refresh_request(*, hostname: str, entropy: bytes, time_ns: int) -> IdentityR
     return IdentityRequest(time_ns=time_ns, entropy=entropy, hostname=hostname)
 
 
+def account_request(
+    user: GuestUser, *, hostname: str, entropy: bytes, time_ns: int
+) -> IdentityRequest:
+    """Return the request that adds `user` to the guest's accounts; root is there already.
+
+    It is part of a template: the numbers are the same for every sandbox of one host user.
+    """
+    account = f"{user.name}:x:{user.uid}:{user.gid}::{user.home}:/bin/bash\n"
+    group = f"{user.name}:x:{user.gid}:\n"
+    files = [
+        IdentityFile(path=path, data=line.encode(), append=True)
+        for path, line in ((b"/etc/passwd", account), (b"/etc/group", group))
+    ]
+    return IdentityRequest(time_ns=time_ns, entropy=entropy, hostname=hostname, files=files)
+
+
 def identity_request(
-    *,
-    hostname: str,
-    machine_id: str,
-    user: GuestUser,
-    ca_certificate: bytes,
-    entropy: bytes,
-    time_ns: int,
+    *, hostname: str, machine_id: str, ca_certificate: bytes, entropy: bytes, time_ns: int
 ) -> IdentityRequest:
     """Return the request that the agent carries out after every resume, before anything of the user's runs.
 
-    `machine_id` is 32 hexadecimal digits (machine-id(5)). The guest trusts `ca_certificate` alone: every connection is
-    intercepted, and loading the usual 140 roots costs a guest without KVM a second per process.
+    `machine_id` is 32 hexadecimal digits (machine-id(5)). The guest trusts `ca_certificate` alone: every connection
+    is intercepted, and loading the usual 140 roots costs a guest without KVM a second per process. The agent has
+    linked /etc/hostname and the others to these files in memory (guest/boot.c).
     """
+    hosts = f"127.0.0.1 localhost {hostname}\n::1 localhost\n"
     files = [
-        _file("/etc/hostname", f"{hostname}\n"),
-        _file("/etc/machine-id", f"{machine_id}\n", mode=0o444),
-        _file("/etc/hosts", f"127.0.0.1 localhost {hostname}\n::1 localhost\n"),
-        IdentityFile(path=CA_BUNDLE.encode(), data=ca_certificate),
-        IdentityFile(path=b"/usr/local/share/ca-certificates/taskvm.crt", data=ca_certificate),
+        IdentityFile(path=b"/run/taskvm/hostname", data=f"{hostname}\n".encode()),
+        IdentityFile(path=b"/run/taskvm/machine-id", data=f"{machine_id}\n".encode(), mode=0o444),
+        IdentityFile(path=b"/run/taskvm/hosts", data=hosts.encode()),
+        IdentityFile(path=b"/run/taskvm/ca.crt", data=ca_certificate),
     ]
-    if user.uid != 0:
-        account = f"{user.name}:x:{user.uid}:{user.gid}::{user.home}:/bin/bash\n"
-        files += [
-            _file("/etc/passwd", account, append=True),
-            _file("/etc/group", f"{user.name}:x:{user.gid}:\n", append=True),
-        ]
     return IdentityRequest(time_ns=time_ns, entropy=entropy, hostname=hostname, files=files)
 
 
@@ -94,7 +99,3 @@ def guest_environment(user: GuestUser) -> dict[str, str]:
         "TERM": "dumb",
         **dict.fromkeys(trust, CA_BUNDLE),
     }
-
-
-def _file(path: str, text: str, *, mode: int = 0o644, append: bool = False) -> IdentityFile:
-    return IdentityFile(path=path.encode(), data=text.encode(), mode=mode, append=append)

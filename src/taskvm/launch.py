@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from taskvm.guest import Guest
-from taskvm.identity import GuestUser
 from taskvm.injection import bind_secrets
 from taskvm.options import SandboxOptions
 from taskvm.vm.rundir import RunDir
@@ -35,16 +34,16 @@ async def launch(options: SandboxOptions) -> Guest:
 
 async def _start(options: SandboxOptions, wanted: Wanted) -> Guest:
     if not options.warm:
-        return await _boot(wanted, options.user)
+        return await _boot(wanted)
     template = await prepare(wanted)
     if options.pool is not None:
         taken = await options.pool.take(template)
         if taken is not None:
             return taken
-    return await fork(template, options.user)
+    return await fork(template)
 
 
-async def fork(template: Template, user: GuestUser) -> Guest:
+async def fork(template: Template) -> Guest:
     """Start a guest from `template` and wake it. Raises UnavailableError, HostError or SandboxLostError."""
     run_dir = _new_run_dir()
     try:
@@ -52,17 +51,17 @@ async def fork(template: Template, user: GuestUser) -> Guest:
     except BaseException:
         run_dir.remove()
         raise
-    return await _wake(await Guest.take_over(machine, run_dir, user), resumed=True)
+    return await _wake(await Guest.take_over(machine, run_dir, template.user), resumed=True)
 
 
-async def _boot(wanted: Wanted, user: GuestUser) -> Guest:
+async def _boot(wanted: Wanted) -> Guest:
     run_dir = _new_run_dir()
     try:
         machine = await boot_cold(wanted, run_dir.path)
     except BaseException:
         run_dir.remove()
         raise
-    return await _wake(await Guest.take_over(machine, run_dir, user), resumed=False)
+    return await _wake(await Guest.take_over(machine, run_dir, wanted.user), resumed=False)
 
 
 async def _wake(guest: Guest, *, resumed: bool) -> Guest:

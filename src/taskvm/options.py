@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from taskvm.errors import UsageError
 from taskvm.fs.provider import Provider
-from taskvm.identity import GuestUser, host_user
 from taskvm.policy import Policy
 from taskvm.secret import Secret
 from taskvm.vm.warm import AcceleratorChoice
@@ -61,7 +60,6 @@ class SandboxOptions:
     accel: AcceleratorChoice = "auto"
     warm: bool = True
     pool: WarmPool | None = None
-    user: GuestUser = field(default_factory=host_user)
     on_progress: Callable[[str], None] = ignore_progress
 
     def __post_init__(self) -> None:

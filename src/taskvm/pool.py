@@ -18,7 +18,6 @@ from typing import Self
 from taskvm.background import Background
 from taskvm.errors import SandboxLostError, SandboxStateError, UsageError
 from taskvm.guest import Guest
-from taskvm.identity import host_user
 from taskvm.launch import fork
 from taskvm.options import DEFAULT_CPUS, DEFAULT_MEMORY_MIB, ignore_progress
 from taskvm.vm.template import Progress, Template
@@ -112,7 +111,7 @@ class WarmPool:
 
     async def _add(self, template: Template) -> None:
         try:
-            guest = await fork(template, host_user())
+            guest = await fork(template)
             try:
                 await guest.doze()
             except BaseException:

@@ -84,12 +84,12 @@ class Sandbox:
         self._reason = ""
         self._processes: set[Process] = set()
         self._environment = {
-            **guest_environment(options.user),
+            **guest_environment(guest.user),
             **guest.placeholders,
             **options.env,
         }
         self.id = guest.id
-        self.files = Files(guest.control, options.user.uid, options.user.gid)
+        self.files = Files(guest.control, guest.user.uid, guest.user.gid)
         guest.on_lost = self._lose
 
     @classmethod
@@ -307,7 +307,7 @@ class Sandbox:
         if user not in (None, "root"):
             raise UsageError(f"run a command as {user!r}", "only root and the default user exist")
         environment = {**self._environment, **(env or {})}
-        numbers = self._options.user
+        numbers = self._guest.user
         uid, gid = (0, 0) if user == "root" else (numbers.uid, numbers.gid)
         if user == "root":
             environment |= {"HOME": "/root", "USER": "root", "LOGNAME": "root", **(env or {})}
@@ -324,7 +324,7 @@ class Sandbox:
     @property
     def _default_cwd(self) -> PurePosixPath:
         workspace = "/workspace" in self._options.mounts
-        return PurePosixPath("/workspace" if workspace else self._options.user.home)
+        return PurePosixPath("/workspace" if workspace else self._guest.user.home)
 
     def _require_running(self, operation: str) -> None:
         if self._state == "lost":

@@ -1,33 +1,47 @@
 """What a fork is told to be."""
 
-from taskvm.identity import CA_BUNDLE, GuestUser, guest_environment, identity_request
+from taskvm.identity import (
+    CA_BUNDLE,
+    GuestUser,
+    account_request,
+    guest_environment,
+    identity_request,
+)
 
 
-def request(uid: int):  # type: ignore[no-untyped-def]  # a helper of this file
-    return identity_request(
+def test_the_guest_trusts_this_sandboxs_authority_alone() -> None:
+    """The bundle that every client is pointed at holds one certificate: everything is intercepted."""
+    request = identity_request(
         hostname="sandbox-1",
         machine_id="0" * 32,
-        user=GuestUser(uid=uid, gid=uid),
         ca_certificate=b"CERT",
         entropy=b"e" * 64,
         time_ns=5,
     )
+    files = {item.path: item.data for item in request.files}
 
-
-def test_the_guest_trusts_this_sandboxs_authority_alone() -> None:
-    """The bundle holds one certificate: everything is intercepted."""
-    files = {item.path.decode(): item for item in request(0).files}
-
-    assert files[CA_BUNDLE].data == b"CERT"
+    assert files[b"/run/taskvm/ca.crt"] == b"CERT"
     assert guest_environment(GuestUser(uid=0, gid=0))["SSL_CERT_FILE"] == CA_BUNDLE
 
 
-def test_an_ordinary_user_carries_the_hosts_numbers() -> None:
-    """The account is added, not written over the image's accounts; root needs none."""
-    added = {item.path: item for item in request(1234).files if item.append}
+def test_what_makes_a_guest_itself_lies_in_memory_alone() -> None:
+    """Names, trust and machine id are not on the disk that a checkpoint would keep."""
+    request = identity_request(
+        hostname="h", machine_id="0" * 32, ca_certificate=b"", entropy=b"e" * 64, time_ns=5
+    )
 
-    assert added[b"/etc/passwd"].data == b"user:x:1234:1234::/home/user:/bin/bash\n"
-    assert not [item for item in request(0).files if item.append]
+    assert all(item.path.startswith(b"/run/taskvm/") for item in request.files)
+
+
+def test_an_ordinary_user_carries_the_hosts_numbers() -> None:
+    """The account is added to the image's own, not written over them."""
+    user = GuestUser(uid=1234, gid=99)
+    request = account_request(user, hostname="h", entropy=b"e" * 64, time_ns=5)
+    added = {item.path: item for item in request.files}
+
+    assert all(item.append for item in request.files)
+    assert added[b"/etc/passwd"].data == b"user:x:1234:99::/home/user:/bin/bash\n"
+    assert added[b"/etc/group"].data == b"user:x:99:\n"
 
 
 def test_the_environment_names_the_user() -> None:

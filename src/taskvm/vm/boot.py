@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import time
 from dataclasses import dataclass
 
 from taskvm.errors import SandboxLostError
+from taskvm.identity import ENTROPY_BYTES, GuestUser, account_request
 from taskvm.port import FramePort
 from taskvm.vm.control import Control
 from taskvm.vm.machine import Machine
-from taskvm.wire.control import ExecRequest, Started
+from taskvm.wire.control import Done, ExecRequest, MkdirRequest, Started
 from taskvm.wire.frames import PORT_FS, PORT_NET
 
 # A cold boot takes 4-6 s without KVM on a quiet machine, several times that on one that builds images beside it.
@@ -40,8 +43,8 @@ class Ports:
         self.net.close()
 
 
-async def reach_ready(machine: Machine) -> Ports:
-    """Take over the machine's ports, wait for the agent's HELLO, and warm the guest's caches.
+async def reach_ready(machine: Machine, user: GuestUser) -> Ports:
+    """Take over the machine's ports, wait for the agent's HELLO, add the user, and warm the guest's caches.
 
     Raises SandboxLostError with the console's last words when it does not come.
     """
@@ -52,6 +55,7 @@ async def reach_ready(machine: Machine) -> Ports:
     )
     try:
         await wait_hello(machine, ports.control)
+        await add_account(ports.control, user)
         await _warm(ports.control)
     except BaseException:
         ports.close()
@@ -73,6 +77,20 @@ async def wait_hello(machine: Machine, control: Control) -> None:
     except SandboxLostError as error:
         await asyncio.wait([machine.exited], timeout=1)
         raise SandboxLostError("boot the guest", f"{error.cause}{machine.last_words()}") from error
+
+
+async def add_account(control: Control, user: GuestUser) -> None:
+    """Make the guest's ordinary user and its home, unless that is root."""
+    if user.uid == 0:
+        return
+    account = account_request(
+        user, hostname="taskvm", entropy=os.urandom(ENTROPY_BYTES), time_ns=time.time_ns()
+    )
+    home = MkdirRequest(
+        path=user.home.encode(), uid=user.uid, gid=user.gid, mode=0o700, parents=True
+    )
+    await control.request(account, Done, "add the user to the guest")
+    await control.request(home, Done, "make the user's home")
 
 
 async def quiesce_ports(ports: Ports) -> None:

@@ -28,6 +28,7 @@ from pathlib import Path
 import msgspec
 
 from taskvm.errors import HostError
+from taskvm.identity import GuestUser
 from taskvm.paths import cache_dir, private_dir, replace_file
 from taskvm.vm.boot import quiesce_ports, reach_ready
 from taskvm.vm.command import Boot, MachineShape
@@ -36,7 +37,7 @@ from taskvm.vm.machine import Machine, MachineFiles
 from taskvm.vm.qemu import Qemu
 
 # Part of every key: raise it when qemu_command's devices change or a template holds something else.
-LAYOUT = 1
+LAYOUT = 2
 FILES = ("ram", "state", "disk.qcow2", "overlay.qcow2")
 # Of the most recently used. Each new agent, image, size or QEMU makes another; a running one keeps its open files.
 KEPT_TEMPLATES = 8
@@ -68,6 +69,8 @@ class TemplateInputs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     kernel_arguments: str
     cpus: int
     memory_mib: int
+    uid: int
+    gid: int
 
     @property
     def digest(self) -> str:
@@ -97,6 +100,7 @@ class Template:
     qemu: Qemu
     shape: MachineShape
     guest: GuestFiles
+    user: GuestUser
 
     async def fork(self, run_dir: Path) -> Machine:
         """Start a copy of this machine with its disk in `run_dir`. It is loaded and paused.
@@ -121,7 +125,9 @@ class Template:
         return machine
 
 
-def inputs_for(qemu: Qemu, shape: MachineShape, guest: GuestFiles) -> TemplateInputs:
+def inputs_for(
+    qemu: Qemu, shape: MachineShape, guest: GuestFiles, user: GuestUser
+) -> TemplateInputs:
     """Return what the template for these depends on."""
     return TemplateInputs(
         layout=LAYOUT,
@@ -136,16 +142,18 @@ def inputs_for(qemu: Qemu, shape: MachineShape, guest: GuestFiles) -> TemplateIn
         kernel_arguments=shape.kernel_arguments,
         cpus=shape.cpus,
         memory_mib=shape.memory_mib,
+        uid=user.uid,
+        gid=user.gid,
     )
 
 
 async def ensure_template(
-    qemu: Qemu, shape: MachineShape, guest: GuestFiles, progress: Progress
+    qemu: Qemu, shape: MachineShape, guest: GuestFiles, user: GuestUser, progress: Progress
 ) -> Template:
     """Return the template for these inputs, building it when it is missing or stale (seconds; `progress` is told)."""
-    inputs = inputs_for(qemu, shape, guest)
+    inputs = inputs_for(qemu, shape, guest, user)
     base = private_dir(cache_dir() / "templates")
-    template = Template(path=base / inputs.digest, qemu=qemu, shape=shape, guest=guest)
+    template = Template(path=base / inputs.digest, qemu=qemu, shape=shape, guest=guest, user=user)
     if _is_intact(template.path, inputs):
         os.utime(template.path)
         return template
@@ -200,7 +208,7 @@ async def _boot_and_save(template: Template, staging: Path) -> None:
     )
     machine = await Machine.start(template.qemu, template.shape, files)
     try:
-        ports = await reach_ready(machine)
+        ports = await reach_ready(machine, template.user)
         try:
             await quiesce_ports(ports)
             await machine.execute("stop")

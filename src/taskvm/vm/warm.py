@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from taskvm.errors import TaskvmError, UnavailableError, UsageError
+from taskvm.identity import GuestUser, host_user
 from taskvm.vm.accel import PROOF_TIMEOUT_S, kvm_obstacle, recall_verdict, remember_verdict
 from taskvm.vm.command import Accelerator, MachineShape
 from taskvm.vm.control import Control
@@ -35,6 +36,7 @@ class Wanted:
     cpus: int
     memory_mib: int
     progress: Progress
+    user: GuestUser = field(default_factory=host_user)
 
     def __post_init__(self) -> None:
         if not 1 <= self.cpus <= MAX_CPUS:
@@ -64,7 +66,11 @@ async def prepare(wanted: Wanted) -> Template:
     Raises UnavailableError when the choice is "kvm" and KVM does not run guests here.
     """
     shape = wanted.shape(await choose_accelerator(wanted))
-    return await ensure_template(wanted.qemu, shape, wanted.guest, wanted.progress)
+    return await _template(wanted, shape)
+
+
+async def _template(wanted: Wanted, shape: MachineShape) -> Template:
+    return await ensure_template(wanted.qemu, shape, wanted.guest, wanted.user, wanted.progress)
 
 
 async def boot_cold(wanted: Wanted, run_dir: Path) -> Machine:
@@ -110,9 +116,7 @@ async def kvm_fault(wanted: Wanted) -> str | None:
 async def _try_kvm(wanted: Wanted) -> str | None:
     try:
         async with asyncio.timeout(PROOF_TIMEOUT_S):
-            template = await ensure_template(
-                wanted.qemu, wanted.shape("kvm"), wanted.guest, wanted.progress
-            )
+            template = await _template(wanted, wanted.shape("kvm"))
             await _answer_once(template)
     except TimeoutError:
         return f"a guest did not boot, save, fork and answer within {PROOF_TIMEOUT_S:.0f} s"
