@@ -190,8 +190,8 @@ class Guest:
                     SyncRequest(), Done, "flush the mounts", timeout_s=FLUSH_TIMEOUT_S
                 )
         self.control.close(SandboxLostError("use the sandbox", "it was closed"))
+        await self.machine.kill()  # before the background is cancelled, which may be doing the same
         await self._background.aclose()
-        await self.machine.kill()
         await self._release.aclose()
         self._run_dir.remove()
 

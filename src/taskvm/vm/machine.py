@@ -181,13 +181,13 @@ class Machine:
             await self.exited
 
     async def _release(self) -> None:
-        with contextlib.suppress(QMPError, OSError, EOFError):
-            await self._qmp.disconnect()
         for transport in self._tails:
             transport.close()
         for sock in (*self._sockets.values(), self._qmp_socket):
             sock.close()
         self._close_state()
+        with contextlib.suppress(QMPError, OSError, EOFError):
+            await self._qmp.disconnect()
 
     def last_words(self) -> str:
         """What QEMU and the guest's console said last, for an error message; empty when neither spoke."""
