@@ -3,7 +3,7 @@
 .PHONY: demo test setup check clean
 
 demo: setup
-	@examples/demo/run
+	@.venv/bin/python examples/demo/run
 
 # pytest is last, so that its own summary is the last line.
 test: setup check
