@@ -2,8 +2,9 @@
 
     python benchmarks/start.py [--runs 50] [--cold-runs 5] [--execs 200]
 
-Warm: from calling `Sandbox.create` to the answer of its first `exec(["true"])`, in a process that has imported the SDK and has
-started one sandbox before (the template exists). `ahead` is the same with a WarmPool that keeps QEMU processes started ahead.
+Warm: from calling `Sandbox.create` to the answer of its first `exec(["true"])`, in a process that has imported the SDK
+and has started one sandbox before (the template exists). `ahead` is the same with a WarmPool, whose guests were
+started ahead.
 Cold: with `warm=False`, a boot. Compare figures of one run only.
 """
 

@@ -5,8 +5,6 @@ objects (`cat-file`, no transport allowed): `git diff` and `git log` would run p
 repository's configuration names, and so would the fetch of an object that is missing.
 """
 
-# ruff: noqa: INP001 - part of a script, not of a package
-
 from __future__ import annotations
 
 import base64

@@ -1,7 +1,5 @@
 """A real HTTPS server on 127.0.0.1 that wants a bearer token and remembers what it was sent."""
 
-# ruff: noqa: INP001 - part of a script, not of a package
-
 from __future__ import annotations
 
 import datetime as dt

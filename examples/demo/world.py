@@ -1,7 +1,5 @@
 """What the demonstration starts from: a repository with a bug, the user's files, and the agent's script."""
 
-# ruff: noqa: INP001 - part of a script, not of a package
-
 from __future__ import annotations
 
 import json
