@@ -82,7 +82,6 @@ class Sandbox:
         self._options = options
         self._state: State = "running"
         self._reason = ""
-        self._processes: set[Process] = set()
         self._environment = {
             **guest_environment(guest.user),
             **guest.placeholders,
@@ -209,7 +208,6 @@ class Sandbox:
             result = await self._run(process, capture, stdin, timeout_s)
         finally:
             process.abandon()
-            self._processes.discard(process)
         if check and not result.ok:
             raise CommandError(process.command, result)
         return result
@@ -236,9 +234,7 @@ class Sandbox:
         except BaseException:
             call.forget(errno=125)
             raise
-        process = Process(call, text[:200], started.pid)
-        self._processes.add(process)
-        return process
+        return Process(call, text[:200], started.pid)
 
     async def close(self) -> None:
         """End the sandbox and everything in it, and remove what it kept on the host. Idempotent.
