@@ -1,0 +1,36 @@
+"""A guest whose root is the attacker, and an agent that lies. Judged by what happens on the host."""
+
+import resource
+
+import pytest
+
+from taskvm import Sandbox
+
+pytestmark = pytest.mark.vm
+
+# Ask the CPU hotplug controller of q35 for an _OST notice (hw/acpi/cpu.c): each is an event on QEMU's monitor. An `out`
+# instruction in a page of our own, because the guest's kernel has no /dev/port.
+EVENT_FLOOD = """
+import ctypes, mmap
+assert ctypes.CDLL(None).iopl(3) == 0
+page = mmap.mmap(-1, 4096, prot=7)
+page[:6], page[64:70] = bytes.fromhex("89fa89f0eec3"), bytes.fromhex("89fa89f0efc3")
+start = ctypes.addressof(ctypes.c_char.from_buffer(page))
+outb, outl = (ctypes.CFUNCTYPE(None, ctypes.c_uint, ctypes.c_uint)(start + at) for at in (0, 64))
+outb(0xCD8, 0), outl(0xCD8, 0)
+for _ in range(20_000):
+    outb(0xCDD, 2), outl(0xCE0, 0)
+print("flooded")
+"""
+
+
+async def test_events_that_a_guest_causes_are_not_kept(vm: Sandbox) -> None:
+    """A root that floods QEMU's monitor with events takes none of the host's memory."""
+    monitor = vm._guest.machine._qmp
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    result = await vm.exec(["python3", "-c", EVENT_FLOOD], user="root", timeout_s=15)
+
+    assert result.stdout == "flooded\n", result.stderr
+    assert monitor.events.empty()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 16 * 1024  # KiB
