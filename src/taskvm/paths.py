@@ -43,7 +43,8 @@ def private_dir(path: Path) -> Path:
 def replace_file(path: Path, content: bytes) -> None:
     """Write `content` to `path` in one step: a reader sees the old file or the new one, never a part.
 
-    Raises HostError when the disk is full or the directory cannot be written.
+    Content and name are on the disk when this returns. Raises HostError when the disk is full or the directory
+    cannot be written.
     """
     try:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -53,11 +54,21 @@ def replace_file(path: Path, content: bytes) -> None:
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(temporary, path)  # noqa: PTH105 - a name from mkstemp is a str
+            sync_directory(path.parent)
         except BaseException:
-            os.unlink(temporary)  # noqa: PTH108
+            Path(temporary).unlink(missing_ok=True)
             raise
     except OSError as error:
         raise HostError(f"write {path}", error.strerror or str(error), "Free disk space") from error
+
+
+def sync_directory(path: Path) -> None:
+    """Write the names in a directory through to the disk (fsync(2): a file's own fsync does not)."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _xdg(variable: str, default: Path) -> Path:

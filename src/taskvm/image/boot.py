@@ -12,13 +12,13 @@ import contextlib
 import hashlib
 import os
 import stat
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from taskvm.errors import ImageError
 from taskvm.image.manifest import Image
+from taskvm.paths import replace_file
 
 _KEPT_INITRAMFS = (
     16  # of the most recently used; a developer makes one with each build of the agent
@@ -64,7 +64,7 @@ def boot_files(image: Image, agent_path: Path) -> BootFiles:
         os.utime(initrd)  # so that the latest used are kept
     except FileNotFoundError:
         directory.mkdir(mode=0o700, exist_ok=True)
-        _write_atomically(initrd, archive)
+        replace_file(initrd, archive)
         _remove_old(directory)
     whole = hashlib.sha256(f"{image.digest} {digest}".encode()).hexdigest()
     return BootFiles(image.kernel, initrd, image.rootfs, whole)
@@ -121,19 +121,6 @@ def _append(out: bytearray, number: int, entry: CpioEntry) -> None:
 
 
 # Keeping them...
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=".new-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(handle)
-        Path(temporary).rename(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _remove_old(directory: Path) -> None:

@@ -38,7 +38,7 @@ from taskvm.image.manifest import (
     Manifest,
     compute_digest,
 )
-from taskvm.paths import cache_path
+from taskvm.paths import cache_path, replace_file
 
 Progress = Callable[[str], None]
 Builder = Callable[[ImageSpec, Path, Progress], BuiltAssets]
@@ -102,7 +102,7 @@ class ImageStore:
         if not _NAME.fullmatch(name) or _DIGEST.fullmatch(name):
             raise UsageError("name a guest image", f"{name!r} does not match {_NAME.pattern}")
         self._make_private()
-        _write_atomically(self.root / "refs" / name, f"{image.digest}\n".encode())
+        replace_file(self.root / "refs" / name, f"{image.digest}\n".encode())
 
     def verify(self, image: Image) -> None:
         """Read every asset and compare it with the manifest. Raises ImageError naming the first that differs."""
@@ -239,20 +239,6 @@ def _damaged(path: Path, cause: str) -> ImageError:
     return ImageError(
         f"open the guest image {path}", cause, f"Remove it and build it again: rm -r {path}"
     )
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=".new-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(handle)
-        Path(temporary).rename(path)
-        _sync(path.parent)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _sync_tree(directory: Path) -> None:
