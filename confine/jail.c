@@ -179,6 +179,16 @@ static const int denied[] = {
 	428 /* open_tree */, 429 /* move_mount */, 430 /* fsopen */,
 	SYS_open_by_handle_at, SYS_name_to_handle_at,
 	SYS_kexec_load, SYS_init_module, SYS_finit_module, SYS_delete_module,
+	/* Landlock says nothing about the attributes of a file (landlock.rst, Current limitations): the owner, who runs this
+	 * program, could open his keys to other users, and root /etc/shadow. Descriptors too: images are open read-only. */
+#ifdef SYS_chmod /* the older calls; later architectures have only those with `at` */
+	SYS_chmod, SYS_chown, SYS_lchown, SYS_utime, SYS_utimes, SYS_futimesat,
+#endif
+	SYS_fchmod, SYS_fchmodat, 452 /* fchmodat2 */, SYS_fchown, SYS_fchownat, SYS_utimensat,
+	SYS_setxattr, SYS_lsetxattr, SYS_fsetxattr, SYS_removexattr, SYS_lremovexattr, SYS_fremovexattr,
+	463 /* setxattrat */, 466 /* removexattrat */, 469 /* file_setattr */,
+	/* Nor does it keep one from being told what happens in a directory that cannot be listed. */
+	SYS_inotify_add_watch, SYS_fanotify_init, SYS_fanotify_mark,
 };
 
 #define OFFSET(field) ((uint32_t)offsetof(struct seccomp_data, field))

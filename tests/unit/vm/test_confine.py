@@ -75,6 +75,35 @@ def test_no_new_way_out_can_be_made(attempt: str) -> None:
     assert "Errno 1]" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        "os.chmod({path!r}, 0o666)",
+        "os.chmod(os.open({path!r}, os.O_RDONLY), 0o666)",
+        "os.chown({path!r}, -1, os.getgid())",
+        "os.utime({path!r}, (1, 1))",
+        "os.setxattr({path!r}, b'user.mark', b'1')",
+        "ctypes.CDLL(None).syscall(452, -100, {path!r}.encode(), 0o666, 0) == 0 or refused()",
+        "libc = ctypes.CDLL(None); "
+        "libc.inotify_add_watch(libc.inotify_init(), {path!r}.encode(), 0xFFF) >= 0 or refused()",
+    ],
+)
+def test_no_attribute_of_the_owners_files_can_be_changed(attempt: str, tmp_path: Path) -> None:
+    """Landlock leaves modes, times and extended attributes to the owner, who runs the program: the filter does not."""
+    key = tmp_path / "id_ed25519"
+    key.write_text("PRIVATE KEY")
+    key.chmod(0o600)
+    before = key.stat()
+    helpers = "import ctypes, os\ndef refused(): raise PermissionError(1, 'refused')\n"
+
+    done = run_confined(f"{helpers}{attempt.format(path=str(key))}\nprint('DONE')", "--read", key)
+
+    assert "DONE" not in done.stdout
+    assert "PermissionError" in done.stderr
+    assert key.stat() == before
+    assert os.listxattr(key) == []
+
+
 def test_root_keeps_no_power(tmp_path: Path) -> None:
     """Capabilities are gone, and execve does not bring them back."""
     done = run_confined("print(open('/proc/self/status').read())", "--read", "/proc")
