@@ -94,10 +94,12 @@ async def add_account(control: Control, user: GuestUser) -> None:
 
 
 async def quiesce_ports(ports: Ports) -> None:
-    """Bring all three ports to rest, the control port last: it freezes what runs."""
-    await ports.fs.quiesce()
-    await ports.net.quiesce()
+    """Bring all three ports to rest. The control port first: it freezes what runs, and a process that waits for a mount
+    freezes only while that is still served.
+    """
     await ports.control.port.quiesce()
+    await ports.net.quiesce()
+    await ports.fs.quiesce()
 
 
 async def _warm(control: Control) -> None:
