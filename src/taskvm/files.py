@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TypeVar
 
-import msgspec
-
 from taskvm.errors import GuestError, SandboxLostError, UsageError
 from taskvm.port import StreamReset
 from taskvm.vm.control import Call, Control
 from taskvm.wire.control import (
+    AnswerError,
     DirEntry,
     Done,
+    Failure,
     FileStat,
     FileType,
     ListRequest,
@@ -29,6 +29,7 @@ from taskvm.wire.control import (
     StatRequest,
     WriteRequest,
     Written,
+    decode,
 )
 
 GuestPath = str | PurePosixPath
@@ -38,6 +39,8 @@ _A = TypeVar("_A", FileStat, Done)
 MAX_CONCURRENT = 32
 # read_bytes refuses more than this: it would be held in the host's memory.
 MAX_READ_BYTES = 256 * 1024 * 1024
+# A listing becomes objects, five times its size: this is about 200 000 entries.
+MAX_LISTING_BYTES = 16 * 1024 * 1024
 # An fsync of a large file on a slow disk.
 WRITE_TIMEOUT_S = 300.0
 _NOT_FOUND = 2  # ENOENT in linux/errno-base.h
@@ -100,7 +103,7 @@ class Files:
             call = self._control.open_call(request, operation, channels=(1,))
             try:
                 await call.answer(ReadStarted)
-                return await _collect(call, operation)
+                return await self._collect(call, operation, MAX_READ_BYTES, length)
             finally:
                 call.forget(errno=None if call.inlets[1].ended else _CANCELLED)
 
@@ -175,19 +178,22 @@ class Files:
         return True
 
     async def list(self, path: GuestPath) -> list[FileInfo]:
-        """Return the entries of a directory, sorted by name."""
+        """Return the entries of a directory, sorted by name. Each name is one path component.
+
+        Raises UsageError when they take more than MAX_LISTING_BYTES.
+        """
         operation = f"list {path}"
         request = ListRequest(path=_encoded(path, operation))
         async with self._slots:
             call = self._control.open_call(request, operation, channels=(1,))
             try:
                 await call.answer(Done)
-                listing = await _collect(call, operation)
+                listing = await self._collect(call, operation, MAX_LISTING_BYTES)
             finally:
                 call.forget(errno=None if call.inlets[1].ended else _CANCELLED)
         try:
             return sorted(_entries(listing), key=lambda entry: entry.name)
-        except (msgspec.MsgspecError, struct.error, ValueError) as error:
+        except (AnswerError, struct.error, ValueError) as error:
             self._control.port.fail(f"listing of {path}: {error}")
             raise SandboxLostError(operation, "the guest answered nonsense") from error
 
@@ -225,6 +231,27 @@ class Files:
         async with self._slots:
             return await self._control.request(request, kind, operation, WRITE_TIMEOUT_S)
 
+    async def _collect(
+        self, call: Call, operation: str, limit: int, asked: int | None = None
+    ) -> bytes:
+        """Return what comes on channel 1: at most `limit` bytes, and no more than were `asked` for."""
+        content = bytearray()
+        try:
+            while data := await call.inlets[1].read(1024 * 1024):
+                content += data
+                if asked is not None and 0 <= asked < len(content):
+                    self._control.port.fail(f"{operation}: more than the {asked} bytes asked for")
+                    raise SandboxLostError(operation, "the guest answered nonsense")
+                if len(content) > limit:
+                    raise UsageError(
+                        operation,
+                        f"more than {limit >> 20} MiB would be held in memory",
+                        "Read a file in pieces with offset and length, list a directory with `find`",
+                    )
+        except StreamReset as error:
+            raise GuestError(operation, error.errno or 5, "read") from error
+        return bytes(content)
+
 
 def _encoded(path: GuestPath, operation: str) -> bytes:
     text = str(path)
@@ -241,22 +268,6 @@ async def _send(call: Call, data: bytes) -> None:
         return  # the guest has answered before it read everything: its answer says why
 
 
-async def _collect(call: Call, operation: str) -> bytes:
-    content = bytearray()
-    try:
-        while data := await call.inlets[1].read(1024 * 1024):
-            content += data
-            if len(content) > MAX_READ_BYTES:
-                raise UsageError(
-                    operation,
-                    f"more than {MAX_READ_BYTES >> 20} MiB would be held in memory",
-                    "Read it in pieces with offset and length",
-                )
-    except StreamReset as error:
-        raise GuestError(operation, error.errno or 5, "read") from error
-    return bytes(content)
-
-
 def _entries(listing: bytes) -> list[FileInfo]:
     entries = []
     position = 0
@@ -265,7 +276,9 @@ def _entries(listing: bytes) -> list[FileInfo]:
         position += 4
         if size > _ENTRY_LIMIT or position + size > len(listing):
             raise ValueError(f"an entry of {size} bytes")
-        entry = msgspec.msgpack.decode(listing[position : position + size], type=DirEntry)
+        entry = decode(listing[position : position + size], DirEntry)
+        if isinstance(entry, Failure):
+            raise ValueError("an entry is a failure")
         position += size
         entries.append(
             FileInfo(

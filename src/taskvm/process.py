@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from taskvm.errors import SandboxLostError
+from taskvm.errors import GuestError, SandboxLostError
 from taskvm.port import Inlet, StreamReset
 from taskvm.vm.control import Call
 from taskvm.wire.control import SignalRequest
@@ -21,6 +21,8 @@ MAX_CAPTURED_BYTES = 64 * 1024 * 1024
 KILL_TIMEOUT_S = 10.0
 # Linux errno ECANCELED: the host no longer wants the exec.
 _CANCELLED = 125
+_IO_ERROR = 5  # EIO
+_BROKEN_PIPE = 32  # EPIPE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +115,10 @@ class Process:
 
         Raises BrokenPipeError after `close_stdin` or the process's end.
         """
-        await self._call.outlet.write(data)
+        try:
+            await self._call.outlet.write(data)
+        except StreamReset as error:
+            raise BrokenPipeError(_BROKEN_PIPE, "the guest has dropped the process") from error
 
     async def close_stdin(self) -> None:
         """Close standard input: the process reads end of file. Idempotent."""
@@ -125,9 +130,15 @@ class Process:
             self._call.send_signal(SignalRequest(signal=signal, scope="group"))
 
     async def wait(self) -> ExecResult:
-        """Wait until the main process has ended. Its children may live on. Raises SandboxLostError."""
+        """Wait until the main process has ended. Its children may live on.
+
+        Raises SandboxLostError; GuestError when the guest has dropped the process without saying how it ended.
+        """
         if self._exit is None:
-            exited = await asyncio.shield(self._call.exited)
+            try:
+                exited = await asyncio.shield(self._call.exited)
+            except StreamReset as error:
+                raise GuestError(self._call.operation, error.errno or _IO_ERROR, "reset") from error
             if exited.signal is not None:
                 self._exit = ExecResult(exit_code=128 + exited.signal, signal=exited.signal)
             else:
@@ -216,5 +227,5 @@ async def _feed(process: Process, stdin: bytes | AsyncIterator[bytes] | None) ->
             async for data in stdin:
                 await process.write(data)
         await process.close_stdin()
-    except (BrokenPipeError, StreamReset):
+    except BrokenPipeError:
         return  # the process ended without reading all of it, as processes may

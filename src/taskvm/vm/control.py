@@ -79,7 +79,7 @@ class Call:
             raise GuestError(self.operation, reply.errno, reply.call)
         return reply
 
-    def send_signal(self, request: messages.SignalRequest) -> None:
+    def send_signal(self, request: messages.SignalRequest | messages.ResizeRequest) -> None:
         """Send SIGNAL about this running exec."""
         self._control.port.send(FrameType.SIGNAL, 0, self.stream, messages.encode(request))
 
@@ -111,6 +111,7 @@ class Control:
         self.hello: asyncio.Future[messages.Hello] = asyncio.get_running_loop().create_future()
         self._calls: dict[int, Call] = {}
         self._next_stream = 1
+        self._highest_stream = 0
         self._lost: Exception | None = None
         port.on_frame = self._take
         port.on_lost = self._end
@@ -135,6 +136,7 @@ class Control:
             call.inlet(channel)
         self.port.send(FrameType.OPEN, 0, call.stream, messages.encode(request))
         self._next_stream = self._next_stream + 1 if self._next_stream < GUEST_STREAM_BIT - 1 else 1
+        self._highest_stream = max(self._highest_stream, call.stream)
         self._calls[call.stream] = call
         return call
 
@@ -170,7 +172,7 @@ class Control:
         call = self._calls.get(frame.stream)
         if call is None:
             # A stream that we ended a moment ago; one that we never opened is a lie.
-            if not 0 < frame.stream < GUEST_STREAM_BIT:
+            if not 0 < frame.stream <= self._highest_stream:
                 self.port.fail(f"{frame.type.name} on stream {frame.stream}, which is not ours")
             return
         handler = _HANDLERS.get(frame.type)
@@ -216,8 +218,12 @@ class Control:
         call.outlet.feed_credit(decode_u32(frame.payload))
 
     def _reset(self, call: Call, frame: Frame) -> None:
+        reason = decode_u32(frame.payload)
+        if reason > messages.MAX_ERRNO:
+            self.port.fail(f"RESET of stream {call.stream} with the errno {reason}")
+            return
         self.drop(call.stream)
-        call.fail(StreamReset(decode_u32(frame.payload)))
+        call.fail(StreamReset(reason))
 
     def _exit(self, call: Call, frame: Frame) -> None:
         try:
@@ -225,8 +231,8 @@ class Control:
         except messages.AnswerError as error:
             self.port.fail(str(error))
             return
-        if isinstance(exited, messages.Failure) or call.exited.done():
-            self.port.fail(f"EXIT twice, or not one, on stream {call.stream}")
+        if isinstance(exited, messages.Failure) or not call.reply.done():
+            self.port.fail(f"EXIT before REPLY, or not one, on stream {call.stream}")
             return
         self.drop(call.stream)
         for inlet in call.inlets.values():

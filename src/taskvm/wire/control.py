@@ -6,11 +6,23 @@ bounded by the frame, and unknown keys refused (docs/protocol-control.md).
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 FileType = Literal["file", "dir", "symlink", "fifo", "socket", "block", "char"]
+# The kernel's own limit of an errno (MAX_ERRNO in linux/err.h).
+MAX_ERRNO = 4095
+# How much of a guest's words an error message repeats.
+_MAX_TOLD = 300
+
+_Errno = Annotated[int, Meta(ge=1, le=MAX_ERRNO)]
+_Mode = Annotated[int, Meta(ge=0, le=0o7777)]
+_Count = Annotated[int, Meta(ge=0)]
+_Owner = Annotated[int, Meta(ge=0, le=2**32 - 1)]
+# It is shown to people: a few words, and nothing that a terminal would act on.
+_CallName = Annotated[str, Meta(max_length=64, pattern=r"\A[ -~]*\Z")]
 
 
 class _Request(msgspec.Struct, frozen=True, kw_only=True, tag_field="op"):
@@ -41,8 +53,15 @@ class IdentityRequest(_Request, frozen=True, kw_only=True, tag="identity"):
     files: list[IdentityFile] = []
 
 
+class PtySize(msgspec.Struct, frozen=True, kw_only=True):
+    """The size of a terminal, in characters."""
+
+    rows: int
+    cols: int
+
+
 class ExecRequest(_Request, frozen=True, kw_only=True, tag="exec"):
-    """Start a program; `merge` sends standard error down the pipe of standard output."""
+    """Start a program; `merge` sends standard error down the pipe of standard output, `pty` gives it a terminal."""
 
     argv: list[bytes]
     env: list[bytes]
@@ -51,12 +70,14 @@ class ExecRequest(_Request, frozen=True, kw_only=True, tag="exec"):
     gid: int = 0
     groups: list[int] = []
     merge: bool = False
+    pty: PtySize | None = None
 
 
 class ReadRequest(_Request, frozen=True, kw_only=True, tag="read"):
     path: bytes
     offset: int = 0
     length: int = -1
+    follow: bool = True
 
 
 class WriteRequest(_Request, frozen=True, kw_only=True, tag="write"):
@@ -65,11 +86,28 @@ class WriteRequest(_Request, frozen=True, kw_only=True, tag="write"):
     uid: int = 0
     gid: int = 0
     parents: bool = False
+    mtime_ns: int = -1
 
 
 class StatRequest(_Request, frozen=True, kw_only=True, tag="stat"):
     path: bytes
     follow: bool = True
+
+
+class ChmodRequest(_Request, frozen=True, kw_only=True, tag="chmod"):
+    path: bytes
+    mode: int
+
+
+class SymlinkRequest(_Request, frozen=True, kw_only=True, tag="symlink"):
+    path: bytes
+    target: bytes
+    uid: int = 0
+    gid: int = 0
+
+
+class ReadlinkRequest(_Request, frozen=True, kw_only=True, tag="readlink"):
+    path: bytes
 
 
 class ListRequest(_Request, frozen=True, kw_only=True, tag="list"):
@@ -121,6 +159,9 @@ Request = (
     | ReadRequest
     | WriteRequest
     | StatRequest
+    | ChmodRequest
+    | SymlinkRequest
+    | ReadlinkRequest
     | ListRequest
     | MkdirRequest
     | RenameRequest
@@ -137,6 +178,14 @@ class SignalRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     signal: int
     scope: Literal["group", "all"] = "group"
+
+
+class ResizeRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """The payload of SIGNAL that changes the size of an exec's terminal."""
+
+    rows: int
+    cols: int
+    scope: Literal["resize"] = "resize"
 
 
 # What the guest answers.
@@ -156,8 +205,8 @@ class Hello(_Answer, frozen=True, kw_only=True):
 class Failure(_Answer, frozen=True, kw_only=True):
     """The answer to an operation that failed: a Linux errno and the system call or step."""
 
-    errno: int
-    call: str
+    errno: _Errno
+    call: _CallName
 
 
 class Done(_Answer, frozen=True, kw_only=True):
@@ -165,48 +214,64 @@ class Done(_Answer, frozen=True, kw_only=True):
 
 
 class Started(_Answer, frozen=True, kw_only=True):
-    pid: int
+    pid: Annotated[int, Meta(ge=1)]
 
 
 class ReadStarted(_Answer, frozen=True, kw_only=True):
-    size: int
-    mode: int
+    size: _Count
+    mode: _Mode
     mtime_ns: int
 
 
 class Written(_Answer, frozen=True, kw_only=True):
-    size: int
+    size: _Count
 
 
 class FileStat(_Answer, frozen=True, kw_only=True):
     """What a guest path is. `mode` holds the low 12 bits; times are nanoseconds since 1970 UTC; sizes bytes."""
 
     type: FileType
-    mode: int
-    size: int
-    uid: int
-    gid: int
-    nlink: int
+    mode: _Mode
+    size: _Count
+    uid: _Owner
+    gid: _Owner
+    nlink: _Count
     ino: int
     mtime_ns: int
     target: bytes | None = None
 
 
+class LinkTarget(_Answer, frozen=True, kw_only=True):
+    """What a symbolic link holds."""
+
+    target: bytes
+
+
 class DirEntry(_Answer, frozen=True, kw_only=True):
-    """One entry of a guest directory. `name` is bytes: Linux names are."""
+    """One entry of a guest directory. `name` is bytes, as Linux names are, and one component: who joins it to a path
+    of the host stays in that directory.
+    """
 
     name: bytes
     type: FileType
-    mode: int
-    size: int
+    mode: _Mode
+    size: _Count
     mtime_ns: int
+
+    def __post_init__(self) -> None:
+        if self.name in (b"", b".", b"..") or b"/" in self.name or b"\0" in self.name:
+            raise ValueError("a name is not one path component")
 
 
 class Exited(_Answer, frozen=True, kw_only=True):
     """The payload of EXIT: exactly one of the two is set."""
 
-    code: int | None = None
-    signal: int | None = None
+    code: Annotated[int, Meta(ge=0, le=255)] | None = None
+    signal: Annotated[int, Meta(ge=1, le=127)] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.code is None) is (self.signal is None):
+            raise ValueError("a process ends by a code or by a signal")
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -217,7 +282,7 @@ class AnswerError(Exception):
     """Raised when an answer is not the map that was due."""
 
 
-def encode(message: Request | SignalRequest) -> bytes:
+def encode(message: Request | SignalRequest | ResizeRequest) -> bytes:
     """Return `message` as the msgpack map of the protocol."""
     return _encoder.encode(message)
 
@@ -232,4 +297,10 @@ def decode(payload: bytes | memoryview, kind: type[_A]) -> _A | Failure:
                 return msgspec.msgpack.decode(payload, type=Failure)
             except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
                 pass
-        raise AnswerError(f"expected {kind.__name__}: {error}") from None
+        raise AnswerError(f"expected {kind.__name__}: {_told(error)}") from None
+
+
+def _told(error: Exception) -> str:
+    """The error's text, which may quote the guest: cut, and with control characters escaped."""
+    text = str(error)[:_MAX_TOLD]
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
