@@ -17,6 +17,7 @@ import taskvm
 from taskvm import (
     ByteStream,
     HostDir,
+    HostError,
     ImageSpec,
     ImageStore,
     Process,
@@ -32,6 +33,9 @@ from taskvm import examine as examine_host
 EXIT_TIMEOUT = 124
 EXIT_FAILURE = 125
 EXIT_INTERRUPTED = 130
+EXIT_NO_READER = 141  # 128 + SIGPIPE, as every program in a pipe whose reader has gone
+
+STDIN, STDOUT, STDERR = range(3)
 
 
 class Commands(click.Group):
@@ -58,7 +62,10 @@ def main() -> None:
 # taskvm run
 
 
-@main.command(context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False})
+@main.command(
+    short_help="Run a command in a new sandbox.",
+    context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False},
+)
 @click.option(
     "--image",
     metavar="NAME",
@@ -157,6 +164,9 @@ def run(
 
     Values of secrets come from the environment or a file, never from the command line.
     """
+    if timeout is not None and not timeout > 0:  # so that "nan" is refused too
+        raise UsageError(f"use --timeout {timeout:g}", "it is not a positive number of seconds")
+    _occupy_standard_streams()
     starting = Sandbox.create(
         mounts=dict(_mount(text) for text in mounts),
         allow=allow,
@@ -173,7 +183,11 @@ def run(
         warm=not cold,
         on_progress=_silent if quiet else _progress,
     )
-    sys.exit(asyncio.run(_run(starting, command, cwd, timeout)))
+    try:
+        status = asyncio.run(_run(starting, command, cwd, timeout))
+    except _NoReaderError:
+        status = EXIT_NO_READER
+    sys.exit(status)
 
 
 async def _run(
@@ -189,16 +203,23 @@ async def _run(
             return EXIT_TIMEOUT
 
 
+class _NoReaderError(Exception):
+    """Whoever read our output has gone, as `head` does when it has seen enough."""
+
+
 async def _relay(process: Process) -> int:
-    async with asyncio.TaskGroup() as group:
-        feeding = group.create_task(_feed(process))
-        outputs = [
-            group.create_task(_copy(process.stdout, sys.stdout.fileno())),
-            group.create_task(_copy(process.stderr, sys.stderr.fileno())),
-        ]
-        result = await process.wait()
-        await asyncio.wait(outputs)
-        feeding.cancel()
+    try:
+        async with asyncio.TaskGroup() as group:
+            feeding = group.create_task(_feed(process))
+            outputs = [
+                group.create_task(_copy(process.stdout, STDOUT)),
+                group.create_task(_copy(process.stderr, STDERR)),
+            ]
+            result = await process.wait()
+            await asyncio.wait(outputs)
+            feeding.cancel()
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None  # the others say the same, or follow from it
     return result.exit_code
 
 
@@ -209,15 +230,32 @@ async def _copy(stream: ByteStream, descriptor: int) -> None:
 
 def _write_all(descriptor: int, data: bytes) -> None:
     view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
+    try:
+        while view:
+            view = view[os.write(descriptor, view) :]
+    except BrokenPipeError as error:
+        raise _NoReaderError from error
+    except OSError as error:
+        raise HostError("write the command's output", error.strerror or str(error)) from error
+
+
+def _occupy_standard_streams() -> None:
+    """Give /dev/null the number of a standard stream that is closed (`>&-`).
+
+    The next file to be opened would get that number, and the guest's output would go there.
+    """
+    for descriptor in (STDIN, STDOUT, STDERR):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
 
 
 async def _feed(process: Process) -> None:
     """Pass standard input on. Nothing is read ahead of what the guest takes."""
-    read = _read_ready if _is_pollable(0) else _read_file
+    read = _read_ready if _is_pollable(STDIN) else _read_file
     try:
-        while data := await read(0):
+        while data := await read(STDIN):
             await process.write(data)
         await process.close_stdin()
     except (OSError, SandboxLostError):
@@ -253,7 +291,7 @@ async def _read_file(descriptor: int) -> bytes:
 # taskvm image
 
 
-@main.group()
+@main.group(short_help="Build, list and show guest images.")
 def image() -> None:
     """Guest images: kernel, modules and root file system, named by digest."""
 

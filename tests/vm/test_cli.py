@@ -68,6 +68,8 @@ def test_a_timeout_has_its_own_status() -> None:
         ["--mount", "nowhere", "--", "true"],
         ["--mount", "/does/not/exist:/workspace", "--", "true"],
         ["--env", "NOEQUALS", "--", "true"],
+        ["--timeout", "0", "--", "true"],
+        ["--timeout", "nan", "--", "true"],
         ["--allow", "*", "--", "true"],
         ["--secret", "MISSING_VARIABLE@a.example", "--allow", "a.example", "--", "true"],
     ],
@@ -114,6 +116,69 @@ def test_ctrl_c_ends_everything_quietly() -> None:
 
     assert process.returncode == 130
     assert "Traceback" not in stderr
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly() -> None:
+    """`taskvm run … | head -1` stops an endless command; the status is that of any program in such a pipe."""
+    process = subprocess.Popen(
+        [*TASKVM, "run", *SMALL, "--", "yes"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline() == b"y\n"
+
+    process.stdout.close()
+
+    assert process.wait(timeout=30) == 141
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+def test_output_that_cannot_be_written_is_one_line() -> None:
+    """A full disk behind `>` is a failure with its reason."""
+    with open("/dev/full", "wb") as full:
+        done = taskvm(
+            "run", *SMALL, "--", "echo", "lost", capture_output=False, stdout=full,
+            stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    assert done.returncode == 125
+    assert done.stderr == "taskvm: write the command's output: No space left on device\n"
+
+
+def test_a_closed_standard_output_is_nobody_elses_file() -> None:
+    """With `>&-` the output goes nowhere, and not into the file that got the number 1."""
+    shell = f'exec "{TASKVM[0]}" run {" ".join(SMALL)} -- sh -c "echo lost; exit 7" >&-'
+
+    done = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, timeout=120)
+
+    assert (done.returncode, done.stderr) == (7, "")
+
+
+def test_a_machine_that_dies_is_one_line() -> None:
+    """QEMU killed in the middle of a command: a reason, the status of a failure, no traceback."""
+    process = subprocess.Popen(
+        [*TASKVM, "run", *SMALL, "--", "sh", "-c", "echo up; sleep 600"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    (supervisor,) = _children(process.pid)
+    (qemu,) = _children(supervisor)
+
+    os.kill(qemu, signal.SIGKILL)
+    _, stderr = process.communicate(timeout=30)
+
+    assert process.returncode == 125
+    assert stderr.startswith("taskvm: ")
+    assert stderr.count("\n") == 1
+
+
+def _children(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 
 
 def test_a_terminal_stays_blocking() -> None:
