@@ -1,7 +1,7 @@
 """The command line: `taskfactory run` runs one task with a scripted agent.
 
 Exit codes: 0 the task was done, 1 it failed or was refused, 2 wrong usage or a wrong file, 130 ended
-by Ctrl-C or SIGTERM.
+by Ctrl-C or SIGTERM, 141 ended because nobody reads the output any more.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,11 @@ from taskfactory.workspace import open_workspace, refuse_inside
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
 _INTERRUPTED = 128 + signal.SIGINT
+_NO_READER = 128 + signal.SIGPIPE
 
 
-@click.group()
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="taskvm")  # the distribution that holds both packages
 def main() -> None:
     """Run coding agents' tasks in a sandbox."""
 
@@ -85,6 +87,8 @@ def run(
     except (KeyboardInterrupt, asyncio.CancelledError):
         click.echo("Ended on request; whatever the task had started is gone.", err=True)
         sys.exit(_INTERRUPTED)
+    except _WritingFailed as failure:
+        sys.exit(_say_why(failure))
     sys.exit(code)
 
 
@@ -110,11 +114,12 @@ def _run(request: _Request) -> int:
         env_default=settings.sandbox_default,
     )
     model, hooks = _agent(request), _hooks(request)
-    with SessionLog(settings.home, file.task.id) as log:
+    with _open_log(settings.home, file.task.id) as log:
+        show = _show_json if request.as_json else _show_line
 
         def emit(event: AnyEvent) -> None:
-            log.write(event)
-            (_show_json if request.as_json else _show_line)(event)
+            _written(f"the record {log.directory}", lambda: log.write(event))
+            _written("the output", lambda: show(event))
 
         opening = open_place(
             config,
@@ -123,7 +128,7 @@ def _run(request: _Request) -> int:
             say=lambda text: emit(Status(text=text)),
         )
         summary = asyncio.run(_until_signal(run_task(file.task, opening, model, hooks, emit)))
-    _show_summary(summary, log, as_json=request.as_json)
+        _written("the output", lambda: _show_summary(summary, log, as_json=request.as_json))
     return 0 if summary.ok else 1
 
 
@@ -145,6 +150,43 @@ async def _until_signal(work: Coroutine[Any, Any, Summary]) -> Summary:
     assert task is not None, "this is a coroutine of asyncio.run"
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     return await work
+
+
+# Writing...
+
+
+class _WritingFailed(Exception):  # noqa: N818 - it reads as what happened
+    """The record or the output cannot be written: the run ends, and the sandbox is released."""
+
+    def __init__(self, what: str, error: OSError) -> None:
+        super().__init__(f"write {what}: {error.strerror or error}")
+        self.error = error
+
+
+def _open_log(home: Path, task_id: str) -> SessionLog:
+    try:
+        return SessionLog(home, task_id)
+    except OSError as error:
+        raise _WritingFailed(
+            f"the session's record below {home} (TASKFACTORY_HOME)", error
+        ) from error
+
+
+def _written(what: str, write: Callable[[], None]) -> None:
+    try:
+        write()
+    except OSError as error:
+        raise _WritingFailed(what, error) from error
+
+
+def _say_why(failure: _WritingFailed) -> int:
+    """Tell the reason, unless it is a reader that has left, and return the exit code."""
+    # What is still in the buffer would fail once more when Python ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(failure.error, BrokenPipeError):
+        return _NO_READER
+    click.echo(escape(f"{failure}. Free space or permissions"), err=True)
+    return 1
 
 
 # Showing...

@@ -194,3 +194,55 @@ def test_a_signal_ends_the_run_cleanly(shell: Shell, number: signal.Signals) -> 
     assert process.returncode == 130
     assert "session  over: cancelled" in output
     assert "Traceback" not in errors
+
+
+def test_a_reader_that_leaves_ends_the_run_quietly(shell: Shell) -> None:
+    """`taskfactory run … | head -1`: no traceback, and the code of any program in such a pipe."""
+    shell.script.write_text("- tools: [{tool: bash, arguments: {command: sleep 1}}]\n")
+    process = subprocess.Popen(
+        shell.command(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=shell.environment
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline().startswith(b"session")
+
+    process.stdout.close()
+
+    assert process.wait(timeout=30) == 141
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+def test_output_that_cannot_be_written_is_one_line(shell: Shell) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            shell.command(),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=shell.environment,
+            timeout=60,
+        )
+
+    assert done.returncode == 1
+    assert done.stderr.startswith("write the output: No space left on device")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_home_that_cannot_be_written_is_one_line(shell: Shell) -> None:
+    done = shell.run(TASKFACTORY_HOME="/proc/nowhere")
+
+    assert done.returncode == 1
+    assert done.stderr.startswith("write the session's record below /proc/nowhere")
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_usual_questions_are_answered() -> None:
+    """-h and --version, as every command has them."""
+    program = [sys.executable, "-c", "from taskfactory.cli import main; main()"]
+
+    helped = subprocess.run([*program, "run", "-h"], capture_output=True, text=True, timeout=60)
+    version = subprocess.run([*program, "--version"], capture_output=True, text=True, timeout=60)
+
+    assert "--sandbox-config" in helped.stdout
+    assert version.returncode == 0
