@@ -136,6 +136,7 @@ static const struct operation {
 	{"read", files_read},     {"write", files_write},     {"stat", files_stat},
 	{"list", files_list},     {"mkdir", files_mkdir},     {"rename", files_rename},
 	{"remove", files_remove}, {"mount", fusepump_mount},  {"unmount", fusepump_unmount},
+	{"chmod", files_chmod},   {"symlink", files_symlink}, {"readlink", files_readlink},
 	{"sync", sync_disks},     {"poweroff", turn_off},
 };
 

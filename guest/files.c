@@ -68,8 +68,9 @@ static int open_regular(const struct request *request, struct stat *status, stru
 	char path[PATH_MAX];
 	if (!request_path(request, "path", path, failure))
 		return -1;
+	int links = request_flag(request, "follow", true) ? 0 : O_NOFOLLOW;
 	/* O_NONBLOCK: opening a FIFO must not wait for its writer. */
-	int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
+	int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY | links);
 	if (fd < 0) {
 		fail_call(failure, errno, "open");
 		return -1;
@@ -196,6 +197,19 @@ static bool set_owner_and_mode(int fd, struct owner owner, mode_t mode, struct f
 	return fchmod(fd, mode) == 0 || fail_call(failure, errno, "fchmod");
 }
 
+/* Set the time of last modification, when the request names one. */
+static bool set_mtime(int fd, const struct request *request, struct failure *failure)
+{
+	int64_t mtime = request_integer(request, "mtime_ns", -1);
+	if (mtime < 0)
+		return true;
+	struct timespec times[2] = {
+		{.tv_nsec = UTIME_OMIT},
+		{.tv_sec = mtime / 1000000000, .tv_nsec = mtime % 1000000000},
+	};
+	return futimens(fd, times) == 0 || fail_call(failure, errno, "futimens");
+}
+
 static bool replace_file(struct transfer *transfer, const char *path, int64_t *size, struct failure *failure)
 {
 	const struct request *request = transfer->request;
@@ -204,7 +218,8 @@ static bool replace_file(struct transfer *transfer, const char *path, int64_t *s
 	if (fd < 0)
 		return false;
 	bool good = receive_contents(transfer, fd, size, failure) &&
-		    set_owner_and_mode(fd, requested_owner(request), requested_mode(request, 0644), failure);
+		    set_owner_and_mode(fd, requested_owner(request), requested_mode(request, 0644), failure) &&
+		    set_mtime(fd, request, failure);
 	if (good && fsync(fd) < 0)
 		good = fail_call(failure, errno, "fsync");
 	if (close(fd) < 0 && good)
@@ -353,7 +368,7 @@ void files_list(struct transfer *transfer)
 	free(listing);
 }
 
-/* mkdir, rename, remove */
+/* chmod, symlink, readlink */
 
 static void answer(struct transfer *transfer, bool good, const struct failure *failure)
 {
@@ -362,6 +377,99 @@ static void answer(struct transfer *transfer, bool good, const struct failure *f
 	else
 		transfer_fail(transfer, failure);
 }
+
+/* What is at `path` itself, never what a symbolic link there leads to: the agent is root, and the path may be in a
+ * directory of the user's. The descriptor is O_PATH, so that a device is not opened. */
+static int open_itself(const char *path, struct stat *status, struct failure *failure)
+{
+	int fd = open(path, O_PATH | O_NOFOLLOW | O_CLOEXEC);
+	if (fd < 0) {
+		fail_call(failure, errno, "open");
+	} else if (fstat(fd, status) < 0) {
+		fail_call(failure, errno, "fstat");
+		close(fd);
+		fd = -1;
+	}
+	return fd;
+}
+
+static bool change_mode(const struct request *request, struct failure *failure)
+{
+	char path[PATH_MAX], opened[32];
+	struct stat status;
+	if (!request_path(request, "path", path, failure))
+		return false;
+	int fd = open_itself(path, &status, failure);
+	if (fd < 0)
+		return false;
+	/* fchmod refuses O_PATH (open(2)); the link in /proc leads to just what was opened. */
+	snprintf(opened, sizeof(opened), "/proc/self/fd/%d", fd);
+	bool good = S_ISLNK(status.st_mode) ? fail_call(failure, ELOOP, "chmod")
+					    : chmod(opened, requested_mode(request, 0644)) == 0 ||
+						      fail_call(failure, errno, "chmod");
+	close(fd);
+	return good;
+}
+
+void files_chmod(struct transfer *transfer)
+{
+	struct failure failure = {0};
+	answer(transfer, change_mode(transfer->request, &failure), &failure);
+}
+
+static bool give_link(const char *path, struct owner owner, struct failure *failure)
+{
+	struct stat status;
+	int fd = open_itself(path, &status, failure);
+	if (fd < 0)
+		return false;
+	/* Only a link is given away: whoever owns the directory may have put another's file in its place. */
+	bool good = !S_ISLNK(status.st_mode) ? fail_call(failure, EEXIST, "symlink")
+		    : status.st_uid == owner.uid && status.st_gid == owner.gid
+			    ? true
+			    : fchownat(fd, "", owner.uid, owner.gid, AT_EMPTY_PATH) == 0 ||
+				      fail_call(failure, errno, "fchown");
+	close(fd);
+	return good;
+}
+
+static bool make_link(const struct request *request, struct failure *failure)
+{
+	char path[PATH_MAX], target[PATH_MAX];
+	if (!request_path(request, "path", path, failure) || !request_path(request, "target", target, failure))
+		return false;
+	if (symlink(target, path) < 0)
+		return fail_call(failure, errno, "symlink");
+	return give_link(path, requested_owner(request), failure);
+}
+
+void files_symlink(struct transfer *transfer)
+{
+	struct failure failure = {0};
+	answer(transfer, make_link(transfer->request, &failure), &failure);
+}
+
+void files_readlink(struct transfer *transfer)
+{
+	struct failure failure = {0};
+	char path[PATH_MAX], target[PATH_MAX];
+	ssize_t length = -1;
+	if (request_path(transfer->request, "path", path, &failure) &&
+	    (length = readlink(path, target, sizeof(target))) < 0)
+		fail_call(&failure, errno, "readlink");
+	if (length < 0) {
+		transfer_fail(transfer, &failure);
+		return;
+	}
+	uint8_t bytes[32 + PATH_MAX];
+	struct msgpack_writer map = {.bytes = bytes, .capacity = sizeof(bytes)};
+	msgpack_write_map(&map, 1);
+	msgpack_write_string(&map, "target");
+	msgpack_write_bytes(&map, target, (size_t)length);
+	transfer_reply(transfer, &map);
+}
+
+/* mkdir, rename, remove */
 
 static bool make_directory(const struct request *request, struct failure *failure)
 {

@@ -7,6 +7,7 @@ async with Sandbox.create(mounts={"/workspace": HostDir(".")}, allow=["api.examp
 from taskvm.doctor import Finding, examine, render_findings
 from taskvm.errors import (
     CommandError,
+    CopyError,
     GuestError,
     GuestProtocolError,
     HostError,
@@ -30,6 +31,7 @@ from taskvm.pool import WarmPool
 from taskvm.process import ByteStream, ExecResult, Process
 from taskvm.sandbox import Sandbox, Starting
 from taskvm.secret import Secret
+from taskvm.treecopy import CopyLimits
 
 __version__ = "0.1.0"
 
@@ -43,6 +45,7 @@ __all__ = [
     "ByteStream",
     "Files",
     "FileInfo",
+    "CopyLimits",
     "Policy",
     "WarmPool",
     "Provider",
@@ -65,5 +68,6 @@ __all__ = [
     "SandboxLostError",
     "GuestProtocolError",
     "GuestError",
+    "CopyError",
     "CommandError",
 ]

@@ -13,6 +13,7 @@
     │   ├── SandboxLostError       the virtual machine ended or stopped answering
     │   └── GuestProtocolError     the guest broke the protocol: its sandbox is ended
     ├── GuestError                 the guest answered a request with an errno
+    ├── CopyError                  a tree holds what is not copied, or too much of it
     └── CommandError               a command run with ``check=True`` did not exit with 0
 
 Every message says the operation, its operands, the cause and the next step. No message holds a secret's value.
@@ -108,6 +109,10 @@ class GuestError(TaskvmError):
 
     def __reduce__(self) -> tuple[type[GuestError], tuple[str, int, str]]:
         return type(self), (self.operation, self.errno, self.call)
+
+
+class CopyError(TaskvmError):
+    """Raised when a tree holds what is not copied between host and guest, such as a device, or more than the limits."""
 
 
 class CommandError(TaskvmError):

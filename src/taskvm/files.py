@@ -5,35 +5,41 @@ from __future__ import annotations
 import asyncio
 import os
 import struct
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from taskvm.errors import GuestError, SandboxLostError, UsageError
+from taskvm.filestream import receive, send
 from taskvm.port import StreamReset
+from taskvm.treecopy import CopyIn, CopyLimits, CopyOut
 from taskvm.vm.control import Call, Control
 from taskvm.wire.control import (
     AnswerError,
+    ChmodRequest,
     DirEntry,
     Done,
     Failure,
     FileStat,
     FileType,
+    LinkTarget,
     ListRequest,
     MkdirRequest,
+    ReadlinkRequest,
     ReadRequest,
     ReadStarted,
     RemoveRequest,
     RenameRequest,
     Request,
     StatRequest,
+    SymlinkRequest,
     WriteRequest,
-    Written,
     decode,
 )
 
 GuestPath = str | PurePosixPath
-_A = TypeVar("_A", FileStat, Done)
+_A = TypeVar("_A", FileStat, Done, LinkTarget)
 
 # The agent serves this many operations at once (protocol page); further ones wait here.
 MAX_CONCURRENT = 32
@@ -111,12 +117,57 @@ class Files:
         """Return the content of a UTF-8 file. Raises UnicodeDecodeError when it is not UTF-8."""
         return (await self.read_bytes(path)).decode("utf-8")
 
+    async def open_read(
+        self,
+        path: GuestPath,
+        *,
+        offset: int = 0,
+        length: int | None = None,
+        follow: bool = True,
+    ) -> AsyncGenerator[bytes]:
+        """Yield the content of a file of any size in pieces; the guest reads no further ahead than a window.
+
+        Without `follow` a symbolic link is an error (ELOOP). Leave early by `contextlib.aclosing`: an open one
+        counts among the MAX_CONCURRENT operations.
+        """
+        operation = f"read {path}"
+        request = ReadRequest(
+            path=_encoded(path, operation),
+            offset=offset,
+            length=-1 if length is None else length,
+            follow=follow,
+        )
+        async with self._slots:
+            call = self._control.open_call(request, operation, channels=(1,))
+            try:
+                await call.answer(ReadStarted)
+                async for data in receive(call, operation):
+                    yield data
+            finally:
+                call.forget(errno=None if call.inlets[1].ended else _CANCELLED)
+
     async def write_bytes(
         self, path: GuestPath, data: bytes, *, mode: int = 0o644, parents: bool = True
     ) -> None:
         """Replace a file's content in one step: a reader sees the old content or the new.
 
         The bytes go to a temporary file beside it, which is synced and renamed over it.
+        """
+        await self.write_stream(path, _once(data), mode=mode, parents=parents)
+
+    async def write_stream(
+        self,
+        path: GuestPath,
+        pieces: AsyncIterable[bytes],
+        *,
+        mode: int = 0o644,
+        parents: bool = True,
+        mtime_ns: int | None = None,
+    ) -> None:
+        """Replace a file's content as `write_bytes`, by pieces that together may be larger than memory.
+
+        A piece is asked for when the guest has room for it. When `pieces` raises, or this is cancelled, the old content
+        stays. `mtime_ns` sets the time of modification.
         """
         operation = f"write {path}"
         request = WriteRequest(
@@ -125,23 +176,16 @@ class Files:
             uid=self._uid,
             gid=self._gid,
             parents=parents,
+            mtime_ns=-1 if mtime_ns is None else mtime_ns,
         )
         async with self._slots:
             call = self._control.open_call(request, operation)
             try:
-                async with asyncio.TaskGroup() as group:
-                    group.create_task(_send(call, data))
-                    written = await call.answer(Written, WRITE_TIMEOUT_S)
-                    call.outlet.fail(BrokenPipeError())
-            except BaseExceptionGroup as group_error:
-                call.forget(errno=_CANCELLED)
-                raise group_error.exceptions[0] from None
-            finally:
-                call.forget()
-        if written.size != len(data):
-            raise SandboxLostError(
-                operation, f"the guest wrote {written.size} of {len(data)} bytes"
-            )
+                await send(call, pieces, operation)
+            except BaseException:
+                call.forget(errno=_CANCELLED)  # the guest removes the temporary file
+                raise
+            call.forget()
 
     async def write_text(
         self, path: GuestPath, text: str, *, mode: int = 0o644, parents: bool = True
@@ -209,6 +253,60 @@ class Files:
         )
         await self._request(request, Done, operation)
 
+    async def chmod(self, path: GuestPath, mode: int) -> None:
+        """Set the low 12 bits of the mode. A symbolic link is not followed but refused (ELOOP)."""
+        operation = f"change the mode of {path}"
+        await self._request(
+            ChmodRequest(path=_encoded(path, operation), mode=mode), Done, operation
+        )
+
+    async def symlink(self, target: GuestPath, path: GuestPath) -> None:
+        """Make `path` a symbolic link that holds `target`, which may be relative. What is at `path` stays: EEXIST."""
+        operation = f"make the symbolic link {path}"
+        text = os.fsencode(str(target))
+        if not text or b"\0" in text:
+            raise UsageError(operation, "its target is empty or has a NUL", "Name a target")
+        request = SymlinkRequest(
+            path=_encoded(path, operation), target=text, uid=self._uid, gid=self._gid
+        )
+        await self._request(request, Done, operation)
+
+    async def readlink(self, path: GuestPath) -> str:
+        """Return what the symbolic link `path` holds: any text, which may lead anywhere."""
+        operation = f"read the symbolic link {path}"
+        answer = await self._request(
+            ReadlinkRequest(path=_encoded(path, operation)), LinkTarget, operation
+        )
+        return os.fsdecode(answer.target)
+
+    async def copy_in(self, host_path: str | os.PathLike[str], guest_path: GuestPath) -> None:
+        """Copy a file, a symbolic link or a whole tree of the host to `guest_path`, which is the copy's own name.
+
+        Permissions, the files' times and symbolic links (never followed) are kept; setuid, setgid and sticky are not.
+        Files that exist are replaced, directories that exist are added to. A failure leaves what was copied until
+        then. Raises CopyError for a socket, FIFO or device, or a tree that is too deep.
+        """
+        target = os.fsdecode(_encoded(guest_path, f"copy {os.fspath(host_path)} in"))
+        await CopyIn(self, Path(host_path), target).run()
+
+    async def copy_out(
+        self,
+        guest_path: GuestPath,
+        host_path: str | os.PathLike[str],
+        *,
+        limits: CopyLimits = CopyLimits(),  # noqa: B008 - frozen
+    ) -> None:
+        """Copy a file, a symbolic link or a whole tree of the guest to `host_path`, where nothing may be yet.
+
+        It appears whole or not at all, with permissions and times; the owner may always enter directories. Symbolic
+        links are copied as they are: following one later leads wherever the guest wished.
+
+        Raises UsageError when `host_path` exists, CopyError for a socket, FIFO, device or setuid file and when
+        `limits` or the depth are exceeded, HostError when the host refuses.
+        """
+        source = os.fsdecode(_encoded(guest_path, f"copy {guest_path} out"))
+        await CopyOut(self, source, Path(host_path), limits).run()
+
     async def rename(self, path: GuestPath, to: GuestPath, *, replace: bool = True) -> None:
         """Rename `path` to `to` within one file system; without `replace` an existing `to` is EEXIST."""
         operation = f"rename {path} to {to}"
@@ -260,12 +358,8 @@ def _encoded(path: GuestPath, operation: str) -> bytes:
     return os.fsencode(text)
 
 
-async def _send(call: Call, data: bytes) -> None:
-    try:
-        await call.outlet.write(data)
-        call.outlet.end()
-    except (BrokenPipeError, StreamReset):
-        return  # the guest has answered before it read everything: its answer says why
+async def _once(data: bytes) -> AsyncIterator[bytes]:
+    yield data
 
 
 def _entries(listing: bytes) -> list[FileInfo]:
