@@ -19,6 +19,7 @@
 #include "log.h"
 #include "pipes.h"
 #include "pool.h"
+#include "pty.h"
 #include "spawn.h"
 
 /* A spawn waits for a slot while as many others wait for a file system (execve, chdir). */
@@ -179,15 +180,35 @@ static void kill_exec(struct exec *exec)
 		cgroup_kill(exec->group);
 }
 
+/* The kernel signals SIGWINCH. A size that comes before the program's start is out of date by then: the REPLY is not sent yet. */
+static void resize(struct exec *exec, const struct frame *frame)
+{
+	struct winsize size;
+	if (!pty_read_size(frame->payload, frame->length, &size))
+		protocol_error(frame, "no size of a terminal");
+	if (exec->started && exec->spawn.tty && exec->out.fd >= 0)
+		ioctl(exec->out.fd, TIOCSWINSZ, &size);
+}
+
+static bool is_scope(const struct msgpack_value *scope, const char *name)
+{
+	return scope->length == strlen(name) && !memcmp(scope->bytes, name, scope->length);
+}
+
 static void take_signal(struct exec *exec, const struct frame *frame)
 {
-	struct msgpack_reader reader = {frame->payload, frame->payload + frame->length};
 	struct msgpack_value scope, signal;
-	if (!msgpack_valid(reader.next, frame->length) || !msgpack_find(reader.next, frame->length, "scope", &scope) ||
-	    !msgpack_find(reader.next, frame->length, "signal", &signal) || scope.type != MSGPACK_BYTES ||
-	    signal.type != MSGPACK_INTEGER || signal.integer < 0 || signal.integer > SIGRTMAX)
+	if (!msgpack_valid(frame->payload, frame->length) ||
+	    !msgpack_find(frame->payload, frame->length, "scope", &scope) || scope.type != MSGPACK_BYTES)
+		protocol_error(frame, "not a map with a scope");
+	if (is_scope(&scope, "resize")) {
+		resize(exec, frame);
+		return;
+	}
+	if (!msgpack_find(frame->payload, frame->length, "signal", &signal) || signal.type != MSGPACK_INTEGER ||
+	    signal.integer < 0 || signal.integer > SIGRTMAX)
 		protocol_error(frame, "not a map of scope and signal");
-	if (scope.length == 3 && !memcmp(scope.bytes, "all", 3))
+	if (is_scope(&scope, "all"))
 		kill_exec(exec);
 	else if (exec->started)
 		signal_group(exec, (int)signal.integer);
@@ -257,9 +278,9 @@ static void started(struct exec *exec)
 	exec->started = true;
 	exec->group = exec->spawn.cgroup;
 	reply_started(exec);
-	output_start(&exec->out, exec->spawn.out);
-	output_start(&exec->err, exec->spawn.err);
-	input_start(&exec->input, exec->spawn.in);
+	output_start(&exec->out, exec->spawn.out, exec->spawn.tty);
+	output_start(&exec->err, exec->spawn.err, false);
+	input_start(&exec->input, exec->spawn.in, exec->spawn.tty);
 	if (exec->kill_at_start)
 		cgroup_kill(exec->group);
 	if (exec->signal_at_start)

@@ -11,10 +11,13 @@
 #include "control.h"
 #include "kernel.h"
 #include "log.h"
+#include "pty.h"
 
 /* A program that fills its pipe once will do so again: let it run on while the port takes the last piece. */
 enum { BUSY_PIPE_SIZE = 256 * 1024 };
 enum { DROP_AT_ONCE = 1024 * 1024 };
+/* More than a terminal holds between the programs that write and the agent (drivers/tty: 8192 bytes and a page, and what is under way). */
+enum { TERMINAL_HOLDS = 64 * 1024 };
 #define NO_LIMIT INT64_MAX
 
 static int null_device;
@@ -41,9 +44,24 @@ static void end_output(struct output *output)
 	port_send(&control_port, FRAME_END, output->channel, output->stream, NULL, 0);
 }
 
+/* EIO: no program has the terminal open. That is its end only after the main process's: before, one may open /dev/tty again, and
+ * closing the leader would send SIGHUP to a program that closes its descriptors and then exits, as cat does. */
+static ssize_t read_output(const struct output *output, uint8_t *bytes, size_t size)
+{
+	ssize_t count = read(output->fd, bytes, size);
+	if (count >= 0 || errno != EIO || !output->tty)
+		return count;
+	if (output->left != NO_LIMIT)
+		return 0;
+	errno = EAGAIN;
+	return -1;
+}
+
 static void drop_output(struct output *output)
 {
-	ssize_t count = splice(output->fd, NULL, null_device, NULL, DROP_AT_ONCE, SPLICE_F_NONBLOCK);
+	uint8_t bytes[4096];
+	ssize_t count = output->tty ? read_output(output, bytes, sizeof(bytes)) : /* splice wants a pipe */
+		splice(output->fd, NULL, null_device, NULL, DROP_AT_ONCE, SPLICE_F_NONBLOCK);
 	if (count == 0)
 		close_output(output);
 	else if (count > 0) /* more in its turn, so that a program that never stops does not stop the others */
@@ -59,7 +77,7 @@ static bool send_piece(struct output *output)
 	uint8_t *place = size > 0 ? port_lend(&control_port, (size_t)size) : NULL;
 	if (!place)
 		return false;
-	ssize_t count = read(output->fd, place, (size_t)size);
+	ssize_t count = read_output(output, place, (size_t)size);
 	int error = errno;
 	port_commit(&control_port, FRAME_DATA, output->channel, output->stream, count > 0 ? (size_t)count : 0);
 	if (count > 0) {
@@ -106,9 +124,10 @@ void output_init(struct output *output, uint32_t stream, uint8_t channel, void (
 		.fd = -1, .credit = INITIAL_CREDIT, .left = NO_LIMIT};
 }
 
-void output_start(struct output *output, int fd)
+void output_start(struct output *output, int fd, bool tty)
 {
 	output->fd = fd;
+	output->tty = tty;
 	if (fd >= 0)
 		loop_add(&control_loop, fd, &output->source, EPOLLIN);
 	else
@@ -120,7 +139,10 @@ void output_limit(struct output *output)
 	int held = 0;
 	if (output->fd < 0)
 		return;
-	ioctl(output->fd, FIONREAD, &held);
+	if (output->tty) /* FIONREAD does not see what is on its way through the line discipline; read does */
+		held = TERMINAL_HOLDS;
+	else
+		ioctl(output->fd, FIONREAD, &held);
 	output->left = held;
 	output->readable = true;
 }
@@ -157,6 +179,16 @@ static void watch(struct input *input)
 	input->watched = true;
 }
 
+/* Type the end of file. False when the terminal takes nothing now. */
+static bool type_end(struct input *input)
+{
+	uint8_t end = pty_end_byte(input->fd);
+	if (!end || write(input->fd, &end, 1) >= 0 || errno != EAGAIN)
+		return true;
+	watch(input);
+	return false;
+}
+
 static void pump(struct input *input)
 {
 	while (input->length) {
@@ -173,7 +205,7 @@ static void pump(struct input *input)
 		input->length -= (size_t)count;
 		input->owed += (uint32_t)count;
 	}
-	if (!input->length && input->ended)
+	if (!input->length && input->ended && input->fd >= 0 && (!input->tty || type_end(input)))
 		input_close(input);
 	grant(input);
 }
@@ -191,9 +223,10 @@ void input_init(struct input *input, uint32_t stream)
 	*input = (struct input){.source.ready = input_ready, .stream = stream, .fd = -1, .window = INITIAL_CREDIT};
 }
 
-void input_start(struct input *input, int fd)
+void input_start(struct input *input, int fd, bool tty)
 {
 	input->fd = fd;
+	input->tty = tty;
 	input->started = true;
 	if (input->mute)
 		input_close(input);

@@ -1,4 +1,4 @@
-/* The agent's ends of a program's pipes: output with the host's credit, input with ours. In the control thread. */
+/* The agent's ends of a program's pipes, or of its terminal: output with the host's credit, input with ours. In the control thread. */
 #ifndef TASKVM_PIPES_H
 #define TASKVM_PIPES_H
 
@@ -16,6 +16,7 @@ struct output {
 	uint8_t channel;
 	int fd; /* -1: closed, or not there */
 	bool readable, busy;
+	bool tty; /* `fd` is a terminal's leader */
 	bool ended; /* END was sent, or is not due: what still comes is dropped */
 	int64_t credit, left; /* `left`: how much of the pipe is still to be sent (output_limit) */
 };
@@ -24,6 +25,7 @@ struct input {
 	struct source source;
 	uint32_t stream;
 	int fd;
+	bool tty; /* `fd` is a terminal's leader: an END is typed into it */
 	bool started, ended, watched, mute; /* `mute`: no credit is due any more, and what comes is dropped */
 	uint8_t *bytes; /* what the program has not read yet; INITIAL_CREDIT of room, made when first needed */
 	size_t start, length;
@@ -34,14 +36,14 @@ void pipes_init(void);
 
 void output_init(struct output *output, uint32_t stream, uint8_t channel, void (*moved)(struct output *));
 /* The program runs; `fd` is -1 when it has no such pipe (merged). */
-void output_start(struct output *output, int fd);
+void output_start(struct output *output, int fd, bool tty);
 /* Send, or drop, what there is and what credit and the port allow. */
 void output_pump(struct output *output);
 /* The main process has ended: what is in the pipe now is all that is sent. */
 void output_limit(struct output *output);
 
 void input_init(struct input *input, uint32_t stream);
-void input_start(struct input *input, int fd);
+void input_start(struct input *input, int fd, bool tty);
 void input_take(struct input *input, const struct frame *frame);
 void input_end(struct input *input);
 void input_close(struct input *input);

@@ -29,6 +29,27 @@ bool request_find(const struct request *request, const char *key, struct msgpack
 	return msgpack_find(request->map, request->length, key, value);
 }
 
+const uint8_t *request_map(const struct request *request, const char *key, size_t *length)
+{
+	struct msgpack_value value;
+	struct msgpack_reader reader = {request->map, request->map + request->length};
+	if (!msgpack_read(&reader, &value))
+		return NULL;
+	for (size_t left = value.length; left > 0; left--) {
+		struct msgpack_value name;
+		if (!msgpack_read_whole(&reader, &name))
+			return NULL;
+		const uint8_t *start = reader.next;
+		if (!msgpack_read_whole(&reader, &value))
+			return NULL;
+		if (name.type != MSGPACK_BYTES || name.length != strlen(key) || memcmp(name.bytes, key, name.length))
+			continue;
+		*length = (size_t)(reader.next - start);
+		return value.type == MSGPACK_MAP ? start : NULL;
+	}
+	return NULL;
+}
+
 bool fail_call(struct failure *failure, int error, const char *call)
 {
 	failure->error = error;

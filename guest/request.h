@@ -27,6 +27,8 @@ struct request *request_copy(const struct frame *frame);
 /* The same of a map inside another. */
 struct request *request_part(const uint8_t *map, size_t length);
 bool request_find(const struct request *request, const char *key, struct msgpack_value *value);
+/* A map among the fields, to be read with msgpack_find; NULL when it is missing, nil or something else. */
+const uint8_t *request_map(const struct request *request, const char *key, size_t *length);
 /* False, with `failure` set, when the field is missing, no path, or longer than the kernel takes. */
 bool request_path(const struct request *request, const char *key, char path[PATH_MAX], struct failure *failure);
 int64_t request_integer(const struct request *request, const char *key, int64_t otherwise);

@@ -20,6 +20,7 @@
 
 #include "cgroup.h"
 #include "kernel.h"
+#include "pty.h"
 
 enum { MAX_GROUPS = 64, CHILD_STACK = 32 * 1024 };
 
@@ -31,6 +32,7 @@ struct child {
 	uint32_t uid, gid, groups[MAX_GROUPS];
 	size_t group_count;
 	int in, out, err;
+	bool tty;
 	struct failure failure;
 	_Alignas(16) char stack[CHILD_STACK];
 };
@@ -167,6 +169,8 @@ static bool become(const struct child *child, struct failure *failure)
 	setsid();
 	if (dup2(child->in, 0) < 0 || dup2(child->out, 1) < 0 || dup2(child->err, 2) < 0)
 		return fail_call(failure, errno, "dup2");
+	if (child->tty && ioctl(0, TIOCSCTTY, 0) < 0)
+		return fail_call(failure, errno, "TIOCSCTTY");
 	if (syscall(SYSCALL_CLOSE_RANGE, 3, ~0u, 0) < 0)
 		return fail_call(failure, errno, "close_range");
 	reset_oom_score();
@@ -265,6 +269,12 @@ static bool make_pipe(int *reader, int *writer, int *const ours, struct failure 
 	return true;
 }
 
+static bool copy_descriptor(int from, int *to, struct failure *failure)
+{
+	*to = fcntl(from, F_DUPFD_CLOEXEC, 3);
+	return *to >= 0 || fail_call(failure, errno, "fcntl");
+}
+
 static bool connect_pipes(struct spawn *spawn, struct child *child, bool merge)
 {
 	if (!make_pipe(&child->in, &spawn->in, &spawn->in, &spawn->failure) ||
@@ -272,15 +282,34 @@ static bool connect_pipes(struct spawn *spawn, struct child *child, bool merge)
 		return false;
 	if (!merge)
 		return make_pipe(&spawn->err, &child->err, &spawn->err, &spawn->failure);
-	child->err = fcntl(child->out, F_DUPFD_CLOEXEC, 3);
-	return child->err >= 0 || fail_call(&spawn->failure, errno, "fcntl");
+	return copy_descriptor(child->out, &child->err, &spawn->failure);
+}
+
+static bool connect_terminal(struct spawn *spawn, struct child *child, const uint8_t *map, size_t length)
+{
+	struct winsize size;
+	if (!pty_read_size(map, length, &size))
+		return fail_call(&spawn->failure, EINVAL, "pty");
+	spawn->tty = child->tty = true;
+	return pty_open(&spawn->out, &child->in, &size, child->uid, &spawn->failure) &&
+	       copy_descriptor(spawn->out, &spawn->in, &spawn->failure) &&
+	       copy_descriptor(child->in, &child->out, &spawn->failure) &&
+	       copy_descriptor(child->in, &child->err, &spawn->failure);
+}
+
+static bool connect(struct spawn *spawn, struct child *child)
+{
+	size_t length;
+	const uint8_t *terminal = request_map(spawn->request, "pty", &length);
+	if (terminal)
+		return connect_terminal(spawn, child, terminal, length);
+	return connect_pipes(spawn, child, request_flag(spawn->request, "merge", false));
 }
 
 static bool run(struct spawn *spawn, struct child *child)
 {
 	const struct request *request = spawn->request;
-	if (!read_program(request, child, &spawn->failure) ||
-	    !connect_pipes(spawn, child, request_flag(request, "merge", false)))
+	if (!read_program(request, child, &spawn->failure) || !connect(spawn, child))
 		return false;
 	spawn->cgroup = cgroup_make(request->stream);
 	if (spawn->cgroup < 0)

@@ -12,6 +12,7 @@ struct spawn {
 	struct request *request;
 	/* What came of it. Descriptors are -1 where there is none; `err` is -1 when merged. */
 	int in, out, err, cgroup;
+	bool tty; /* `in` and `out` are the same terminal, `err` is -1 */
 	volatile pid_t pid; /* set by the kernel before the child runs */
 	struct failure failure;
 };

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from taskvm.errors import GuestError, SandboxLostError
+from taskvm.errors import GuestError, SandboxLostError, UsageError
 from taskvm.port import Inlet, StreamReset
 from taskvm.vm.control import Call
-from taskvm.wire.control import SignalRequest
+from taskvm.wire.control import PtySize, ResizeRequest, SignalRequest
 
 # exec() keeps at most this much of each output stream and drops the rest; spawn() streams without a limit.
 MAX_CAPTURED_BYTES = 64 * 1024 * 1024
@@ -23,6 +23,19 @@ KILL_TIMEOUT_S = 10.0
 _CANCELLED = 125
 _IO_ERROR = 5  # EIO
 _BROKEN_PIPE = 32  # EPIPE
+# struct winsize holds 16 bits.
+_MAX_PTY_SIDE = 65535
+
+
+def pty_size(rows: int, cols: int) -> PtySize:
+    """Return the size of a terminal. Raises UsageError for one that the kernel has no number for."""
+    if not (1 <= rows <= _MAX_PTY_SIDE and 1 <= cols <= _MAX_PTY_SIDE):
+        raise UsageError(
+            f"give a terminal {rows} rows and {cols} columns",
+            f"each is 1 … {_MAX_PTY_SIDE}",
+            "Pass (rows, cols), such as (24, 80)",
+        )
+    return PtySize(rows=rows, cols=cols)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +112,7 @@ class ByteStream:
 class Process:
     """A running process of the guest. Leaving `async with` ends it and everything it started.
 
-    `stdout` and `stderr` are live; with `merge_output` standard error arrives in `stdout` and `stderr` is empty.
+    `stdout` and `stderr` are live; with `merge_output` or a terminal all output arrives in `stdout`.
     """
 
     def __init__(self, call: Call, command: str, pid: int) -> None:
@@ -121,13 +134,25 @@ class Process:
             raise BrokenPipeError(_BROKEN_PIPE, "the guest has dropped the process") from error
 
     async def close_stdin(self) -> None:
-        """Close standard input: the process reads end of file. Idempotent."""
+        """Close standard input: the process reads end of file. Idempotent.
+
+        Into a terminal its end-of-file character is typed (Ctrl-D), which ends input at the beginning of a line.
+        """
         self._call.outlet.end()
 
     async def kill(self, signal: int = signals.SIGTERM) -> None:
         """Send `signal` to the process's group. Nothing happens when it has ended."""
         if self._exit is None and not self._call.exited.done():
             self._call.send_signal(SignalRequest(signal=signal, scope="group"))
+
+    async def resize(self, rows: int, cols: int) -> None:
+        """Change the size of the process's terminal: its foreground programs get SIGWINCH.
+
+        Nothing happens without a terminal, or when the process has ended. Raises UsageError for an impossible size.
+        """
+        size = pty_size(rows, cols)
+        if not self._call.exited.done():
+            self._call.send_signal(ResizeRequest(rows=size.rows, cols=size.cols))
 
     async def wait(self) -> ExecResult:
         """Wait until the main process has ended. Its children may live on.

@@ -18,6 +18,8 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Literal, Self
 
+import msgspec
+
 from taskvm.errors import (
     CommandError,
     SandboxLostError,
@@ -32,7 +34,7 @@ from taskvm.launch import launch
 from taskvm.options import DEFAULT_CPUS, DEFAULT_MEMORY_MIB, SandboxOptions, ignore_progress
 from taskvm.policy import Policy
 from taskvm.pool import WarmPool
-from taskvm.process import Capture, ExecResult, Process
+from taskvm.process import Capture, ExecResult, Process, pty_size
 from taskvm.secret import Secret
 from taskvm.vm.warm import AcceleratorChoice
 from taskvm.wire.control import ExecRequest, Started
@@ -40,6 +42,8 @@ from taskvm.wire.control import ExecRequest, Started
 Command = str | Sequence[str]
 State = Literal["starting", "running", "lost", "closed"]
 SHELL = "/bin/bash"
+# Every terminal emulator of today understands it, and every distribution describes it (ncurses-base).
+PTY_TERM = "xterm-256color"
 # A variable-length limit of execve(2): the kernel refuses a single string of 128 KiB and more (MAX_ARG_STRLEN).
 MAX_ARGUMENT_BYTES = 128 * 1024 - 1
 
@@ -219,14 +223,19 @@ class Sandbox:
         cwd: GuestPath | None = None,
         env: Mapping[str, str] | None = None,
         merge_output: bool = False,
+        pty: tuple[int, int] | None = None,
         user: str | None = None,
     ) -> Process:
         """Start a command and return it running, with live streams. Read them: what is not read stops its writer.
 
-        With `merge_output` standard error goes down the same pipe as standard output. Raises as `exec`.
+        With `merge_output` standard error goes down the same pipe as standard output. `pty` is (rows, cols) of a
+        terminal that the command gets instead of pipes, as the leader of its session; $TERM is xterm-256color then,
+        unless `env` names another. Raises as `exec`.
         """
         self._require_running("start a command")
         request = self._exec_request(command, cwd, env, merge_output, user)
+        if pty is not None:
+            request = self._with_terminal(request, pty, env)
         text = command if isinstance(command, str) else shlex.join(command)
         call = self._guest.control.open_call(request, f"run {text[:200]!r} in the guest", (1, 2))
         try:
@@ -316,6 +325,15 @@ class Sandbox:
             groups=[gid],
             merge=merge,
         )
+
+    def _with_terminal(
+        self, request: ExecRequest, pty: tuple[int, int], env: Mapping[str, str] | None
+    ) -> ExecRequest:
+        environment = list(request.env)
+        if "TERM" not in {**self._options.env, **(env or {})}:
+            environment = [item for item in environment if not item.startswith(b"TERM=")]
+            environment.append(f"TERM={PTY_TERM}".encode())
+        return msgspec.structs.replace(request, pty=pty_size(*pty), env=environment)
 
     @property
     def _default_cwd(self) -> PurePosixPath:
