@@ -26,11 +26,13 @@ from taskvm.fs.memory import Memory
 from taskvm.fs.provider import Provider
 from taskvm.image.manifest import Image, ImageSpec
 from taskvm.image.store import ImageStore
+from taskvm.limits import Limits
 from taskvm.policy import Policy
 from taskvm.pool import WarmPool
 from taskvm.process import ByteStream, ExecResult, Process
 from taskvm.sandbox import Sandbox, Starting
 from taskvm.secret import Secret
+from taskvm.usage import Statistics
 from taskvm.treecopy import CopyLimits
 
 __version__ = "0.1.0"
@@ -48,6 +50,8 @@ __all__ = [
     "CopyLimits",
     "Policy",
     "WarmPool",
+    "Limits",
+    "Statistics",
     "Provider",
     "Memory",
     "Starting",

@@ -129,6 +129,9 @@ def main() -> None:
 @click.option(
     "--timeout", type=float, metavar="S", help="Kill the command after S seconds (exit status 124)."
 )
+@click.option(
+    "--max-duration", type=float, metavar="S", help="End the whole sandbox after S seconds."
+)
 @click.option("--audit", metavar="FILE", help="Append each egress decision to FILE as a JSON line.")
 @click.option(
     "--accel",
@@ -154,6 +157,7 @@ def run(
     env: tuple[str, ...],
     cwd: str | None,
     timeout: float | None,
+    max_duration: float | None,
     audit: str | None,
     accel: str,
     cold: bool,
@@ -181,6 +185,7 @@ def run(
         memory_mib=memory,
         accel=accel,  # type: ignore[arg-type]  # click.Choice has checked it
         warm=not cold,
+        max_duration_s=max_duration,
         on_progress=_silent if quiet else _progress,
     )
     try:

@@ -37,6 +37,7 @@ from taskvm.vm.boot import add_account, wait_hello
 from taskvm.vm.control import Control
 from taskvm.vm.machine import Machine
 from taskvm.vm.rundir import RunDir
+from taskvm.watch import Watch
 from taskvm.wire.control import (
     Done,
     ExecRequest,
@@ -68,6 +69,8 @@ class Guest:
         self.on_lost: Callable[[Exception], None] = lambda error: None
         self.placeholders: Mapping[str, str] = {}
         self.audit_path = Path()
+        self.watch: Watch | None = None
+        self.gateway: Gateway | None = None
         self._run_dir = run_dir
         self._ca = CertificateAuthority.create()
         self._background = Background(self._fail)
@@ -85,6 +88,11 @@ class Guest:
             await machine.kill()
             run_dir.remove()
             raise
+
+    @property
+    def directory(self) -> Path:
+        """Its directory on the host, which holds the overlay of its disk."""
+        return self._run_dir.path
 
     # Waking up.
 
@@ -128,7 +136,9 @@ class Guest:
             hostname=self.id, entropy=os.urandom(ENTROPY_BYTES), time_ns=time.time_ns()
         )
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._ask(request, "refresh the guest's clock and entropy"))
+            group.create_task(
+                self._ask(request, "refresh the guest's clock and entropy", urgent=True)
+            )
             group.create_task(self._continue())
 
     # Becoming somebody's sandbox.
@@ -139,15 +149,22 @@ class Guest:
         """Serve the mounts and mediate the network that `options` name."""
         net = await FramePort.open(self.machine.take("net"), PORT_NET)
         self._release.callback(net.close)
-        self._background.start(
-            self._make_gateway(options, bound, net).run(), f"egress of {self.id}"
-        )
+        gateway = self.gateway = self._make_gateway(options, bound, net)
+        self._background.start(gateway.run(), f"egress of {self.id}")
         server = FsServer(self.machine.take("fs"), on_failure=self._fail_from_thread())
         self._release.push_async_callback(asyncio.to_thread, server.close)
         if resumed:
             net.resume()
             server.resume()
         await self._mount(server, options.mounts)
+        self.watch = Watch(
+            self,
+            options.limits,
+            directory=self.directory,
+            connections=lambda: gateway.connections,
+            traffic=lambda: net.frames + server.frames,
+        )
+        self._background.start(self.watch.run(), f"watch over {self.id}")
 
     def _make_gateway(
         self, options: SandboxOptions, bound: Sequence[BoundSecret], net: FramePort
@@ -218,5 +235,5 @@ class Guest:
     async def _continue(self) -> None:
         await self.machine.execute("cont")
 
-    async def _ask(self, request: Request, operation: str) -> None:
-        await self.control.request(request, Done, operation)
+    async def _ask(self, request: Request, operation: str, *, urgent: bool = False) -> None:
+        await self.control.request(request, Done, operation, urgent=urgent)

@@ -9,16 +9,20 @@ from contextlib import asynccontextmanager
 
 from taskvm.guest import Guest
 from taskvm.injection import bind_secrets
+from taskvm.limits import Limits
 from taskvm.options import SandboxOptions
+from taskvm.paths import cache_dir
 from taskvm.vm.rundir import RunDir
 from taskvm.vm.template import Template
 from taskvm.vm.warm import Wanted, boot_cold, prepare
 from taskvm.wanted import find_wanted
+from taskvm.watch import check_free_space
 
 
 async def launch(options: SandboxOptions) -> Guest:
     """Start a guest for `options`. Raises as Sandbox.create; nothing is left behind then."""
     bound = bind_secrets(options.policy, options.secrets, os.urandom)  # wrong ones start nothing
+    check_free_space(cache_dir(), options.limits.free_disk_mib)
     wanted = await find_wanted(
         image=options.image,
         accel=options.accel,
@@ -34,30 +38,34 @@ async def launch(options: SandboxOptions) -> Guest:
 
 async def _start(options: SandboxOptions, wanted: Wanted) -> Guest:
     if not options.warm:
-        return await _boot(wanted)
+        return await _boot(wanted, options.limits)
     template = await prepare(wanted)
-    if options.pool is not None:
+    limits = options.limits
+    # A pool's guests were started with the default limit of their disk.
+    if options.pool is not None and limits.disk_limit_mib == Limits().disk_limit_mib:
         taken = await options.pool.take(template)
         if taken is not None:
             return taken
-    return await fork(template)
+    return await fork(template, limits)
 
 
-async def fork(template: Template) -> Guest:
+async def fork(template: Template, limits: Limits | None = None) -> Guest:
     """Start a guest from `template` and wake it. Raises UnavailableError, HostError or SandboxLostError."""
     run_dir = _new_run_dir()
     try:
-        machine = await template.fork(run_dir.path)
+        machine = await template.fork(
+            run_dir.path, disk_limit_bytes=(limits or Limits()).disk_limit_bytes
+        )
     except BaseException:
         run_dir.remove()
         raise
     return await _wake(await Guest.take_over(machine, run_dir, template.user), resumed=True)
 
 
-async def _boot(wanted: Wanted) -> Guest:
+async def _boot(wanted: Wanted, limits: Limits) -> Guest:
     run_dir = _new_run_dir()
     try:
-        machine = await boot_cold(wanted, run_dir.path)
+        machine = await boot_cold(wanted, run_dir.path, disk_limit_bytes=limits.disk_limit_bytes)
     except BaseException:
         run_dir.remove()
         raise

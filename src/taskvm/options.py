@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from taskvm.errors import UsageError
 from taskvm.fs.provider import Provider
+from taskvm.limits import Limits
 from taskvm.policy import Policy
 from taskvm.secret import Secret
 from taskvm.vm.warm import AcceleratorChoice
@@ -59,6 +60,7 @@ class SandboxOptions:
     memory_mib: int = DEFAULT_MEMORY_MIB
     accel: AcceleratorChoice = "auto"
     warm: bool = True
+    limits: Limits = field(default_factory=Limits)
     pool: WarmPool | None = None
     on_progress: Callable[[str], None] = ignore_progress
 

@@ -52,6 +52,9 @@ class FramePort(asyncio.Protocol):
         self.name = name
         self.on_frame: Callable[[Frame], None] = lambda frame: None
         self.on_lost: Callable[[Exception], None] = lambda error: None
+        self.on_held: Callable[[], None] = lambda: None
+        self.frames = 0  # that have moved, in either direction
+        self._held: list[bytes] | None = None
         self._decoder = FrameDecoder(max_payload)
         self._transport: asyncio.Transport | None = None
         self._writable = asyncio.Event()
@@ -72,15 +75,28 @@ class FramePort(asyncio.Protocol):
     # Sending.
 
     def send(
-        self, kind: FrameType, channel: int, stream: int, payload: bytes | memoryview = b""
+        self,
+        kind: FrameType,
+        channel: int,
+        stream: int,
+        payload: bytes | memoryview = b"",
+        *,
+        urgent: bool = False,
     ) -> None:
-        """Queue one frame. Raises SandboxLostError when the port is gone. `wait_writable` bounds the queue."""
+        """Queue one frame; an `urgent` one even while the port is held. `wait_writable` bounds the queue.
+
+        Raises SandboxLostError when the port is gone.
+        """
         if self._transport is None or self._lost is not None:
             raise SandboxLostError(
                 f"write to the guest's port {self.name}", str(self._lost or "it is closed")
             )
+        self.frames += 1
         header = encode_header(kind, channel, stream, len(payload))
-        if len(payload) < 4096:
+        if self._held is not None and not urgent:
+            self._held.append(header + payload)
+            self.on_held()
+        elif len(payload) < 4096:
             self._transport.write(header + payload)
         else:
             self._transport.writelines((header, payload))
@@ -88,6 +104,18 @@ class FramePort(asyncio.Protocol):
     async def wait_writable(self) -> None:
         """Wait until fewer than WRITE_HIGH_WATER bytes are queued, or the port is gone."""
         await self._writable.wait()
+
+    def hold(self) -> None:
+        """Keep what is sent, and let writers wait, until `release`. `on_held` is called for each frame that is kept."""
+        self._held = []
+        self._writable.clear()
+
+    def release(self) -> None:
+        """Send what was held, in its order, and go on. Idempotent."""
+        held, self._held = self._held or [], None
+        self._writable.set()
+        if self._transport is not None and self._lost is None:
+            self._transport.writelines(held)
 
     async def quiesce(self) -> None:
         """Bring the guest's side of the port to rest. Raises SandboxLostError after QUIESCE_TIMEOUT_S."""
@@ -128,6 +156,7 @@ class FramePort(asyncio.Protocol):
             for frame in self._decoder.feed(data):
                 if self._lost is not None:
                     return
+                self.frames += 1
                 if frame.type is FrameType.QUIESCED:
                     self._at_rest()
                 else:
@@ -147,7 +176,8 @@ class FramePort(asyncio.Protocol):
         self._writable.clear()
 
     def resume_writing(self) -> None:
-        self._writable.set()
+        if self._held is None:
+            self._writable.set()
 
     def _at_rest(self) -> None:
         if self._quiesced is None or self._quiesced.done():

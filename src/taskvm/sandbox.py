@@ -13,10 +13,11 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
+import time
 from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, Unpack
 
 import msgspec
 
@@ -31,11 +32,13 @@ from taskvm.fs.provider import Provider
 from taskvm.guest import Guest
 from taskvm.identity import guest_environment
 from taskvm.launch import launch
+from taskvm.limits import LimitArguments, Limits
 from taskvm.options import DEFAULT_CPUS, DEFAULT_MEMORY_MIB, SandboxOptions, ignore_progress
 from taskvm.policy import Policy
 from taskvm.pool import WarmPool
 from taskvm.process import Capture, ExecResult, Process, pty_size
 from taskvm.secret import Secret
+from taskvm.usage import Statistics, measure
 from taskvm.vm.warm import AcceleratorChoice
 from taskvm.wire.control import ExecRequest, Started
 
@@ -86,6 +89,7 @@ class Sandbox:
         self._options = options
         self._state: State = "running"
         self._reason = ""
+        self._started_s = time.monotonic()
         self._environment = {
             **guest_environment(guest.user),
             **guest.placeholders,
@@ -114,6 +118,7 @@ class Sandbox:
         warm: bool = True,
         pool: WarmPool | None = None,
         on_progress: Callable[[str], None] = ignore_progress,
+        **limits: Unpack[LimitArguments],
     ) -> Starting:
         """Start a sandbox: `await` the result, or use it with `async with`.
 
@@ -132,10 +137,10 @@ class Sandbox:
         warm: start from the saved memory of a booted guest (made on first use); False boots.
         pool: machines started ahead to take one from.
         on_progress: called with a line of text about work that takes seconds.
+        limits: `max_duration_s` and the other fields of `Limits`.
 
         Raises, when awaited: UsageError for wrong arguments; UnavailableError, ImageError or HostError when
-        this host cannot
-        start a sandbox; SandboxLostError when the guest does not come up. Nothing is left behind then.
+        this host cannot start a sandbox; SandboxLostError when the guest does not come up. Nothing is left behind then.
         """
         options = SandboxOptions(
             mounts=dict(mounts or {}),
@@ -151,6 +156,7 @@ class Sandbox:
             accel=accel,
             warm=warm,
             pool=pool,
+            limits=Limits(**limits),
             on_progress=on_progress,
         )
         return Starting(options)
@@ -181,6 +187,11 @@ class Sandbox:
     def host_pid(self) -> int:
         """The host's process that supervises QEMU."""
         return self._guest.machine.pid
+
+    def statistics(self) -> Statistics:
+        """Return what it uses of the host now. Raises SandboxStateError, SandboxLostError when it does not run."""
+        self._require_running("measure a sandbox")
+        return measure(self._guest, time.monotonic() - self._started_s)
 
     # What it does.
 

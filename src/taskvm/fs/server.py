@@ -64,6 +64,7 @@ class FsServer:
         self, sock: socket.socket, *, on_failure: Callable[[Exception], None] = _nobody
     ) -> None:
         self.on_failure = on_failure
+        self.frames = 0  # that have moved, in either direction
         self._sock = sock
         self._sock.setblocking(True)
         self._mounts: dict[int, Session] = {}
@@ -166,6 +167,7 @@ class FsServer:
             return
         if frame.type is not FrameType.FUSE:
             raise FrameError(f"a {frame.type.name} frame has no business on this port")
+        self.frames += 1
         message = memoryview(frame.payload)
         with self._serving:
             session = self._mounts.get(frame.stream)
@@ -206,6 +208,7 @@ class FsServer:
     # Frames of other threads.
 
     def _notify(self, mount_id: int, change: Change) -> None:
+        self.frames += 1
         message = Session.notification(change)
         header = encode_header(FrameType.FUSE, 0, mount_id, len(message))
         # A port that ended has nobody left who could remember anything wrongly.

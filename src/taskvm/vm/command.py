@@ -212,6 +212,8 @@ def _memory_backend(shape: MachineShape, memory: Path | None, share: bool) -> st
 
 def _root_drive(disk: Path) -> str:
     file = f"if=none,id=root,file={_escaped(disk)},format=qcow2"
+    # The default stops the machine when the host's disk is full, and nobody would let it run on: the guest gets EIO.
+    file += ",werror=report,rerror=report"
     return f"{file},cache=unsafe,discard=unmap,detect-zeroes=unmap"
 
 

@@ -52,11 +52,12 @@ class Call:
         self.inlets[channel] = Inlet(self._control.port, self.stream, channel)
         return self.inlets[channel]
 
-    async def answer(self, kind: type[_A], timeout_s: float = REPLY_TIMEOUT_S) -> _A:
-        """Wait for the REPLY and return it as `kind`.
+    async def answer(self, kind: type[_A], timeout_s: float | None = None) -> _A:
+        """Wait for the REPLY, REPLY_TIMEOUT_S if nothing else is said, and return it as `kind`.
 
         Raises GuestError when the operation failed, SandboxLostError when the guest does not answer or is gone.
         """
+        timeout_s = REPLY_TIMEOUT_S if timeout_s is None else timeout_s
         try:
             async with asyncio.timeout(timeout_s):
                 payload = await asyncio.shield(self.reply)
@@ -64,7 +65,7 @@ class Call:
             self.forget(errno=110)  # ETIMEDOUT
             raise SandboxLostError(
                 self.operation,
-                f"the guest did not answer within {timeout_s:.0f} s",
+                f"the guest did not answer within {timeout_s:g} s",
                 "Close the sandbox and start another",
             ) from None
         except StreamReset as error:
@@ -109,6 +110,7 @@ class Control:
         self.port = port
         self.on_lost: Callable[[Exception], None] = lambda error: None
         self.hello: asyncio.Future[messages.Hello] = asyncio.get_running_loop().create_future()
+        self.calls_made = 0
         self._calls: dict[int, Call] = {}
         self._next_stream = 1
         self._highest_stream = 0
@@ -122,7 +124,12 @@ class Control:
         return cls(await FramePort.open(sock, PORT_CONTROL, max_payload=MAX_MAP))
 
     def open_call(
-        self, request: messages.Request, operation: str, channels: tuple[int, ...] = ()
+        self,
+        request: messages.Request,
+        operation: str,
+        channels: tuple[int, ...] = (),
+        *,
+        urgent: bool = False,
     ) -> Call:
         """Send `request`; `operation` names it in errors, `channels` are those the guest will send on.
 
@@ -134,7 +141,8 @@ class Control:
         call = Call(self, self._next_stream, operation)
         for channel in channels:
             call.inlet(channel)
-        self.port.send(FrameType.OPEN, 0, call.stream, messages.encode(request))
+        self.port.send(FrameType.OPEN, 0, call.stream, messages.encode(request), urgent=urgent)
+        self.calls_made += 1
         self._next_stream = self._next_stream + 1 if self._next_stream < GUEST_STREAM_BIT - 1 else 1
         self._highest_stream = max(self._highest_stream, call.stream)
         self._calls[call.stream] = call
@@ -145,14 +153,26 @@ class Control:
         request: messages.Request,
         kind: type[_A],
         operation: str,
-        timeout_s: float = REPLY_TIMEOUT_S,
+        timeout_s: float | None = None,
+        *,
+        urgent: bool = False,
     ) -> _A:
         """Send `request` and return its one answer. Raises as Call.answer."""
-        call = self.open_call(request, operation)
+        call = self.open_call(request, operation, urgent=urgent)
         try:
             return await call.answer(kind, timeout_s)
         finally:
             self.drop(call.stream)
+
+    @property
+    def open_calls(self) -> int:
+        """How many calls have not ended."""
+        return len(self._calls)
+
+    @property
+    def running_execs(self) -> int:
+        """How many commands run: the calls with a standard error."""
+        return sum(2 in call.inlets for call in self._calls.values())
 
     def drop(self, stream: int) -> bool:
         """Forget a stream; frames that still come for it are ignored. Returns whether it was known."""

@@ -34,7 +34,7 @@ TAIL_BYTES = 64 * 1024
 QMP_TIMEOUT_S = 30.0
 # State of a q35 machine is 330-380 KB, its RAM is not in it: a second even on a slow disk.
 MIGRATION_TIMEOUT_S = 60.0
-# A disk overlay may grow to the disk's virtual size and its tables (1/8192), and no further.
+# The default for a disk overlay: it holds the disk of every image we build, and its tables (1/8192).
 DISK_LIMIT_BYTES = 16 * 1024**3
 
 # The library logs every disconnect; ours are deliberate and told as exceptions.
@@ -46,7 +46,7 @@ class MachineFiles:
     """The files of one machine. `backing` are the images under `disk`, read-only.
 
     `memory` is None for anonymous memory; `share_memory` writes it (a template being made). `state` is device state
-    to resume from.
+    to resume from. `disk_limit_bytes` is how far a file may grow; QEMU gets EFBIG beyond it, the guest an I/O error.
     """
 
     boot: Boot
@@ -55,6 +55,7 @@ class MachineFiles:
     memory: Path | None = None
     share_memory: bool = False
     state: Path | None = None
+    disk_limit_bytes: int = DISK_LIMIT_BYTES
 
 
 class Tail(asyncio.Protocol):
@@ -124,6 +125,15 @@ class Machine:
     def pid(self) -> int:
         """The process id of the supervisor; QEMU is its only child."""
         return self._process.pid
+
+    @property
+    def qemu_pid(self) -> int | None:
+        """The process id of QEMU, as this process sees it; None when it has ended."""
+        try:
+            children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
+        except OSError:
+            return None
+        return int(children.split()[0]) if children.strip() else None
 
     def take(self, port: Literal["control", "fs", "net"]) -> socket.socket:
         """Hand over the host's end of a port; the caller closes it. Once for each port."""
@@ -303,6 +313,8 @@ def _spawn(qemu: Qemu, shape: MachineShape, files: MachineFiles) -> Machine:
                 stderr=subprocess.PIPE,
                 pass_fds=inherited_fds,
                 cwd="/",
+                # Python ignores SIGXFSZ, and QEMU must too: at its file size limit it is to get EFBIG, not to die.
+                restore_signals=False,
                 env={"LC_ALL": "C"},  # nothing of the user's environment: it may hold secrets
             )
         except OSError as error:
@@ -339,7 +351,7 @@ def _commands(
         read=[files.boot.kernel, files.boot.initrd, *files.backing],
         write=writable,
         copy_on_write=copy_on_write,
-        file_size_bytes=DISK_LIMIT_BYTES,
+        file_size_bytes=files.disk_limit_bytes,
         lifeline=lifeline,
         accelerator=shape.accelerator,
     )

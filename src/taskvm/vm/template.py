@@ -33,7 +33,7 @@ from taskvm.paths import cache_dir, private_dir, replace_file
 from taskvm.vm.boot import quiesce_ports, reach_ready
 from taskvm.vm.command import Boot, MachineShape
 from taskvm.vm.disk import copy_overlay, create_overlay
-from taskvm.vm.machine import Machine, MachineFiles
+from taskvm.vm.machine import DISK_LIMIT_BYTES, Machine, MachineFiles
 from taskvm.vm.qemu import Qemu
 
 # Part of every key: raise it when qemu_command's devices change or a template holds something else.
@@ -102,7 +102,7 @@ class Template:
     guest: GuestFiles
     user: GuestUser
 
-    async def fork(self, run_dir: Path) -> Machine:
+    async def fork(self, run_dir: Path, *, disk_limit_bytes: int = DISK_LIMIT_BYTES) -> Machine:
         """Start a copy of this machine with its disk in `run_dir`. It is loaded and paused.
 
         Its ports are at rest (QUIESCED): send an identity, then RESUME. Raises UnavailableError or SandboxLostError.
@@ -115,6 +115,7 @@ class Template:
             backing=(self.path / "disk.qcow2", self.guest.rootfs),
             memory=self.path / "ram",
             state=self.path / "state",
+            disk_limit_bytes=disk_limit_bytes,
         )
         machine = await Machine.start(self.qemu, self.shape, files)
         try:

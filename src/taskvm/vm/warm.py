@@ -14,7 +14,7 @@ from taskvm.vm.accel import PROOF_TIMEOUT_S, kvm_obstacle, recall_verdict, remem
 from taskvm.vm.command import Accelerator, MachineShape
 from taskvm.vm.control import Control
 from taskvm.vm.disk import create_overlay
-from taskvm.vm.machine import Machine, MachineFiles
+from taskvm.vm.machine import DISK_LIMIT_BYTES, Machine, MachineFiles
 from taskvm.vm.qemu import Qemu
 from taskvm.vm.rundir import RunDir
 from taskvm.vm.template import GuestFiles, Progress, Template, ensure_template
@@ -73,12 +73,19 @@ async def _template(wanted: Wanted, shape: MachineShape) -> Template:
     return await ensure_template(wanted.qemu, shape, wanted.guest, wanted.user, wanted.progress)
 
 
-async def boot_cold(wanted: Wanted, run_dir: Path) -> Machine:
+async def boot_cold(
+    wanted: Wanted, run_dir: Path, *, disk_limit_bytes: int = DISK_LIMIT_BYTES
+) -> Machine:
     """Return a machine that has begun to boot, with its disk in `run_dir`. Raises as `prepare`."""
     accelerator = await choose_accelerator(wanted)
     disk = run_dir / "disk.qcow2"
     await create_overlay(wanted.qemu, disk, wanted.guest.rootfs, "raw")
-    files = MachineFiles(boot=wanted.guest.boot, disk=disk, backing=(wanted.guest.rootfs,))
+    files = MachineFiles(
+        boot=wanted.guest.boot,
+        disk=disk,
+        backing=(wanted.guest.rootfs,),
+        disk_limit_bytes=disk_limit_bytes,
+    )
     return await Machine.start(wanted.qemu, wanted.shape(accelerator), files)
 
 

@@ -1,0 +1,66 @@
+"""What one sandbox may take of its host's time and disk, as checked values; `watch.py` holds a running one to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypedDict
+
+from taskvm.errors import UsageError
+from taskvm.vm.machine import DISK_LIMIT_BYTES
+
+# Shorter pauses between two commands of an agent are its model's thinking time: stopping costs nothing, but waking adds
+# some ten milliseconds to the next command.
+IDLE_PAUSE_S = 30.0
+# Enough for the host itself to go on, and for what sandboxes write between two looks at the disk (watch.TICK_S).
+FREE_DISK_MIB = 1024
+# An overlay's own tables before the guest has written anything take 256 KiB.
+LEAST_DISK_LIMIT_MIB = 1
+
+
+class LimitArguments(TypedDict, total=False):
+    """`Limits` as keyword arguments of `Sandbox.create`."""
+
+    max_duration_s: float | None
+    idle_timeout_s: float | None
+    idle_pause_s: float
+    disk_limit_mib: int
+    free_disk_mib: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The limits of one sandbox.
+
+    max_duration_s: seconds from its start until the host ends it, whatever it does. None: no limit.
+    idle_timeout_s: seconds without activity until the host ends it. Activity is a running exec, a file operation, a
+        connection or a DNS query of the guest, and traffic on a mount. None: no limit.
+    idle_pause_s: seconds without activity until its virtual CPUs are stopped; the next request lets them run again.
+        A guest with a process that still runs in the background is never paused. 0: never.
+    disk_limit_mib: how large its disk's file on the host may grow, in MiB; beyond it the guest gets I/O errors.
+    free_disk_mib: free space that must remain on the host's disk, in MiB: below it no sandbox starts, and a running
+        one is ended.
+    """
+
+    max_duration_s: float | None = None
+    idle_timeout_s: float | None = None
+    idle_pause_s: float = IDLE_PAUSE_S
+    disk_limit_mib: int = DISK_LIMIT_BYTES >> 20
+    free_disk_mib: int = FREE_DISK_MIB
+
+    def __post_init__(self) -> None:
+        for name in ("max_duration_s", "idle_timeout_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"limit {name} to {value}", "it must be more than 0 seconds")
+        for name, least in (
+            ("idle_pause_s", 0),
+            ("disk_limit_mib", LEAST_DISK_LIMIT_MIB),
+            ("free_disk_mib", 0),
+        ):
+            value = getattr(self, name)
+            if not value >= least:  # NaN too
+                raise UsageError(f"set {name} to {value}", f"it must be at least {least}")
+
+    @property
+    def disk_limit_bytes(self) -> int:
+        return self.disk_limit_mib << 20

@@ -1,0 +1,176 @@
+"""The host's watch over one guest: ends it at a limit, and stops its virtual CPUs while nothing happens.
+
+Everything is judged from what the host sees, and a look costs microseconds. Only whether a process still runs in the
+background is the guest's own word: one that lies keeps its CPU, or is paused; its limits hold all the same.
+
+Rule 1: a limit ends the sandbox even while a pause waits for a QEMU that does not answer: each has a task of its own.
+Rule 2: while the guest is paused its control port holds all frames; they go out in order after the guest has the
+        time of now, so no request ever meets an old clock, and none is lost when it comes while the guest is stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from taskvm.errors import GuestError, HostError, SandboxLostError
+from taskvm.limits import Limits
+from taskvm.wire.control import ReadRequest, ReadStarted
+
+if TYPE_CHECKING:
+    from taskvm.guest import Guest
+
+# How late activity, or the end of free disk space, may be noticed. 20 idle sandboxes look 20 times a second, about
+# 30 microseconds each.
+TICK_S = 1.0
+# Every thread of every exec, those of its nested cgroups and of what outlived it included (cgroup-v2.rst, PID).
+PROCESSES_FILE = b"/sys/fs/cgroup/exec/pids.current"
+
+
+class Watch:
+    """Watches `guest` while `run` runs. `connections` and `traffic` tell what its other ports see.
+
+    `traffic` is a number that changes whenever a frame has moved on the ports of the network and the mounts.
+    """
+
+    def __init__(
+        self,
+        guest: Guest,
+        limits: Limits,
+        *,
+        directory: Path,
+        connections: Callable[[], int],
+        traffic: Callable[[], int],
+    ) -> None:
+        self._guest = guest
+        self._limits = limits
+        self._directory = directory
+        self._connections = connections
+        self._traffic = traffic
+        self._own_calls = 0
+        self._last_seen = self._movement()
+        self._last_active_s = asyncio.get_running_loop().time()
+        self._wanted = asyncio.Event()
+        self.paused = False
+        guest.control.port.on_held = self._wanted.set
+
+    async def run(self) -> None:
+        """Watch until a limit is reached, then raise the SandboxLostError that names it."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._limit_duration())
+                group.create_task(self._limit_disk())
+                group.create_task(self._look_for_idleness())
+        except BaseExceptionGroup as failures:
+            first: BaseException = failures
+            while isinstance(first, BaseExceptionGroup):
+                first = first.exceptions[0]  # the first: it cancelled the others
+            raise first from None
+
+    # Limits.
+
+    async def _limit_duration(self) -> None:
+        if (limit_s := self._limits.max_duration_s) is not None:
+            await asyncio.sleep(limit_s)
+            raise self._end(f"its life of max_duration_s={limit_s:g} is over")
+
+    async def _limit_disk(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            try:
+                check_free_space(self._directory, self._limits.free_disk_mib)
+            except HostError as error:
+                raise self._end(error.cause, error.next_step) from error
+
+    def _end(self, cause: str, next_step: str = "Start another sandbox") -> SandboxLostError:
+        return SandboxLostError(f"run the sandbox {self._guest.id}", cause, next_step)
+
+    # Idleness.
+
+    async def _look_for_idleness(self) -> None:
+        pause_s, timeout_s = self._limits.idle_pause_s, self._limits.idle_timeout_s
+        spans = [span for span in (pause_s, timeout_s) if span]
+        if not spans:
+            return
+        tick_s = min(TICK_S, *(span / 4 for span in spans))
+        while True:
+            await asyncio.sleep(tick_s)
+            idle_s = self._idle_s()
+            if timeout_s is not None and idle_s >= timeout_s:
+                raise self._end(_nothing_happened(timeout_s))
+            if pause_s and idle_s >= pause_s and await self._is_still():
+                await self._pause(timeout_s)
+
+    def _idle_s(self) -> float:
+        now_s = asyncio.get_running_loop().time()
+        moved = self._movement()
+        if moved != self._last_seen or self._is_busy():
+            self._last_seen, self._last_active_s = moved, now_s
+        return now_s - self._last_active_s
+
+    def _movement(self) -> tuple[int, int]:
+        return self._guest.control.calls_made - self._own_calls, self._traffic()
+
+    def _is_busy(self) -> bool:
+        return self._guest.control.open_calls > 0 or self._connections() > 0
+
+    async def _is_still(self) -> bool:
+        """Ask the guest whether no process runs in it but the agent's. A refusal is a no."""
+        operation = "ask the guest for its processes"
+        self._own_calls += 1
+        call = self._guest.control.open_call(ReadRequest(path=PROCESSES_FILE), operation, (1,))
+        try:
+            await call.answer(ReadStarted)
+            async with asyncio.timeout(TICK_S):
+                return (await call.inlets[1].read(64)).strip() == b"0"
+        except (GuestError, ConnectionError, TimeoutError):
+            return False
+        finally:
+            call.forget()
+
+    async def _pause(self, timeout_s: float | None) -> None:
+        """Stop the virtual CPUs until a request comes, then let them run, with the time of now."""
+        port = self._guest.control.port
+        self._wanted.clear()
+        port.hold()
+        try:
+            # From here on no request reaches the guest; one that came before shows now, and is not overlooked.
+            if not self._is_busy() and self._movement() == self._last_seen:
+                await self._guest.machine.execute("stop")
+                self.paused = True
+                await self._wait_wanted(timeout_s)
+                await self._guest.rouse()
+                self.paused = False
+        finally:
+            port.release()
+        self._last_active_s = asyncio.get_running_loop().time()
+
+    async def _wait_wanted(self, timeout_s: float | None) -> None:
+        seen = self._movement()
+        while not self._wanted.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TICK_S):
+                    await self._wanted.wait()
+            if timeout_s is not None and self._idle_s() >= timeout_s:
+                raise self._end(_nothing_happened(timeout_s))
+            if self._movement() != seen:  # a mount tells the guest of a change
+                return
+
+
+def _nothing_happened(timeout_s: float) -> str:
+    return f"nothing happened in it for idle_timeout_s={timeout_s:g}"
+
+
+def check_free_space(directory: Path, least_mib: int) -> None:
+    """Raise HostError unless the disk of `directory` has `least_mib` MiB free for this user."""
+    free_mib = shutil.disk_usage(directory).free >> 20
+    if free_mib < least_mib:
+        raise HostError(
+            f"use the disk of {directory}",
+            f"{free_mib} MiB are free, and free_disk_mib={least_mib} must remain",
+            "Free disk space, or set TASKVM_CACHE to a directory on a larger disk",
+        )

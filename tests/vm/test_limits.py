@@ -1,0 +1,236 @@
+"""taskvm.watch and taskvm.usage: a sandbox ends at its limits, rests when idle, and costs what its statistics say."""
+
+import asyncio
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.conftest import GUEST
+
+from taskvm import HostDir, HostError, Sandbox, SandboxLostError, WarmPool
+from taskvm.paths import cache_dir
+from taskvm.vm.rundir import run_base
+
+pytestmark = pytest.mark.vm
+
+MIB = 1024 * 1024
+# Much shorter than the default, much longer than a look at the guest takes.
+PAUSE_S = 0.2
+
+
+async def until(condition: Callable[[], bool], within_s: float = 15) -> bool:
+    """Whether `condition` came true in time."""
+    deadline = time.monotonic() + within_s
+    while not condition() and time.monotonic() < deadline:
+        await asyncio.sleep(0.05)
+    return condition()
+
+
+def process_ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+# The end of a life.
+
+
+async def test_a_sandbox_ends_after_its_life_whatever_runs_in_it() -> None:
+    """The virtual machine is gone soon after max_duration_s, and a running command is told which limit it was."""
+    async with Sandbox.create(**GUEST, max_duration_s=1.0) as vm:
+        supervisor = vm.host_pid
+        begun = time.monotonic()
+        with pytest.raises(SandboxLostError, match="max_duration_s=1 is over"):
+            await vm.exec("trap '' TERM INT HUP; while :; do :; done", user="root")
+
+        assert time.monotonic() - begun < 10
+        assert vm.state == "lost"
+        assert await until(lambda: process_ended(supervisor))
+        with pytest.raises(SandboxLostError, match="max_duration_s=1 is over"):
+            await vm.exec(["true"])
+
+
+async def test_an_idle_sandbox_ends_after_its_idle_timeout() -> None:
+    async with Sandbox.create(**GUEST, idle_timeout_s=1.0) as vm:
+        supervisor = vm.host_pid
+
+        assert await until(lambda: process_ended(supervisor))
+        with pytest.raises(SandboxLostError, match="idle_timeout_s=1"):
+            await vm.exec(["true"])
+
+
+async def test_a_paused_sandbox_ends_after_its_idle_timeout_too() -> None:
+    async with Sandbox.create(**GUEST, idle_timeout_s=2.0, idle_pause_s=PAUSE_S) as vm:
+        supervisor = vm.host_pid
+
+        assert await until(lambda: vm.statistics().paused, 1.9)
+        assert await until(lambda: process_ended(supervisor))
+        assert vm.state == "lost"
+
+
+async def test_a_running_command_is_activity() -> None:
+    """An exec that prints nothing for longer than the timeout keeps its sandbox."""
+    async with Sandbox.create(**GUEST, idle_timeout_s=1.0) as vm:
+        assert (await vm.exec("sleep 3")).ok
+
+
+async def test_traffic_on_a_mount_is_activity(workspace: Path) -> None:
+    """A background process that writes to a mount keeps its sandbox; when it ends, the sandbox does."""
+    mounts = {"/workspace": HostDir(workspace)}
+    async with Sandbox.create(**GUEST, mounts=mounts, idle_timeout_s=1.5) as vm:
+        await vm.exec("(for i in $(seq 16); do echo $i > n; sleep 0.25; done) >/dev/null 2>&1 &")
+        supervisor = vm.host_pid
+
+        assert await until(lambda: process_ended(supervisor), 30)
+        assert (workspace / "n").read_text() == "16\n"
+
+
+# Rest.
+
+
+async def test_an_idle_sandbox_uses_no_cpu_and_answers_the_next_command() -> None:
+    """QEMU's clock in the host's books stands still; the command then runs with the time of now."""
+    async with Sandbox.create(**GUEST, idle_pause_s=PAUSE_S) as vm:
+        assert await until(lambda: vm.statistics().paused)
+        before = vm.statistics().cpu_s
+        await asyncio.sleep(2)
+        used = vm.statistics().cpu_s - before
+
+        begun = time.time()
+        guest_time = float((await vm.exec("date +%s.%N", check=True)).stdout)
+
+        assert used < 0.05
+        assert begun - 0.01 < guest_time < time.time() + 0.01
+        assert not vm.statistics().paused
+
+
+async def test_file_operations_wake_a_paused_sandbox() -> None:
+    """Data that follows its request at once arrives whole and in order."""
+    data = os.urandom(3 * MIB)
+    async with Sandbox.create(**GUEST, idle_pause_s=PAUSE_S) as vm:
+        assert await until(lambda: vm.statistics().paused)
+        await vm.files.write_bytes("/tmp/data", data)
+        assert await until(lambda: vm.statistics().paused)
+
+        assert await vm.files.read_bytes("/tmp/data") == data
+
+
+async def test_a_process_in_the_background_keeps_its_sandbox_awake() -> None:
+    """Nobody reads the process, no exec is open: it goes on all the same."""
+    async with Sandbox.create(**GUEST, idle_pause_s=PAUSE_S) as vm:
+        await vm.exec("(sleep 2; echo done > /tmp/end) >/dev/null 2>&1 &")
+        await asyncio.sleep(1)
+        paused_early = vm.statistics().paused
+
+        assert await until(lambda: vm.statistics().paused)
+        assert not paused_early
+        assert await vm.files.read_text("/tmp/end") == "done\n"
+
+
+async def test_requests_that_meet_a_pause_at_any_moment_are_all_answered() -> None:
+    """Commands come before, while and after the virtual CPUs are stopped; none is lost, none is doubled."""
+    async with Sandbox.create(**GUEST, idle_pause_s=0.02) as vm:
+        for number in range(40):
+            await asyncio.sleep(number * 0.002)
+            results = await asyncio.gather(*(vm.exec(["echo", str(number)]) for _ in range(2)))
+            assert [result.stdout for result in results] == [f"{number}\n"] * 2
+        assert await until(lambda: vm.statistics().paused)
+        assert (await vm.exec(["wc", "-c"], stdin=b"x" * MIB)).stdout == f"{MIB}\n"
+
+
+async def test_a_paused_sandbox_flushes_its_mounts_when_it_is_closed(workspace: Path) -> None:
+    async with Sandbox.create(
+        **GUEST, mounts={"/workspace": HostDir(workspace)}, idle_pause_s=PAUSE_S
+    ) as vm:
+        await vm.exec("echo kept > file", check=True)
+        assert await until(lambda: vm.statistics().paused)
+        begun = time.monotonic()
+
+    assert time.monotonic() - begun < 5
+    assert (workspace / "file").read_text() == "kept\n"
+
+
+async def test_idle_pause_0_never_pauses() -> None:
+    async with Sandbox.create(**GUEST, idle_pause_s=0) as vm:
+        await asyncio.sleep(1)
+
+        assert not vm.statistics().paused
+
+
+# Disk.
+
+
+async def test_a_guest_that_fills_its_disk_gets_an_error_and_the_host_keeps_its_space() -> None:
+    """Its file on the host ends at the limit; the machine goes on and can still be talked to."""
+    async with Sandbox.create(**GUEST, disk_limit_mib=48) as vm:
+        filled = await vm.exec(
+            "dd if=/dev/urandom of=/var/fill bs=1M count=150 conv=fsync", user="root"
+        )
+        overlay = run_base() / vm.id / "disk.qcow2"
+
+        assert filled.exit_code == 1
+        assert "error writing" in filled.stderr or "fsync failed" in filled.stderr
+        assert "Input/output error" in filled.stderr or "No space left" in filled.stderr
+        assert overlay.stat().st_size <= 48 * MIB
+        assert vm.statistics().disk_bytes <= 49 * MIB
+        assert vm.state == "running"
+        assert (await vm.exec(["true"])).ok
+
+
+async def test_a_disk_limit_holds_for_a_sandbox_with_a_pool() -> None:
+    """The pool's guests have the default limit: another one is started."""
+    async with WarmPool(size=1, **GUEST) as pool:
+        await pool.wait_full()
+        async with Sandbox.create(**GUEST, pool=pool, disk_limit_mib=32) as vm:
+            await vm.exec("dd if=/dev/urandom of=/var/fill bs=1M count=80 conv=fsync", user="root")
+
+            assert (run_base() / vm.id / "disk.qcow2").stat().st_size <= 32 * MIB
+
+
+async def test_no_sandbox_starts_below_the_floor_of_free_space() -> None:
+    before = set(run_base().iterdir())
+
+    with pytest.raises(HostError, match="free_disk_mib=1000000000 must remain"):
+        await Sandbox.create(**GUEST, free_disk_mib=10**9)
+
+    assert set(run_base().iterdir()) <= before
+
+
+async def test_a_sandbox_ends_when_the_floor_of_free_space_is_crossed() -> None:
+    """Somebody fills the host's disk: the sandbox goes, and says why."""
+    floor = (shutil.disk_usage(cache_dir()).free >> 20) - 1024
+    filler = cache_dir() / f"filler-{os.getpid()}"
+    async with Sandbox.create(**GUEST, free_disk_mib=floor) as vm:
+        try:
+            with filler.open("wb") as stream:
+                os.posix_fallocate(stream.fileno(), 0, 2048 * MIB)
+            lost = await until(lambda: vm.state == "lost")
+        finally:
+            filler.unlink()
+
+        assert lost
+        with pytest.raises(SandboxLostError, match=f"free_disk_mib={floor} must remain"):
+            await vm.exec(["true"])
+
+
+# Statistics.
+
+
+async def test_statistics_are_those_of_the_host(vm: Sandbox) -> None:
+    """CPU time grows with work, memory and disk with what is written, execs with those that run."""
+    before = vm.statistics()
+    async with await vm.spawn("sleep 60"):
+        await vm.exec("dd if=/dev/urandom of=/var/some bs=1M count=20 conv=fsync", user="root")
+        during = vm.statistics()
+    after = vm.statistics()
+
+    assert (before.running_execs, during.running_execs, after.running_execs) == (0, 1, 0)
+    assert during.cpu_s > before.cpu_s
+    assert 20 * MIB <= during.disk_bytes - before.disk_bytes <= 40 * MIB
+    assert 0 < during.proportional_bytes <= during.resident_bytes < 400 * MIB
+    assert before.uptime_s < during.uptime_s < after.uptime_s
+    assert during.open_connections == 0
