@@ -1,0 +1,130 @@
+"""The reference page names everything that can be set, and its example does what it says."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+import click
+import msgspec
+import pytest
+
+import taskfactory.cli
+import taskvm.cli
+from taskfactory.agents.scripted import Expectation, ScriptedCall, ScriptedTurn
+from taskfactory.agents.tools import AnyTool, builtin_tools
+from taskfactory.events import AnyEvent
+from taskfactory.runner import Summary
+from taskfactory.sandboxconfig import SWITCH_VARIABLE, SandboxConfig, SandboxSecret
+from taskfactory.settings import HOME_VARIABLE
+from taskvm.audit import AuditEvent
+
+PAGE = (Path(__file__).parent.parent / "docs" / "configuration.md").read_text(encoding="utf-8")
+# "## Heading" to its text.
+SECTIONS: dict[str, str] = dict(re.findall(r"^## (.+)\n((?:(?!## ).*\n)*)", PAGE, re.MULTILINE))
+
+
+def _section(start: str) -> str:
+    (text,) = (text for heading, text in SECTIONS.items() if heading.startswith(start))
+    return text
+
+
+def _code(text: str) -> set[str]:
+    """Return the last word of each dotted name in `code` spans: `secrets.NAME.hosts` names `hosts`."""
+    return {span.rpartition(".")[2] for span in re.findall(r"`([^`\n]+)`", text)}
+
+
+def _keys(*types: type[msgspec.Struct]) -> set[str]:
+    return {field.encode_name for each in types for field in msgspec.structs.fields(each)}
+
+
+def _options(command: click.Command) -> Iterator[str]:
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            yield from parameter.opts
+    if isinstance(command, click.Group):
+        for each in command.commands.values():
+            yield from _options(each)
+
+
+@pytest.mark.parametrize(
+    ("heading", "command"),
+    [("taskvm", taskvm.cli.main), ("taskfactory run", taskfactory.cli.main)],
+)
+def test_every_option_is_named(heading: str, command: click.Group) -> None:
+    written = {
+        word for span in re.findall(r"`([^`\n]+)`", _section(heading)) for word in span.split()
+    }
+
+    assert set(_options(command)) - {"--help", "--version", "-h"} <= written
+
+
+def test_every_key_of_a_sandbox_is_named_twice() -> None:
+    """Once for the workspace's file, once for what a task may say of it."""
+    keys = _keys(SandboxConfig)
+
+    assert keys | _keys(SandboxSecret) <= _code(_section("sandbox.json"))
+    assert keys - {"secrets"} <= _code(_section("The task's `sandbox` block"))
+
+
+def test_the_defaults_of_a_sandbox_are_those_of_the_page() -> None:
+    """The page says: nothing leaves, nothing is added, a task is refused."""
+    defaults = msgspec.to_builtins(SandboxConfig())
+
+    assert {key for key, value in defaults.items() if value} == {"onUnavailable"}
+    assert defaults["onUnavailable"] == "refuse"
+
+
+def test_every_key_of_a_script_is_named() -> None:
+    section = _code(_section("The agent's script"))
+
+    assert _keys(ScriptedTurn, ScriptedCall, Expectation) <= section
+
+
+@pytest.mark.parametrize("tool", builtin_tools(), ids=lambda tool: tool.name)
+def test_every_argument_of_a_tool_is_named(tool: AnyTool) -> None:
+    (row,) = (
+        line
+        for line in _section("The agent's script").splitlines()
+        if line.startswith(f"| `{tool.name}` |")
+    )
+
+    assert _keys(tool.arguments) <= _code(row)
+
+
+@pytest.mark.parametrize("event", [*get_args(AnyEvent), Summary], ids=lambda event: event.__name__)
+def test_every_event_is_named_with_its_keys(event: type[msgspec.Struct]) -> None:
+    tag = event.__struct_config__.tag
+    rows = [line for line in _section("The record").splitlines() if line.startswith(f"| `{tag}` |")]
+
+    assert len(rows) == 1
+    assert _keys(event) <= _code(rows[0])
+
+
+def test_every_field_of_the_audit_log_is_named() -> None:
+    assert _keys(AuditEvent) <= _code(_section("The record"))
+
+
+def test_every_variable_is_named() -> None:
+    assert {HOME_VARIABLE, SWITCH_VARIABLE, "TASKVM_CACHE"} <= _code(_section("Environment"))
+
+
+@pytest.mark.vm
+def test_the_task_from_nothing_is_done(tmp_path: Path) -> None:
+    """The page's first example, as it stands there."""
+    (script,) = re.findall(r"```sh\n(.*?)```", _section("A task from nothing"), re.DOTALL)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "TASKFACTORY_HOME": str(tmp_path / "home")}
+
+    done = subprocess.run(
+        ["bash", "-euc", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "task     APP-1: success" in done.stdout
+    assert (
+        tmp_path / "demo" / "app" / "half.py"
+    ).read_text() == "def half(n):\n    return n // 2\n"
