@@ -32,8 +32,8 @@ from taskvm.pool import WarmPool
 from taskvm.process import ByteStream, ExecResult, Process
 from taskvm.sandbox import Sandbox, Starting
 from taskvm.secret import Secret
-from taskvm.usage import Statistics
 from taskvm.treecopy import CopyLimits
+from taskvm.usage import Statistics
 
 __version__ = "0.1.0"
 
