@@ -5,6 +5,7 @@ The template is built once and kept in the user's cache; a sandbox then costs te
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,9 +27,29 @@ def private_state(
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "state"))
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A module with BOTH_SURFACES makes each claim about `vm` for taskvm and for taskvm.sync."""
+    if "vm" in metafunc.fixturenames and getattr(metafunc.module, "BOTH_SURFACES", False):
+        metafunc.parametrize("vm", ["async", "sync"], indirect=True)
+
+
 @pytest.fixture
-async def vm() -> AsyncIterator[Sandbox]:
-    """A running sandbox without mounts or network."""
+async def vm(request: pytest.FixtureRequest) -> AsyncIterator[Sandbox]:
+    """A running sandbox without mounts or network; with BOTH_SURFACES also a synchronous one, awaited in threads."""
+    from taskvm import Sandbox, sync
+    from tests.support.blocking import dressed
+
+    if getattr(request, "param", "async") == "async":
+        async with Sandbox.create(**GUEST) as sandbox:
+            yield sandbox
+    else:
+        async with dressed(await asyncio.to_thread(sync.Sandbox.create, **GUEST)) as sandbox:
+            yield sandbox
+
+
+@pytest.fixture
+async def asynchronous_vm() -> AsyncIterator[Sandbox]:
+    """A running sandbox for what only tasks can do."""
     from taskvm import Sandbox
 
     async with Sandbox.create(**GUEST) as sandbox:

@@ -10,6 +10,7 @@ import pytest
 from taskvm import CommandError, GuestError, Sandbox, UsageError
 
 pytestmark = pytest.mark.vm
+BOTH_SURFACES = True
 
 
 async def test_a_list_is_executed_as_it_is(vm: Sandbox) -> None:
@@ -160,8 +161,9 @@ async def test_a_timeout_ends_double_forked_daemons(vm: Sandbox) -> None:
     assert left.stdout.strip() == "0"
 
 
-async def test_cancelling_the_call_ends_what_it_started(vm: Sandbox) -> None:
+async def test_cancelling_the_call_ends_what_it_started(asynchronous_vm: Sandbox) -> None:
     """A cancelled exec leaves nothing running in the guest."""
+    vm = asynchronous_vm
     task = asyncio.get_running_loop().create_task(vm.exec("sleep 4321"))
     while (await vm.exec("pgrep -fc 'sleep [4]321'")).stdout.strip() == "0":
         await asyncio.sleep(0.05)

@@ -7,6 +7,7 @@ import pytest
 from taskvm import GuestError, Sandbox, UsageError
 
 pytestmark = pytest.mark.vm
+BOTH_SURFACES = True
 
 
 async def test_what_is_written_is_read_back(vm: Sandbox) -> None:

@@ -1,0 +1,34 @@
+"""taskvm for programs that block: the same names, the same arguments, no `await`.
+
+from taskvm.sync import HostDir, Sandbox
+
+with Sandbox.create(mounts={"/workspace": HostDir(".")}) as vm:
+    print(vm.exec("ls -l").stdout)
+
+Values, providers and errors are those of `taskvm`. Callbacks and iterators of yours run in the thread that called.
+"""
+
+from taskvm.files import FileInfo
+from taskvm.fs.hostdir import HostDir
+from taskvm.fs.memory import Memory
+from taskvm.fs.provider import Provider
+from taskvm.process import ExecResult
+from taskvm.secret import Secret
+from taskvm.sync.files import Files
+from taskvm.sync.pool import WarmPool
+from taskvm.sync.process import ByteStream, Process
+from taskvm.sync.sandbox import Sandbox
+
+__all__ = [  # noqa: RUF022  # most important first, as in taskvm
+    "Sandbox",
+    "HostDir",
+    "Secret",
+    "ExecResult",
+    "Process",
+    "ByteStream",
+    "Files",
+    "FileInfo",
+    "WarmPool",
+    "Provider",
+    "Memory",
+]

@@ -1,0 +1,101 @@
+"""Processes in the guest, for programs that block: what `Sandbox.spawn` of `taskvm.sync` hands out."""
+
+from __future__ import annotations
+
+import signal as signals
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Self
+
+from taskvm import process as aio
+from taskvm.sync.bridge import Bridge
+
+
+class ByteStream:
+    """One output stream of a guest process; read it or iterate over it. What is not read blocks only its writer."""
+
+    def __init__(self, bridge: Bridge, stream: aio.ByteStream) -> None:
+        self._bridge = bridge
+        self._stream = stream
+
+    def read(self, max_bytes: int = 65536) -> bytes:
+        """Return 1 … `max_bytes` bytes, or b"" at the end. Raises SandboxLostError when the sandbox is gone."""
+        return self._bridge.call(self._stream.read, max_bytes)
+
+    def __iter__(self) -> Iterator[bytes]:
+        while data := self.read():
+            yield data
+
+    def text(self) -> Iterator[str]:
+        """Iterate over the stream as UTF-8 text; a character cut by a chunk's end is held until it is whole."""
+        pieces = self._stream.text()
+
+        async def piece() -> str | None:
+            return await anext(pieces, None)
+
+        while (text := self._bridge.call(piece)) is not None:
+            yield text
+
+
+class Process:
+    """A running process of the guest. Leaving `with` ends it and everything it started.
+
+    `stdout` and `stderr` are live; with `merge_output` standard error arrives in `stdout` and `stderr` is empty.
+    Threads may share it: one may read while another writes.
+    """
+
+    def __init__(self, bridge: Bridge, process: aio.Process) -> None:
+        self._bridge = bridge
+        self._process = process
+        self.command = process.command
+        self.pid = process.pid
+        self.stdout = ByteStream(bridge, process.stdout)
+        self.stderr = ByteStream(bridge, process.stderr)
+
+    def write(self, data: bytes) -> None:
+        """Write to standard input, waiting while the process does not read.
+
+        Raises BrokenPipeError after `close_stdin` or the process's end.
+        """
+        self._bridge.call(self._process.write, data)
+
+    def close_stdin(self) -> None:
+        """Close standard input: the process reads end of file. Idempotent."""
+        self._bridge.call(self._process.close_stdin)
+
+    def kill(self, signal: int = signals.SIGTERM) -> None:
+        """Send `signal` to the process's group. Nothing happens when it has ended."""
+        self._bridge.call(self._process.kill, signal)
+
+    def wait(self) -> aio.ExecResult:
+        """Wait until the main process has ended. Its children may live on. Raises SandboxLostError."""
+        return self._bridge.call(self._process.wait)
+
+    def kill_all(self) -> None:
+        """Kill everything that this exec started, double-forked daemons included (cgroup.kill), and wait for it.
+
+        Raises SandboxLostError when the guest does not comply within KILL_TIMEOUT_S.
+        """
+        self._bridge.call(self._process.kill_all)
+
+    def abandon(self) -> None:
+        """Tell the guest to kill everything this exec started, without waiting. Idempotent."""
+
+        async def abandon() -> None:
+            self._process.abandon()
+
+        self._bridge.call(abandon)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self.abandon()
+        else:
+            self.kill_all()

@@ -1,0 +1,198 @@
+"""The sandbox for programs that block: the surface of `taskvm.Sandbox` without `await`.
+
+Every method is thin: it hands its arguments to its asynchronous twin on the loop of `taskvm.sync.bridge`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from taskvm import sandbox as aio
+from taskvm.files import GuestPath
+from taskvm.fs.provider import Provider
+from taskvm.options import DEFAULT_CPUS, DEFAULT_MEMORY_MIB, ignore_progress
+from taskvm.process import ExecResult
+from taskvm.sandbox import Command, State
+from taskvm.secret import Secret
+from taskvm.sync.bridge import Bridge, Call
+from taskvm.sync.files import Files
+from taskvm.sync.pool import WarmPool
+from taskvm.sync.process import Process
+from taskvm.vm.warm import AcceleratorChoice
+
+
+class Sandbox:
+    """A running sandbox. Make one with `create`; it is closed by leaving `with`, by `close`, or at the program's exit.
+
+    `files` are the guest's files. `id` names the sandbox in the audit log and is the guest's host name. Threads may
+    share it. A call blocks its thread, also one that runs an event loop (a notebook's); Ctrl-C cancels the call.
+    """
+
+    def __init__(self, bridge: Bridge, sandbox: aio.Sandbox) -> None:
+        self._bridge = bridge
+        self._sandbox = sandbox
+        self.id = sandbox.id
+        self.files = Files(bridge, sandbox.files)
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        mounts: Mapping[str, Provider] | None = None,
+        allow: Sequence[str] = (),
+        allow_addresses: Sequence[str] = (),
+        secrets: Sequence[Secret] = (),
+        env: Mapping[str, str] | None = None,
+        resolve: Mapping[str, str] | None = None,
+        extra_ca_files: Sequence[str | os.PathLike[str]] = (),
+        audit_path: str | os.PathLike[str] | None = None,
+        image: str | None = None,
+        cpus: int = DEFAULT_CPUS,
+        memory_mib: int = DEFAULT_MEMORY_MIB,
+        accel: AcceleratorChoice = "auto",
+        warm: bool = True,
+        pool: WarmPool | None = None,
+        on_progress: Callable[[str], None] = ignore_progress,
+    ) -> Sandbox:
+        """Start a sandbox and return it running. The arguments are those of `taskvm.Sandbox.create`.
+
+        on_progress is called in the thread that called `create`; an exception of it ends the start and is raised.
+
+        Raises UsageError for wrong arguments; UnavailableError, ImageError or HostError when this host cannot
+        start a sandbox; SandboxLostError when the guest does not come up. Nothing is left behind then.
+        """
+        bridge = Bridge.current()
+        call = Call(bridge)
+        starting = aio.Sandbox.create(
+            mounts=mounts,
+            allow=allow,
+            allow_addresses=allow_addresses,
+            secrets=secrets,
+            env=env,
+            resolve=resolve,
+            extra_ca_files=extra_ca_files,
+            audit_path=audit_path,
+            image=image,
+            cpus=cpus,
+            memory_mib=memory_mib,
+            accel=accel,
+            warm=warm,
+            pool=None if pool is None else pool._pool,
+            on_progress=call.callback(on_progress),
+        )
+
+        async def start() -> aio.Sandbox:
+            sandbox = await starting
+            bridge.own(sandbox, sandbox.close)
+            return sandbox
+
+        return cls(bridge, call.run(start))
+
+    # What it is.
+
+    @property
+    def state(self) -> State:
+        """`running`, `lost` (the guest is gone) or `closed`."""
+        return self._sandbox.state
+
+    @property
+    def placeholders(self) -> Mapping[str, str]:
+        """What the guest sees instead of each secret, by the secret's name."""
+        return self._sandbox.placeholders
+
+    @property
+    def audit_path(self) -> Path:
+        """The file of egress decisions, one JSON object in a line."""
+        return self._sandbox.audit_path
+
+    @property
+    def accelerator(self) -> str:
+        """What runs the guest: "kvm" or "tcg"."""
+        return self._sandbox.accelerator
+
+    @property
+    def host_pid(self) -> int:
+        """The host's process that supervises QEMU."""
+        return self._sandbox.host_pid
+
+    # What it does.
+
+    def exec(
+        self,
+        command: Command,
+        *,
+        cwd: GuestPath | None = None,
+        env: Mapping[str, str] | None = None,
+        stdin: bytes | Iterable[bytes] | None = None,
+        timeout_s: float | None = None,
+        check: bool = False,
+        user: str | None = None,
+    ) -> ExecResult:
+        """Run a command to its end and return what it wrote and how it ended.
+
+        A list is executed as it is; a str runs in the guest's bash. `cwd` defaults to /workspace when that is
+        mounted, else the user's home. `timeout_s`, or Ctrl-C, kills everything that the command started. An iterable
+        `stdin` is read in this thread: while it blocks, the call does not return. `user` is "root" or None for the
+        sandbox's user. Up to 64 MiB of each stream are kept.
+
+        Raises GuestError when the program cannot be started (ENOENT, EACCES), CommandError with `check` when it
+        does not exit with 0, SandboxStateError, SandboxLostError.
+        """
+        call = Call(self._bridge)
+        return call.run(
+            self._sandbox.exec,
+            command,
+            cwd=cwd,
+            env=env,
+            stdin=stdin if stdin is None or isinstance(stdin, bytes) else call.stream(stdin),
+            timeout_s=timeout_s,
+            check=check,
+            user=user,
+        )
+
+    def spawn(
+        self,
+        command: Command,
+        *,
+        cwd: GuestPath | None = None,
+        env: Mapping[str, str] | None = None,
+        merge_output: bool = False,
+        user: str | None = None,
+    ) -> Process:
+        """Start a command and return it running, with live streams. Read them: what is not read stops its writer.
+
+        With `merge_output` standard error goes down the same pipe as standard output. Raises as `exec`.
+        """
+        process = self._bridge.call(
+            self._sandbox.spawn, command, cwd=cwd, env=env, merge_output=merge_output, user=user
+        )
+        return Process(self._bridge, process)
+
+    def close(self) -> None:
+        """End the sandbox and everything in it, and remove what it kept on the host. Idempotent.
+
+        What the guest's programs have written to mounts is on the host; its own disk is gone. Ctrl-C ends the waiting
+        only: the rest is released all the same.
+        """
+        Call(self._bridge, cancels=False).run(self._close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    async def _close(self) -> None:
+        try:
+            await self._sandbox.close()
+        finally:
+            self._bridge.disown(self._sandbox)
