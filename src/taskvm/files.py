@@ -51,6 +51,7 @@ MAX_LISTING_BYTES = 16 * 1024 * 1024
 WRITE_TIMEOUT_S = 300.0
 _NOT_FOUND = 2  # ENOENT in linux/errno-base.h
 _CANCELLED = 125  # ECANCELED in linux/errno.h: the host no longer wants it
+_PATH_LIMIT = 4096  # PATH_MAX in linux/limits.h, with the NUL at the end
 _ENTRY_LIMIT = 4096  # a name has at most 255 bytes; the map around it is small
 
 
@@ -277,6 +278,9 @@ class Files:
         answer = await self._request(
             ReadlinkRequest(path=_encoded(path, operation)), LinkTarget, operation
         )
+        if not 0 < len(answer.target) < _PATH_LIMIT or b"\0" in answer.target:
+            self._control.port.fail(f"{operation}: {len(answer.target)} bytes that no link holds")
+            raise SandboxLostError(operation, "the guest answered nonsense")
         return os.fsdecode(answer.target)
 
     async def copy_in(self, host_path: str | os.PathLike[str], guest_path: GuestPath) -> None:
