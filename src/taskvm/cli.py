@@ -7,9 +7,11 @@ from __future__ import annotations
 import asyncio
 import os
 import select
+import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -189,7 +191,7 @@ def run(
         on_progress=_silent if quiet else _progress,
     )
     try:
-        status = asyncio.run(_run(starting, command, cwd, timeout))
+        status = asyncio.run(_until_signal(_run(starting, command, cwd, timeout)))
     except _NoReaderError:
         status = EXIT_NO_READER
     sys.exit(status)
@@ -206,6 +208,27 @@ async def _run(
             await process.kill_all()
             click.echo(f"taskvm: {process.command}: killed after {timeout_s:g} s", err=True)
             return EXIT_TIMEOUT
+
+
+async def _until_signal(work: Coroutine[Any, Any, int]) -> int:
+    """Do the work; SIGTERM and SIGHUP cancel it as Ctrl-C does, so that the sandbox is released."""
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert task is not None, "this is a coroutine of asyncio.run"
+    received: list[int] = []
+
+    def end(number: int) -> None:
+        received.append(number)
+        task.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup(1) ignores SIGHUP
+            loop.add_signal_handler(number, end, number)
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if not received:
+            raise
+        return 128 + received[0]
 
 
 class _NoReaderError(Exception):

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from taskvm.vm.rundir import run_base
+
 pytestmark = pytest.mark.vm
 
 TASKVM = [str(Path(sys.executable).with_name("taskvm"))]
@@ -116,6 +118,26 @@ def test_ctrl_c_ends_everything_quietly() -> None:
 
     assert process.returncode == 130
     assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_an_end_from_outside_releases_the_sandbox(number: signal.Signals) -> None:
+    """kill(1), and a terminal that closes, leave nothing behind; the status names the signal."""
+    process = subprocess.Popen(
+        [*TASKVM, "run", *SMALL, "--", "sh", "-c", "hostname; sleep 600"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    directory = run_base() / process.stdout.readline().strip()
+    assert directory.is_dir()
+
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=30)
+
+    assert (process.returncode, stderr) == (128 + number, "")
+    assert not directory.exists()
 
 
 def test_a_reader_that_leaves_ends_the_command_quietly() -> None:
