@@ -10,12 +10,15 @@ import contextlib
 import fcntl
 import os
 import shutil
+import time
 from pathlib import Path
 
 from taskvm.errors import HostError
 from taskvm.paths import cache_dir, private_dir
 
 _LOCK = "lock"
+# Between making a directory and renaming it lie microseconds; a host may have been asleep in between.
+UNFINISHED_AGE_S = 3600.0
 
 
 class RunDir:
@@ -61,14 +64,32 @@ def sweep(base: Path) -> list[str]:
     """Remove the directories below `base` whose owner is gone; return their names."""
     removed = []
     for path in base.iterdir():
-        if path.name.startswith(".") or not path.is_dir():
-            continue
-        with contextlib.suppress(OSError):
-            lock = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
-                removed.append(path.name)
-            finally:
-                os.close(lock)
+        if path.name.startswith("."):
+            _remove_unfinished(path)
+        elif path.is_dir() and _is_left_over(path):
+            shutil.rmtree(path, ignore_errors=True)
+            removed.append(path.name)
     return removed
+
+
+def _is_left_over(path: Path) -> bool:
+    try:
+        lock = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True  # it came here with its lock: whoever was removing it was killed halfway
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(lock)
+    return True
+
+
+def _remove_unfinished(path: Path) -> None:
+    """Remove what a process that was killed in `create` left; a living one takes no time at all for that."""
+    with contextlib.suppress(OSError):
+        if time.time() - path.stat(follow_symlinks=False).st_mtime > UNFINISHED_AGE_S:
+            shutil.rmtree(path, ignore_errors=True)

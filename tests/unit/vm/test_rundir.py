@@ -53,6 +53,20 @@ def test_a_sweep_takes_the_dead_and_leaves_the_living() -> None:
     living.remove()
 
 
+def test_what_a_kill_left_halfway_is_removed() -> None:
+    """A directory whose removal was cut short has lost its lock; one that was never finished keeps its dot."""
+    base = run_base()
+    for name in ("half-removed", ".unfinished", ".being-made"):
+        (base / name).mkdir()
+        (base / name / "disk.qcow2").write_text("gigabytes")
+    os.utime(base / ".unfinished", (1, 1))
+
+    removed = sweep(base)
+
+    assert removed == ["half-removed"]
+    assert [path.name for path in base.iterdir()] == [".being-made"]
+
+
 def test_a_directory_that_cannot_be_made_is_a_host_error(cache: Path) -> None:
     """The error names the directory and the cause."""
     (run_base() / ".one").write_text("in the way")
