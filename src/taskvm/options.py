@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from taskvm.errors import UsageError
+from taskvm.fs.hostdir import HostDir
 from taskvm.fs.provider import Provider
 from taskvm.limits import Limits
 from taskvm.policy import Policy
@@ -69,8 +70,9 @@ class SandboxOptions:
             raise UsageError(
                 "start a sandbox", f"{len(self.mounts)} mounts; at most {MAX_MOUNTS} are possible"
             )
-        for path in self.mounts:
+        for path, provider in self.mounts.items():
             _check_mount_path(path)
+            _check_audit_path(self.audit_path, provider)
         for name, value in self.env.items():
             _check_variable(name, value)
         for secret in self.secrets:
@@ -91,6 +93,18 @@ def _check_mount_path(path: str) -> None:
     if path in _RESERVED:
         raise UsageError(
             f"mount at {path!r}", "the guest's system lives there", "Use a path like /workspace"
+        )
+
+
+def _check_audit_path(audit_path: Path | None, provider: Provider) -> None:
+    """A guest that can write to its own record can take out what it did."""
+    if audit_path is None or provider.readonly or not isinstance(provider, HostDir):
+        return
+    if audit_path.resolve().is_relative_to(provider.path):
+        raise UsageError(
+            f"write the audit log {audit_path}",
+            f"it is in {provider.path}, which the guest may write to",
+            "Choose a path outside of every mount",
         )
 
 

@@ -1,8 +1,11 @@
 """The options of a sandbox: what exists can be started (taskvm.options)."""
 
+from pathlib import Path
+
 import pytest
 
 from taskvm.errors import UsageError
+from taskvm.fs.hostdir import HostDir
 from taskvm.fs.memory import Memory
 from taskvm.options import MAX_MOUNTS, SandboxOptions
 from taskvm.policy import Policy
@@ -42,3 +45,18 @@ def test_too_many_mounts_are_refused() -> None:
 
     with pytest.raises(UsageError, match=str(MAX_MOUNTS)):
         SandboxOptions(policy=NOTHING, mounts=mounts)
+
+
+def test_a_guest_cannot_be_given_its_own_audit_log(tmp_path: Path) -> None:
+    """A log in a writable mount could be emptied by whom it accuses, by a link that leads there too."""
+    workspace = tmp_path / "workspace"
+    workspace.mkdir()
+    (tmp_path / "link").symlink_to(workspace)
+    mounts = {"/workspace": HostDir(workspace)}
+    for path in (workspace / "audit.jsonl", tmp_path / "link" / "logs" / "audit.jsonl"):
+        with pytest.raises(UsageError, match="outside of every mount"):
+            SandboxOptions(policy=NOTHING, mounts=mounts, audit_path=path)
+
+    elsewhere = SandboxOptions(policy=NOTHING, mounts=mounts, audit_path=tmp_path / "audit.jsonl")
+
+    assert elsewhere.audit_path == tmp_path / "audit.jsonl"

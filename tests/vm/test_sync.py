@@ -59,15 +59,15 @@ def test_a_plain_call_makes_a_sandbox_that_close_ends() -> None:
         vm.exec("true")
 
 
-def test_mounts_and_the_audit_log_are_those_of_the_call(tmp_path: Path) -> None:
+def test_mounts_and_the_audit_log_are_those_of_the_call(tmp_path: Path, workspace: Path) -> None:
     """create passes its arguments on."""
     with Sandbox.create(
-        mounts={"/workspace": HostDir(tmp_path)}, audit_path=tmp_path / "audit", **GUEST
+        mounts={"/workspace": HostDir(workspace)}, audit_path=tmp_path / "audit", **GUEST
     ) as vm:
         vm.exec("echo made in the guest > made")
         where = vm.audit_path
 
-    assert (tmp_path / "made").read_text() == "made in the guest\n"
+    assert (workspace / "made").read_text() == "made in the guest\n"
     assert where == tmp_path / "audit"
 
 

@@ -40,7 +40,7 @@ async def enter(config: SandboxConfig, workspace: Path, **environ: str) -> bool:
     """Return whether the place is sandboxed."""
     said: list[str] = []
     opening = open_place(
-        config, workspace, audit_path=workspace / "audit", say=said.append, environ=environ
+        config, workspace, audit_path=workspace.parent / "audit", say=said.append, environ=environ
     )
     async with opening as place:
         return place.sandboxed
