@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -30,13 +31,25 @@ def state_dir() -> Path:
 
 
 def private_dir(path: Path) -> Path:
-    """Make `path` and its parents, readable by this user alone. Raises HostError when that fails."""
+    """Make `path` and its parents, readable by this user alone.
+
+    Raises HostError when that fails, or when another user owns what is there or may write to it: images and saved
+    machines are believed because they lie in it.
+    """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = path.stat()
     except OSError as error:
         raise HostError(
             f"make the directory {path}", error.strerror or str(error), "Free space or permissions"
         ) from error
+    if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise HostError(
+            f"use the directory {path}",
+            f"another user owns it or may write to it (owner {status.st_uid}, "
+            f"mode {stat.S_IMODE(status.st_mode):o})",
+            "chmod it to 700, or choose a directory of your own (TASKVM_CACHE, XDG_STATE_HOME)",
+        )
     return path.absolute()
 
 

@@ -1,5 +1,6 @@
 """Private directories and files that are replaced in one step (taskvm.paths)."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,22 @@ def test_a_directory_that_cannot_be_made_says_why(tmp_path: Path) -> None:
 
     with pytest.raises(HostError, match="Not a directory|File exists"):
         private_dir(tmp_path / "file" / "below")
+
+
+def test_a_directory_that_others_may_write_to_is_refused(tmp_path: Path) -> None:
+    """Whoever can put an image or a saved machine there decides what QEMU loads."""
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o777)
+
+    with pytest.raises(HostError, match="mode 777"):
+        private_dir(tmp_path / "shared")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a directory away")
+def test_a_directory_of_another_user_is_refused(tmp_path: Path) -> None:
+    """A predictable TASKVM_CACHE below /tmp may have been made by somebody else first."""
+    (tmp_path / "theirs").mkdir(mode=0o700)
+    os.chown(tmp_path / "theirs", 1234, 1234)
+
+    with pytest.raises(HostError, match="owner 1234"):
+        private_dir(tmp_path / "theirs")
