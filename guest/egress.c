@@ -1,7 +1,8 @@
-/* The way out (docs/protocol-control.md, The net port). One thread does all of it.
+/* The way out, and the bytes of the way in (docs/protocol-control.md, The net port). One thread does all of it.
  *
  * A connection that an nftables rule redirected here carries its original destination (SO_ORIGINAL_DST); the host judges it. One that
- * was made straight to this port has none and is refused. Memory is bounded: MAX_CONNECTIONS windows of INITIAL_CREDIT towards the
+ * was made straight to this port has none and is refused. A connection that the host opens goes to the loopback (ingress.c); once it
+ * stands, nothing tells the two kinds apart. Memory is bounded: MAX_CONNECTIONS windows of INITIAL_CREDIT towards the
  * guest, nothing but the port's ring towards the host.
  */
 #include "egress.h"
@@ -16,6 +17,8 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "control.h"
+#include "ingress.h"
 #include "kernel.h"
 #include "log.h"
 #include "msgpack.h"
@@ -32,6 +35,8 @@ struct connection {
 	int fd;
 	bool readable, waiting;
 	bool sent_end, got_end, closed;
+	uint16_t dialling; /* the port of the loopback that the host asked for, until it is reached */
+	int family;
 	int64_t credit;
 	uint8_t *bytes; /* what the program has not taken yet; INITIAL_CREDIT of room, made when first needed */
 	size_t start, length;
@@ -216,7 +221,7 @@ static ssize_t write_out(struct connection *connection, const uint8_t *bytes, si
 
 static void finish_in(struct connection *connection)
 {
-	if (connection->length || !connection->got_end)
+	if (connection->length || !connection->got_end || connection->dialling)
 		return;
 	shutdown(connection->fd, SHUT_WR);
 	end_if_done(connection);
@@ -298,6 +303,89 @@ static void take_port_frame(const struct frame *frame)
 		refuse(frame, "no frame for the port itself");
 }
 
+/* Connections that the host opens. */
+
+static void answer_open(uint32_t id, const struct failure *failure)
+{
+	uint8_t bytes[64];
+	struct msgpack_writer map = {.bytes = bytes, .capacity = sizeof(bytes)};
+	if (failure->call)
+		write_failure(&map, failure);
+	else
+		msgpack_write_map(&map, 0);
+	send_frame(FRAME_REPLY, id, map.bytes, map.length);
+}
+
+static void connection_ready(struct source *source, uint32_t events);
+
+static void enter(struct connection *connection)
+{
+	connection->source.ready = connection_ready;
+	connection->credit = connection->window = INITIAL_CREDIT;
+	struct connection **bucket = &buckets[connection->id % BUCKETS];
+	connection->next = *bucket;
+	*bucket = connection;
+	count++;
+}
+
+static void watch(struct connection *connection)
+{
+	loop_add(&net_loop, connection->fd, &connection->source, EPOLLIN | EPOLLOUT | EPOLLRDHUP);
+}
+
+static struct connection *make_inward(const struct frame *frame, struct failure *failure)
+{
+	uint16_t port = ingress_port(frame, failure);
+	if (!port)
+		return NULL;
+	struct connection *connection = count < MAX_CONNECTIONS ? calloc(1, sizeof(*connection)) : NULL;
+	if (!connection) {
+		fail_call(failure, EAGAIN, "limit");
+		return NULL;
+	}
+	connection->id = frame->stream;
+	connection->dialling = port;
+	connection->family = AF_INET;
+	connection->fd = ingress_dial(AF_INET, port);
+	if (connection->fd >= 0)
+		return connection;
+	fail_call(failure, errno, "connect");
+	free(connection);
+	return NULL;
+}
+
+static void take_open(const struct frame *frame)
+{
+	if (frame->stream & GUEST_STREAM_BIT || *place_of(frame->stream))
+		refuse(frame, "OPEN of a stream that is not free");
+	struct failure failure = {0};
+	struct connection *connection = make_inward(frame, &failure);
+	if (!connection) {
+		answer_open(frame->stream, &failure);
+		return;
+	}
+	enter(connection);
+	watch(connection);
+}
+
+/* Nobody listens on 127.0.0.1, but somebody may on ::1. */
+static void dial_again(struct connection *connection, int error)
+{
+	int fd = -1;
+	if (error == ECONNREFUSED && connection->family == AF_INET)
+		fd = ingress_dial(AF_INET6, connection->dialling);
+	if (fd < 0) {
+		answer_open(connection->id, &(struct failure){error, "connect"});
+		end_connection(connection, true);
+		return;
+	}
+	loop_remove(&net_loop, connection->fd);
+	close(connection->fd);
+	connection->fd = fd;
+	connection->family = AF_INET6;
+	watch(connection);
+}
+
 static void take_frame(const struct frame *frame)
 {
 	if (frame->stream == 0) {
@@ -306,6 +394,10 @@ static void take_frame(const struct frame *frame)
 	}
 	if (frame->type == FRAME_DATAGRAM) {
 		take_answer(frame);
+		return;
+	}
+	if (frame->type == FRAME_OPEN) {
+		take_open(frame);
 		return;
 	}
 	struct connection *connection = *place_of(frame->stream);
@@ -331,8 +423,16 @@ static void connection_ready(struct source *source, uint32_t events)
 	int error = 0;
 	socklen_t size = sizeof(error);
 	if (events & EPOLLERR && getsockopt(connection->fd, SOL_SOCKET, SO_ERROR, &error, &size) == 0 && error) {
-		reset_connection(connection, error);
+		if (connection->dialling)
+			dial_again(connection, error);
+		else
+			reset_connection(connection, error);
 		return;
+	}
+	if (connection->dialling && events & EPOLLOUT) {
+		connection->dialling = 0;
+		answer_open(connection->id, &(struct failure){0});
+		finish_in(connection);
 	}
 	if (events & EPOLLOUT && connection->length)
 		pump_in(connection);
@@ -378,14 +478,11 @@ static void add_connection(int fd)
 		return;
 	}
 	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &now, sizeof(now)); /* the host has already chosen the pieces */
-	*connection = (struct connection){.source.ready = connection_ready, .id = new_id(), .fd = fd,
-		.credit = INITIAL_CREDIT, .window = INITIAL_CREDIT};
-	struct connection **bucket = &buckets[connection->id % BUCKETS];
-	connection->next = *bucket;
-	*bucket = connection;
-	count++;
+	connection->id = new_id();
+	connection->fd = fd;
+	enter(connection);
 	send_open(connection->id, &address);
-	loop_add(&net_loop, fd, &connection->source, EPOLLIN | EPOLLOUT | EPOLLRDHUP);
+	watch(connection);
 }
 
 static void listener_ready(struct source *source, uint32_t events)

@@ -4,6 +4,7 @@ async with Sandbox.create(mounts={"/workspace": HostDir(".")}, allow=["api.examp
     print((await vm.exec("ls -l")).stdout)
 """
 
+from taskvm.cache import Cache
 from taskvm.doctor import Finding, examine, render_findings
 from taskvm.errors import (
     CommandError,
@@ -27,6 +28,8 @@ from taskvm.fs.provider import Provider
 from taskvm.image.manifest import Image, ImageSpec
 from taskvm.image.store import ImageStore
 from taskvm.limits import Limits
+from taskvm.net.ingress import Forward, Forwarding
+from taskvm.paths import Removed
 from taskvm.policy import Policy
 from taskvm.pool import WarmPool
 from taskvm.process import ByteStream, ExecResult, Process
@@ -55,9 +58,13 @@ __all__ = [
     "Provider",
     "Memory",
     "Starting",
+    "Forward",
+    "Forwarding",
     "Image",
     "ImageSpec",
     "ImageStore",
+    "Cache",
+    "Removed",
     "Finding",
     "examine",
     "render_findings",

@@ -1,4 +1,4 @@
-"""The audit record: one JSON line for every decision about what leaves a sandbox.
+"""The audit record: one JSON line for every decision about what leaves a sandbox, or enters it.
 
 Rule 1: one schema (`AuditEvent`), written down in its fields; a consumer needs nothing else.
 Rule 2: text from the guest cannot forge or break a line: JSON escapes, printable ASCII only,
@@ -18,7 +18,7 @@ MAX_TEXT = 512  # characters of a reason, a rule, a hint
 MAX_PATH = 1024
 MAX_NAMES = 64
 
-Kind = Literal["dns", "connect", "tls", "request", "response", "secret", "log"]
+Kind = Literal["dns", "connect", "tls", "request", "response", "secret", "ingress", "log"]
 Verdict = Literal["allow", "deny", "error"]
 
 _UNPRINTABLE = re.compile(r"[^\x20-\x7e]")
@@ -33,7 +33,9 @@ class AuditEvent(
     `tls` a handshake;
     `request` a request was judged (written before its first byte leaves); `response` how that
     request ended;
-    `secret` a secret was put into a request, or kept out of it; `log` the record itself (full, or
+    `secret` a secret was put into a request, or kept out of it;
+    `ingress` the host listens for the guest's `guest_port` (no `connection`), or somebody connected
+    there: when it was opened, and when it was over; `log` the record itself (full, or
     lines left out).
     """
 
@@ -43,15 +45,16 @@ class AuditEvent(
     decision: Verdict  # error: allowed, and then it failed
     rule: str = ""  # the text of the rule that decided, or the name of a built-in one
     reason: str = ""
-    connection: int = 0  # the guest's stream; joins the events of one connection
+    connection: int = 0  # the stream's number; joins the events of one connection
     host: str = ""
-    address: str = ""  # what was connected to, or asked for by number
+    address: str = ""  # what was connected to, or asked for by number; ingress: who connected
     port: int = 0
+    guest_port: int = 0  # of ingress: the server's in the guest
     method: str = ""
     path: str = ""  # without the query
     status: int = 0
-    bytes_up: int = 0  # of the request's body
-    bytes_down: int = 0  # of the response's body
+    bytes_up: int = 0  # of the request's body; ingress: out of the guest
+    bytes_down: int = 0  # of the response's body; ingress: into the guest
     duration_ms: int = 0
     secrets: tuple[str, ...] = ()  # names
     omitted: int = 0  # events left out because the record was full

@@ -134,6 +134,12 @@ def main() -> None:
 @click.option(
     "--max-duration", type=float, metavar="S", help="End the whole sandbox after S seconds."
 )
+@click.option(
+    "--publish",
+    multiple=True,
+    metavar="[HOST_PORT:]GUEST_PORT",
+    help="Make a TCP server in the guest reachable at 127.0.0.1 of this host.",
+)
 @click.option("--audit", metavar="FILE", help="Append each egress decision to FILE as a JSON line.")
 @click.option(
     "--accel",
@@ -160,6 +166,7 @@ def run(
     cwd: str | None,
     timeout: float | None,
     max_duration: float | None,
+    publish: tuple[str, ...],
     audit: str | None,
     accel: str,
     cold: bool,
@@ -173,6 +180,7 @@ def run(
     if timeout is not None and not timeout > 0:  # so that "nan" is refused too
         raise UsageError(f"use --timeout {timeout:g}", "it is not a positive number of seconds")
     _occupy_standard_streams()
+    ports = [_published(text) for text in publish]
     starting = Sandbox.create(
         mounts=dict(_mount(text) for text in mounts),
         allow=allow,
@@ -191,23 +199,31 @@ def run(
         on_progress=_silent if quiet else _progress,
     )
     try:
-        status = asyncio.run(_until_signal(_run(starting, command, cwd, timeout)))
+        status = asyncio.run(_until_signal(_run(starting, command, cwd, timeout, ports)))
     except _NoReaderError:
         status = EXIT_NO_READER
     sys.exit(status)
 
 
 async def _run(
-    starting: taskvm.Starting, command: tuple[str, ...], cwd: str | None, timeout_s: float | None
+    starting: taskvm.Starting,
+    command: tuple[str, ...],
+    cwd: str | None,
+    timeout_s: float | None,
+    ports: Iterable[tuple[int, int]],
 ) -> int:
-    async with starting as vm, await vm.spawn(list(command), cwd=cwd) as process:
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await _relay(process)
-        except TimeoutError:
-            await process.kill_all()
-            click.echo(f"taskvm: {process.command}: killed after {timeout_s:g} s", err=True)
-            return EXIT_TIMEOUT
+    async with starting as vm:
+        for host_port, guest_port in ports:
+            forward = await vm.forward(guest_port, host_port=host_port)
+            click.echo(f"taskvm: port {guest_port} of the guest is at {forward}", err=True)
+        async with await vm.spawn(list(command), cwd=cwd) as process:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    return await _relay(process)
+            except TimeoutError:
+                await process.kill_all()
+                click.echo(f"taskvm: {process.command}: killed after {timeout_s:g} s", err=True)
+                return EXIT_TIMEOUT
 
 
 async def _until_signal(work: Coroutine[Any, Any, int]) -> int:
@@ -400,6 +416,14 @@ def _pair(text: str, option: str, form: str) -> tuple[str, str]:
     if not separator or not name:
         raise UsageError(f"read {option} {text}", f"it is not {form}")
     return name, value
+
+
+def _published(text: str) -> tuple[int, int]:
+    host_port, separator, guest_port = text.rpartition(":")
+    numbers = [guest_port, host_port] if separator else [guest_port]
+    if not all(number.isdecimal() and 0 < int(number) < 65536 for number in numbers):
+        raise UsageError(f"read --publish {text}", "it is not GUEST_PORT or HOST_PORT:GUEST_PORT")
+    return int(host_port) if separator else 0, int(guest_port)
 
 
 def _secret(text: str) -> Secret:

@@ -150,6 +150,7 @@ class Guest:
         net = await FramePort.open(self.machine.take("net"), PORT_NET)
         self._release.callback(net.close)
         gateway = self.gateway = self._make_gateway(options, bound, net)
+        self._release.push_async_callback(gateway.ingress.aclose)  # run may be cancelled unbegun
         self._background.start(gateway.run(), f"egress of {self.id}")
         server = FsServer(self.machine.take("fs"), on_failure=self._fail_from_thread())
         self._release.push_async_callback(asyncio.to_thread, server.close)

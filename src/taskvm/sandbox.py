@@ -33,6 +33,7 @@ from taskvm.guest import Guest
 from taskvm.identity import guest_environment
 from taskvm.launch import launch
 from taskvm.limits import LimitArguments, Limits
+from taskvm.net.ingress import LOCALHOST, Forwarding
 from taskvm.options import DEFAULT_CPUS, DEFAULT_MEMORY_MIB, SandboxOptions, ignore_progress
 from taskvm.policy import Policy
 from taskvm.pool import WarmPool
@@ -255,6 +256,19 @@ class Sandbox:
             call.forget(errno=125)
             raise
         return Process(call, text[:200], started.pid)
+
+    def forward(self, port: int, *, host: str = LOCALHOST, host_port: int = 0) -> Forwarding:
+        """Make a TCP server in the guest reachable: `await` the result, or use it with `async with`.
+
+        It listens on `host`, an address of this host (0.0.0.0 is every network it is in), at `host_port`
+        or a free one, until it is closed. Each connection is carried to 127.0.0.1 in the guest, or ::1 where
+        only that listens; one that the guest refuses is broken off.
+
+        Raises UsageError, HostError when the address is in use, SandboxStateError, SandboxLostError.
+        """
+        self._require_running(f"forward port {port} of the guest")
+        assert self._guest.gateway is not None, "a sandbox's guest is equipped"
+        return Forwarding(self._guest.gateway.ingress, port, host, host_port)
 
     async def close(self) -> None:
         """End the sandbox and everything in it, and remove what it kept on the host. Idempotent.

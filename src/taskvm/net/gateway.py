@@ -27,6 +27,7 @@ from taskvm.net.auditlog import AuditLog
 from taskvm.net.certs import CertificateAuthority
 from taskvm.net.connection import Destination, GuestConnection
 from taskvm.net.egress import Egress
+from taskvm.net.ingress import Ingress
 from taskvm.net.names import SyntheticNames
 from taskvm.net.nameserver import NameServer
 from taskvm.net.resolver import Resolver
@@ -34,6 +35,7 @@ from taskvm.net.streams import GuestStream
 from taskvm.net.upstream import Dialer
 from taskvm.policy import Policy
 from taskvm.port import FramePort, Inlet, Outlet, StreamReset
+from taskvm.wire.connect import decode_connect
 from taskvm.wire.frames import GUEST_STREAM_BIT, Frame, FrameType, decode_u32, encode_u32
 
 MAX_CONNECTIONS = 256
@@ -43,15 +45,6 @@ MAX_EARLY_FRAMES = 256  # that come before `run`
 MAX_REFUSED = 65_536
 
 _logger = logging.getLogger(__name__)
-
-
-class ConnectRequest(
-    msgspec.Struct, frozen=True, tag_field="op", tag="connect", forbid_unknown_fields=True
-):
-    """The OPEN of a connection: where the guest's program connected to."""
-
-    addr: str
-    port: int
 
 
 class _Stream:
@@ -66,6 +59,7 @@ class _Stream:
 class Gateway:
     """Mediates what leaves one sandbox. It owns the port's callbacks from its creation on.
 
+    `ingress` has the streams that the host opens; it may be used before `run`, and ends with it.
     `names` continues the synthetic addresses of a sandbox that was checkpointed.
     """
 
@@ -81,6 +75,7 @@ class Gateway:
         extra_ca_files: Iterable[str | os.PathLike[str]] = (),
         names: SyntheticNames | None = None,
     ) -> None:
+        self.ingress = Ingress(port, audit)
         self.names = names if names is not None else SyntheticNames()
         dialer = Dialer(policy, resolver, extra_ca_files)
         self._egress = Egress(policy, Injector(secrets), audit, ca, dialer, self.names)
@@ -99,6 +94,13 @@ class Gateway:
 
     async def run(self) -> None:
         """Serve until the port is lost, then raise why: SandboxLostError, GuestProtocolError."""
+        try:
+            reason = await self._serve_port()
+        finally:
+            await self.ingress.aclose()
+        raise reason
+
+    async def _serve_port(self) -> Exception:
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
             answering = tasks.create_task(self._send_answers())
@@ -110,20 +112,20 @@ class Gateway:
             for stream in list(self._streams.values()):
                 if stream.task is not None:
                     stream.task.cancel()
-        raise reason
+        return reason
 
     @property
     def connections(self) -> int:
-        """How many connections of the guest are open."""
-        return len(self._streams)
+        """How many connections are open, the guest's and those into it."""
+        return len(self._streams) + self.ingress.connections
 
     # Frames of the guest.
 
     def _on_frame(self, frame: Frame) -> None:
-        if self._tasks is None:
+        if not frame.stream & GUEST_STREAM_BIT:
+            self.ingress.take(frame)
+        elif self._tasks is None:
             self._hold(frame)
-        elif not frame.stream & GUEST_STREAM_BIT:
-            self._port.fail(f"{frame.type.name} on stream {frame.stream}, which is not the guest's")
         elif frame.type is FrameType.OPEN:
             self._open(frame)
         elif frame.type is FrameType.DATAGRAM:
@@ -165,10 +167,8 @@ class Gateway:
             self._port.fail(f"OPEN of stream {frame.stream}, which is open")
             return
         try:
-            request = msgspec.msgpack.decode(frame.payload, type=ConnectRequest)
+            request = decode_connect(frame.payload)
             address = ipaddress.IPv4Address(request.addr)
-            if not 0 < request.port < 65536:
-                raise ValueError("the port is out of range")
         except (ValueError, msgspec.MsgspecError) as error:
             self._port.fail(f"malformed OPEN on the net port: {type(error).__name__}")
             return
@@ -241,6 +241,7 @@ class Gateway:
                 guest.abort()
 
     def _on_lost(self, reason: Exception) -> None:
+        self.ingress.fail(reason)
         if not self._lost.done():
             self._lost.set_result(reason)
 

@@ -1,0 +1,277 @@
+"""The way into a real guest (taskvm.net.ingress): real servers there, real clients here."""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from tests.conftest import GUEST
+
+from taskvm import Forward, Process, Sandbox, SandboxStateError
+
+pytestmark = pytest.mark.vm
+
+MEGABYTES = 20
+# Serves each connection of {address} with serve(connection) in a thread of its own.
+SERVER = """
+import hashlib, socket, threading
+def serve(c):
+{body}
+s = socket.create_server(("{host}", 7000), family=socket.{family}, backlog=300)
+print("ready", flush=True)
+while True:
+    threading.Thread(target=serve, args=(s.accept()[0],), daemon=True).start()
+"""
+ECHO = "while d := c.recv(65536): c.sendall(d)\nc.close()"
+DIGEST = """h = hashlib.sha256()
+while d := c.recv(65536): h.update(d)
+c.sendall(h.hexdigest().encode())
+c.close()"""
+SOURCE = f"""c.sendall(bytes(range(256)) * (4096 * {MEGABYTES}))
+c.shutdown(socket.SHUT_WR)
+d = b""
+while p := c.recv(65536): d += p
+open("/tmp/late", "wb").write(d)
+c.close()"""
+
+
+@asynccontextmanager
+async def serving(
+    vm: Sandbox, body: str, host: str = "127.0.0.1", family: str = "AF_INET"
+) -> AsyncIterator[Forward]:
+    """A server in the guest that serves as `body` says, forwarded."""
+    indented = "\n".join("    " + line for line in body.splitlines())
+    code = SERVER.format(body=indented, host=host, family=family)
+    async with await vm.spawn(["python3", "-c", code]) as process:
+        await ready(process)
+        async with vm.forward(7000) as forward:
+            yield forward
+
+
+async def ready(process: Process) -> None:
+    async with asyncio.timeout(20):
+        line = await process.stdout.read()
+    assert line == b"ready\n"
+
+
+async def curl(*arguments: str) -> tuple[str, int]:
+    done = await asyncio.to_thread(
+        subprocess.run, ["curl", "-sS", "-m", "30", *arguments], capture_output=True, text=True
+    )
+    return done.stdout, done.returncode
+
+
+def audit_of(vm: Sandbox) -> list[dict[str, object]]:
+    return [json.loads(line) for line in vm.audit_path.read_text().splitlines()]
+
+
+async def test_sixty_parallel_requests_reach_a_web_server(vm: Sandbox) -> None:
+    """Python's own http.server, which binds 0.0.0.0, and the real curl."""
+    code = (
+        "from http.server import *\n"
+        "s = ThreadingHTTPServer(('', 8000), SimpleHTTPRequestHandler)\n"
+        "print('ready', flush=True)\n"
+        "s.serve_forever()"
+    )
+    await vm.exec("mkdir /tmp/www && for n in $(seq 60); do echo page $n >/tmp/www/$n; done")
+    async with await vm.spawn(["python3", "-c", code], cwd="/tmp/www") as process:
+        await ready(process)
+        async with vm.forward(8000) as forward:
+            answers = await asyncio.gather(
+                *(curl(f"http://{forward}/{number}") for number in range(1, 61))
+            )
+
+    assert answers == [(f"page {number}\n", 0) for number in range(1, 61)]
+    events = [event for event in audit_of(vm) if event["kind"] == "ingress"]
+    assert events[0]["reason"] == "listening"
+    assert sum(event.get("reason") == "closed" for event in events) == 60
+    assert {event["guest_port"] for event in events} == {8000}
+
+
+async def test_an_upload_is_whole_and_its_end_leaves_the_answer_open(vm: Sandbox) -> None:
+    """20 MB in, the client's FIN, and only then does the server say what it got."""
+    data = os.urandom(MEGABYTES << 20)
+    async with serving(vm, DIGEST) as forward:
+        reader, writer = await asyncio.open_connection(forward.host, forward.port)
+        writer.write(data)
+        await writer.drain()
+        writer.write_eof()
+        async with asyncio.timeout(60):
+            answer = await reader.read()
+        writer.close()
+
+    assert answer.decode() == hashlib.sha256(data).hexdigest()
+
+
+async def test_a_download_is_whole_and_its_end_leaves_the_client_talking(vm: Sandbox) -> None:
+    """20 MB out, the server's FIN, and what the client says after it still arrives."""
+    async with serving(vm, SOURCE) as forward:
+        reader, writer = await asyncio.open_connection(forward.host, forward.port)
+        async with asyncio.timeout(60):
+            data = await reader.read()
+        writer.write(b"still here")
+        writer.write_eof()
+        async with asyncio.timeout(10):
+            while not (late := (await vm.exec("cat /tmp/late 2>/dev/null")).stdout):
+                await asyncio.sleep(0.1)
+        writer.close()
+
+    assert data == bytes(range(256)) * (4096 * MEGABYTES)
+    assert late == "still here"
+
+
+async def test_a_server_that_does_not_read_stops_its_client_and_nobody_else(vm: Sandbox) -> None:
+    """Of 64 MB no more than windows and kernel buffers are taken; another connection is served meanwhile."""
+    body = "if c.recv(1) == b's': threading.Event().wait()\nc.sendall(b'ok')\nc.close()"
+    async with serving(vm, body) as forward, asyncio.timeout(20):
+        with socket.create_connection((forward.host, forward.port)) as stuck:
+            stuck.sendall(b"s")
+            stuck.settimeout(1.0)
+            taken = 0
+            with contextlib.suppress(TimeoutError):
+                while taken < 64 << 20:
+                    taken += await asyncio.to_thread(stuck.send, bytes(1 << 16))
+            reader, writer = await asyncio.open_connection(forward.host, forward.port)
+            writer.write(b"x")
+            answer = await reader.read()
+            writer.close()
+
+    assert answer == b"ok"
+    assert taken < 16 << 20
+
+
+async def test_two_hundred_connections_are_open_at_once(vm: Sandbox) -> None:
+    """Each has its own bytes back, while all the others are open."""
+    async with serving(vm, ECHO) as forward, asyncio.timeout(60):
+        clients = [await asyncio.open_connection(forward.host, forward.port) for _ in range(200)]
+        for number, (_, writer) in enumerate(clients):
+            writer.write(b"%04d" % number)
+        answers = [await reader.readexactly(4) for reader, _ in clients]
+        for _, writer in clients:
+            writer.close()
+
+    assert answers == [b"%04d" % number for number in range(200)]
+
+
+async def test_a_server_that_listens_on_ipv6_only_is_reached(vm: Sandbox) -> None:
+    async with serving(vm, ECHO, host="::1", family="AF_INET6") as forward:
+        reader, writer = await asyncio.open_connection(forward.host, forward.port)
+        writer.write(b"over ::1")
+        async with asyncio.timeout(10):
+            answer = await reader.readexactly(8)
+        writer.close()
+
+    assert answer == b"over ::1"
+
+
+async def test_a_port_that_nobody_listens_on_is_broken_off_promptly(vm: Sandbox) -> None:
+    """curl fails at once (56: reset), and a server that starts later is reached at the same address."""
+    async with vm.forward(7000) as forward, asyncio.timeout(30):
+        _, early = await curl(f"http://{forward}/")
+        async with serving(vm, ECHO):
+            reader, writer = await asyncio.open_connection(forward.host, forward.port)
+            writer.write(b"now")
+            answer = await reader.readexactly(3)
+            writer.close()
+
+    assert early == 56
+    assert answer == b"now"
+    assert any("Connection refused" in str(event.get("reason")) for event in audit_of(vm))
+
+
+async def test_a_server_that_dies_breaks_its_clients_off(vm: Sandbox) -> None:
+    """A connection that the guest's kernel resets is reset here: no end that would pass for a whole answer."""
+    body = (
+        "import struct\nc.recv(1)\n"
+        "c.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))\nc.close()"
+    )
+    async with serving(vm, body) as forward, asyncio.timeout(10):
+        reader, writer = await asyncio.open_connection(forward.host, forward.port)
+        writer.write(b"x")
+        with pytest.raises(ConnectionResetError):
+            await reader.read()
+        writer.close()
+
+
+async def test_a_closed_sandbox_leaves_no_connection_and_no_listener() -> None:
+    async with Sandbox.create(**GUEST) as vm:
+        forward = await vm.forward(22)  # never closed by hand
+        async with serving(vm, ECHO) as echo:
+            reader, writer = await asyncio.open_connection(echo.host, echo.port)
+            writer.write(b"x")
+            await reader.readexactly(1)
+            await vm.close()
+            async with asyncio.timeout(5):
+                with pytest.raises(ConnectionResetError):
+                    await reader.read()
+            writer.close()
+        with pytest.raises(SandboxStateError):
+            vm.forward(7000)
+
+    for address in (forward, echo):
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((address.host, address.port)).close()
+
+
+async def test_a_lost_sandbox_leaves_no_connection_and_no_listener(vm: Sandbox) -> None:
+    """The machine is killed behind our back."""
+    forward = await vm.forward(7000, host_port=0)
+    os.kill(vm.host_pid, signal.SIGKILL)
+    async with asyncio.timeout(10):
+        while vm.state == "running":
+            await asyncio.sleep(0.02)
+    await asyncio.sleep(0.2)
+
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((forward.host, forward.port)).close()
+
+
+def test_the_command_line_publishes_ports_and_says_where() -> None:
+    """--publish GUEST_PORT takes a free port, HOST_PORT:GUEST_PORT the one that is asked for."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        chosen = free.getsockname()[1]
+    taskvm = [str(Path(sys.executable).with_name("taskvm")), "run", "--cpus", "1"]
+    arguments = ["--memory", "256", "-q", "--publish", "8000", "--publish", f"{chosen}:8000"]
+    code = (
+        "import socket\ns = socket.create_server(('127.0.0.1', 8000))\nprint('ready', flush=True)\n"
+        "for _ in range(2): c = s.accept()[0]; c.sendall(b'hello'); c.close()"
+    )
+    process = subprocess.Popen(
+        [*taskvm, *arguments, "--", "python3", "-c", code],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        lines = [process.stderr.readline(), process.stderr.readline()]
+        assert process.stdout.readline() == "ready\n"
+        answers = []
+        for line in lines:
+            host, _, port = line.split()[-1].rpartition(":")
+            with socket.create_connection((host, int(port)), timeout=10) as client:
+                answers.append(client.recv(5, socket.MSG_WAITALL))
+
+    assert answers == [b"hello"] * 2
+    assert lines[1] == f"taskvm: port 8000 of the guest is at 127.0.0.1:{chosen}\n"
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("text", ["http", "1:2:3", "99999", "0", ":80", "-1:80"])
+def test_a_wrong_publish_is_one_line_and_status_2(text: str) -> None:
+    taskvm = str(Path(sys.executable).with_name("taskvm"))
+    done = subprocess.run(
+        [taskvm, "run", "--cpus", "1", "--memory", "256", "-q", f"--publish={text}", "--", "true"],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
