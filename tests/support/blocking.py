@@ -25,6 +25,9 @@ class Dressed:
     def text(self) -> AsyncIterator[str]:
         return _stepped(self._twin.text())
 
+    def open_read(self, *args: object, **options: Any) -> AsyncIterator[bytes]:
+        return _stepped(self._twin.open_read(*args, **options))
+
     def __aiter__(self) -> AsyncIterator[bytes]:
         return _stepped(iter(self._twin))
 
@@ -44,11 +47,15 @@ def dressed(value: object) -> Any:
 
 def _awaitable(method: Any) -> Any:
     async def call(*args: object, **options: Any) -> object:
-        if isinstance(options.get("stdin"), AsyncIterator):
-            options["stdin"] = iter([piece async for piece in options["stdin"]])
-        return dressed(await asyncio.to_thread(method, *args, **options))
+        taken = [await _plain(value) for value in args]
+        named = {name: await _plain(value) for name, value in options.items()}
+        return dressed(await asyncio.to_thread(method, *taken, **named))
 
     return call
+
+
+async def _plain(value: object) -> object:
+    return iter([item async for item in value]) if isinstance(value, AsyncIterator) else value
 
 
 async def _stepped(source: Iterator[Any]) -> AsyncIterator[Any]:

@@ -12,12 +12,15 @@ from taskvm.files import FileInfo
 from taskvm.fs.hostdir import HostDir
 from taskvm.fs.memory import Memory
 from taskvm.fs.provider import Provider
+from taskvm.limits import Limits
 from taskvm.process import ExecResult
 from taskvm.secret import Secret
 from taskvm.sync.files import Files
 from taskvm.sync.pool import WarmPool
 from taskvm.sync.process import ByteStream, Process
 from taskvm.sync.sandbox import Sandbox
+from taskvm.treecopy import CopyLimits
+from taskvm.usage import Statistics
 
 __all__ = [  # noqa: RUF022  # most important first, as in taskvm
     "Sandbox",
@@ -28,7 +31,10 @@ __all__ = [  # noqa: RUF022  # most important first, as in taskvm
     "ByteStream",
     "Files",
     "FileInfo",
+    "CopyLimits",
     "WarmPool",
+    "Limits",
+    "Statistics",
     "Provider",
     "Memory",
 ]

@@ -66,6 +66,12 @@ class Bridge:
         """Run an asynchronous function on the loop and return what it returns. See Rule 3."""
         return Call(self).run(function, *args, **kwargs)
 
+    def leave(self, function: Callable[[], Awaitable[None]]) -> None:
+        """Have the loop run `function` some time and tell nobody. Never blocks; nothing happens after its end."""
+        if self._pid == os.getpid():
+            with contextlib.suppress(SandboxStateError):
+                self.submit(partial(_Work(function).begin, self.await_at_exit))
+
     def require_usable(self) -> None:
         """Raise SandboxStateError in a forked child, in the loop's own thread and when the interpreter exits."""
         operation = "use a sandbox"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import builtins
+import os
+from collections.abc import Generator, Iterable
 
 from taskvm import files as aio
 from taskvm.files import FileInfo, GuestPath
-from taskvm.sync.bridge import Bridge
+from taskvm.sync.bridge import Bridge, Call
+from taskvm.treecopy import CopyLimits
 
 
 class Files:
@@ -31,11 +34,60 @@ class Files:
         """Return the content of a UTF-8 file. Raises UnicodeDecodeError when it is not UTF-8."""
         return self._bridge.call(self._files.read_text, path)
 
+    def open_read(
+        self,
+        path: GuestPath,
+        *,
+        offset: int = 0,
+        length: int | None = None,
+        follow: bool = True,
+    ) -> Generator[bytes, None, None]:
+        """Yield the content of a file of any size in pieces; the guest reads no further ahead than a window.
+
+        Without `follow` a symbolic link is an error (ELOOP). Leave early by `contextlib.closing`: an open one
+        counts among the MAX_CONCURRENT operations.
+        """
+        pieces = self._files.open_read(path, offset=offset, length=length, follow=follow)
+
+        async def piece() -> bytes | None:
+            return await anext(pieces, None)
+
+        try:
+            while (data := self._bridge.call(piece)) is not None:
+                yield data
+        finally:
+            # Not waited for: a forgotten generator is closed by the collector, in whatever thread it runs.
+            self._bridge.leave(pieces.aclose)
+
     def write_bytes(
         self, path: GuestPath, data: bytes, *, mode: int = 0o644, parents: bool = True
     ) -> None:
         """Replace a file's content in one step: a reader sees the old content or the new."""
         self._bridge.call(self._files.write_bytes, path, data, mode=mode, parents=parents)
+
+    def write_stream(
+        self,
+        path: GuestPath,
+        pieces: Iterable[bytes],
+        *,
+        mode: int = 0o644,
+        parents: bool = True,
+        mtime_ns: int | None = None,
+    ) -> None:
+        """Replace a file's content as `write_bytes`, by pieces that together may be larger than memory.
+
+        A piece is asked for, in this thread, when the guest has room for it. When `pieces` raises, or this is
+        interrupted, the old content stays. `mtime_ns` sets the time of modification.
+        """
+        call = Call(self._bridge)
+        call.run(
+            self._files.write_stream,
+            path,
+            call.stream(pieces),
+            mode=mode,
+            parents=parents,
+            mtime_ns=mtime_ns,
+        )
 
     def write_text(
         self, path: GuestPath, text: str, *, mode: int = 0o644, parents: bool = True
@@ -58,6 +110,44 @@ class Files:
     def mkdir(self, path: GuestPath, *, parents: bool = False, mode: int = 0o755) -> None:
         """Make a directory; with `parents` also those above it, and one that is there is no error."""
         self._bridge.call(self._files.mkdir, path, parents=parents, mode=mode)
+
+    def chmod(self, path: GuestPath, mode: int) -> None:
+        """Set the low 12 bits of the mode. A symbolic link is not followed but refused (ELOOP)."""
+        self._bridge.call(self._files.chmod, path, mode)
+
+    def symlink(self, target: GuestPath, path: GuestPath) -> None:
+        """Make `path` a symbolic link that holds `target`, which may be relative. What is at `path` stays: EEXIST."""
+        self._bridge.call(self._files.symlink, target, path)
+
+    def readlink(self, path: GuestPath) -> str:
+        """Return what the symbolic link `path` holds: any text, which may lead anywhere."""
+        return self._bridge.call(self._files.readlink, path)
+
+    def copy_in(self, host_path: str | os.PathLike[str], guest_path: GuestPath) -> None:
+        """Copy a file, a symbolic link or a whole tree of the host to `guest_path`, which is the copy's own name.
+
+        Permissions, the files' times and symbolic links (never followed) are kept; setuid, setgid and sticky are not.
+        Files that exist are replaced, directories that exist are added to. A failure leaves what was copied until
+        then. Raises CopyError for a socket, FIFO or device, or a tree that is too deep.
+        """
+        self._bridge.call(self._files.copy_in, host_path, guest_path)
+
+    def copy_out(
+        self,
+        guest_path: GuestPath,
+        host_path: str | os.PathLike[str],
+        *,
+        limits: CopyLimits = CopyLimits(),  # noqa: B008 - frozen
+    ) -> None:
+        """Copy a file, a symbolic link or a whole tree of the guest to `host_path`, where nothing may be yet.
+
+        It appears whole or not at all, with permissions and times; the owner may always enter directories. Symbolic
+        links are copied as they are: following one later leads wherever the guest wished.
+
+        Raises UsageError when `host_path` exists, CopyError for a socket, FIFO, device or setuid file and when
+        `limits` or the depth are exceeded, HostError when the host refuses.
+        """
+        self._bridge.call(self._files.copy_out, guest_path, host_path, limits=limits)
 
     def rename(self, path: GuestPath, to: GuestPath, *, replace: bool = True) -> None:
         """Rename `path` to `to` within one file system; without `replace` an existing `to` is EEXIST."""

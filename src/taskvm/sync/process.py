@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import signal as signals
 from collections.abc import Iterator
 from types import TracebackType
@@ -28,12 +29,11 @@ class ByteStream:
 
     def text(self) -> Iterator[str]:
         """Iterate over the stream as UTF-8 text; a character cut by a chunk's end is held until it is whole."""
-        pieces = self._stream.text()
-
-        async def piece() -> str | None:
-            return await anext(pieces, None)
-
-        while (text := self._bridge.call(piece)) is not None:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for data in self:
+            if text := decoder.decode(data):
+                yield text
+        if text := decoder.decode(b"", final=True):
             yield text
 
 
@@ -47,10 +47,10 @@ class Process:
     def __init__(self, bridge: Bridge, process: aio.Process) -> None:
         self._bridge = bridge
         self._process = process
-        self.command = process.command
-        self.pid = process.pid
-        self.stdout = ByteStream(bridge, process.stdout)
-        self.stderr = ByteStream(bridge, process.stderr)
+        self.command: str = process.command
+        self.pid: int = process.pid
+        self.stdout: ByteStream = ByteStream(bridge, process.stdout)
+        self.stderr: ByteStream = ByteStream(bridge, process.stderr)
 
     def write(self, data: bytes) -> None:
         """Write to standard input, waiting while the process does not read.
@@ -67,8 +67,18 @@ class Process:
         """Send `signal` to the process's group. Nothing happens when it has ended."""
         self._bridge.call(self._process.kill, signal)
 
+    def resize(self, rows: int, cols: int) -> None:
+        """Change the size of the process's terminal: its foreground programs get SIGWINCH.
+
+        Nothing happens without a terminal, or when the process has ended. Raises UsageError for an impossible size.
+        """
+        self._bridge.call(self._process.resize, rows, cols)
+
     def wait(self) -> aio.ExecResult:
-        """Wait until the main process has ended. Its children may live on. Raises SandboxLostError."""
+        """Wait until the main process has ended. Its children may live on.
+
+        Raises SandboxLostError; GuestError when the guest has dropped the process without saying how it ended.
+        """
         return self._bridge.call(self._process.wait)
 
     def kill_all(self) -> None:

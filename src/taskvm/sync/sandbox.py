@@ -9,11 +9,12 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, Unpack
 
 from taskvm import sandbox as aio
 from taskvm.files import GuestPath
 from taskvm.fs.provider import Provider
+from taskvm.limits import LimitArguments
 from taskvm.options import DEFAULT_CPUS, DEFAULT_MEMORY_MIB, ignore_progress
 from taskvm.process import ExecResult
 from taskvm.sandbox import Command, State
@@ -22,6 +23,7 @@ from taskvm.sync.bridge import Bridge, Call
 from taskvm.sync.files import Files
 from taskvm.sync.pool import WarmPool
 from taskvm.sync.process import Process
+from taskvm.usage import Statistics
 from taskvm.vm.warm import AcceleratorChoice
 
 
@@ -35,8 +37,8 @@ class Sandbox:
     def __init__(self, bridge: Bridge, sandbox: aio.Sandbox) -> None:
         self._bridge = bridge
         self._sandbox = sandbox
-        self.id = sandbox.id
-        self.files = Files(bridge, sandbox.files)
+        self.id: str = sandbox.id
+        self.files: Files = Files(bridge, sandbox.files)
 
     @classmethod
     def create(
@@ -57,6 +59,7 @@ class Sandbox:
         warm: bool = True,
         pool: WarmPool | None = None,
         on_progress: Callable[[str], None] = ignore_progress,
+        **limits: Unpack[LimitArguments],
     ) -> Sandbox:
         """Start a sandbox and return it running. The arguments are those of `taskvm.Sandbox.create`.
 
@@ -83,6 +86,7 @@ class Sandbox:
             warm=warm,
             pool=None if pool is None else pool._pool,
             on_progress=call.callback(on_progress),
+            **limits,
         )
 
         async def start() -> aio.Sandbox:
@@ -118,6 +122,14 @@ class Sandbox:
     def host_pid(self) -> int:
         """The host's process that supervises QEMU."""
         return self._sandbox.host_pid
+
+    def statistics(self) -> Statistics:
+        """Return what it uses of the host now. Raises SandboxStateError, SandboxLostError when it does not run."""
+
+        async def measure() -> Statistics:
+            return self._sandbox.statistics()
+
+        return self._bridge.call(measure)
 
     # What it does.
 
@@ -161,14 +173,23 @@ class Sandbox:
         cwd: GuestPath | None = None,
         env: Mapping[str, str] | None = None,
         merge_output: bool = False,
+        pty: tuple[int, int] | None = None,
         user: str | None = None,
     ) -> Process:
         """Start a command and return it running, with live streams. Read them: what is not read stops its writer.
 
-        With `merge_output` standard error goes down the same pipe as standard output. Raises as `exec`.
+        With `merge_output` standard error goes down the same pipe as standard output. `pty` is (rows, cols) of a
+        terminal that the command gets instead of pipes, as the leader of its session; $TERM is xterm-256color then,
+        unless `env` names another. Raises as `exec`.
         """
         process = self._bridge.call(
-            self._sandbox.spawn, command, cwd=cwd, env=env, merge_output=merge_output, user=user
+            self._sandbox.spawn,
+            command,
+            cwd=cwd,
+            env=env,
+            merge_output=merge_output,
+            pty=pty,
+            user=user,
         )
         return Process(self._bridge, process)
 
