@@ -53,7 +53,7 @@ RULES = (
     (("taskvm.fs", "taskvm.fs.*"), (*IO, "taskvm.fs", "taskvm.fs.*"), SCREEN),
     (("taskvm.net", "taskvm.net.*"), (*IO, "taskvm.net.*"), SCREEN),
     (("taskvm.image", "taskvm.image.*"), (*IO, "taskvm.image.*"), SCREEN),
-    (("taskvm.cli",), ("taskvm", "taskvm.doctor"), ()),
+    (("taskvm.cli",), ("taskvm", "taskvm.doctor", "taskvm.terminal"), ()),
     (("taskvm", "taskvm.*"), ("taskvm", "taskvm.*"), SCREEN),
     (VALUES, VALUES, EFFECTS),
     (FILES, (*VALUES, *FILES), FRONT),

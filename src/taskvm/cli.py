@@ -1,17 +1,21 @@
-"""The command line: `taskvm run`, `taskvm image`, `taskvm doctor`. A thin shell over the public names of the
-package.
+"""The command line: `taskvm run`, `taskvm shell`, `taskvm image`, `taskvm doctor`.
+
+A thin shell over the public names of the package.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import os
 import select
 import signal
 import sys
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import click
 
@@ -30,6 +34,9 @@ from taskvm import (
     UsageError,
 )
 from taskvm import examine as examine_host
+from taskvm.terminal import DEFAULT_SIZE, Terminal
+
+P = ParamSpec("P")
 
 # Exit statuses, besides those of the guest's command: 124 as timeout(1), 125 as env(1) for our own failures.
 EXIT_TIMEOUT = 124
@@ -38,6 +45,7 @@ EXIT_INTERRUPTED = 130
 EXIT_NO_READER = 141  # 128 + SIGPIPE, as every program in a pipe whose reader has gone
 
 STDIN, STDOUT, STDERR = range(3)
+LOGIN_SHELL = ("/bin/bash", "--login")
 
 
 class Commands(click.Group):
@@ -61,145 +69,212 @@ def main() -> None:
     """
 
 
-# taskvm run
+# What taskvm run and taskvm shell have in common
+
+
+_SANDBOX_OPTIONS = (
+    click.option(
+        "--image",
+        metavar="NAME",
+        help="Image of the store (name or digest). [default: the standard image]",
+    ),
+    click.option("--cpus", default=2, show_default=True, help="Virtual CPUs."),
+    click.option(
+        "--memory", default=512, show_default=True, metavar="MIB", help="Guest memory in MiB."
+    ),
+    click.option(
+        "--mount",
+        "mounts",
+        multiple=True,
+        metavar="HOST:GUEST[:ro]",
+        help="Mount a host directory, read-write or read-only.",
+    ),
+    click.option(
+        "--allow",
+        multiple=True,
+        metavar="HOST",
+        help="A host that may be reached: example.com, *.example.com, with :PORT or not.",
+    ),
+    click.option(
+        "--allow-address",
+        "allow_addresses",
+        multiple=True,
+        metavar="ADDRESS",
+        help="An internal address or network that an allowed name may lead to, such as 127.0.0.1:8443.",
+    ),
+    click.option(
+        "--resolve",
+        multiple=True,
+        metavar="HOST=ADDRESS",
+        help="Use ADDRESS for HOST instead of looking it up.",
+    ),
+    click.option(
+        "--secret",
+        "secrets",
+        multiple=True,
+        metavar="NAME@HOST[,HOST…]",
+        help="Send the value of the variable NAME to these hosts; the guest sees a placeholder in $NAME.",
+    ),
+    click.option(
+        "--secret-file",
+        "secret_files",
+        multiple=True,
+        metavar="NAME=FILE@HOST[,HOST…]",
+        help="The same with the value from FILE.",
+    ),
+    click.option(
+        "--ca-file",
+        "ca_files",
+        multiple=True,
+        metavar="PEM",
+        help="Verify servers with these certificates too.",
+    ),
+    click.option("--env", "env", multiple=True, metavar="K=V", help="Set a variable in the guest."),
+    click.option(
+        "--cwd",
+        metavar="DIR",
+        help="Working directory in the guest. [default: /workspace if mounted]",
+    ),
+    click.option(
+        "--timeout",
+        type=float,
+        metavar="S",
+        help="Kill the command after S seconds (exit status 124).",
+    ),
+    click.option(
+        "--max-duration", type=float, metavar="S", help="End the whole sandbox after S seconds."
+    ),
+    click.option(
+        "--publish",
+        multiple=True,
+        metavar="[HOST_PORT:]GUEST_PORT",
+        help="Make a TCP server in the guest reachable at 127.0.0.1 of this host.",
+    ),
+    click.option(
+        "--audit", metavar="FILE", help="Append each egress decision to FILE as a JSON line."
+    ),
+    click.option(
+        "--accel",
+        type=click.Choice(["auto", "kvm", "tcg"]),
+        default="auto",
+        show_default=True,
+        help="What runs the guest.",
+    ),
+    click.option("--cold", is_flag=True, help="Boot instead of starting from a warm template."),
+    click.option("--quiet", "-q", is_flag=True, help="No progress on standard error."),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SandboxArguments:
+    """What the user said about the sandbox, and about the command's place in it."""
+
+    image: str | None
+    cpus: int
+    memory: int
+    mounts: tuple[str, ...]
+    allow: tuple[str, ...]
+    allow_addresses: tuple[str, ...]
+    resolve: tuple[str, ...]
+    secrets: tuple[str, ...]
+    secret_files: tuple[str, ...]
+    ca_files: tuple[str, ...]
+    env: tuple[str, ...]
+    cwd: str | None
+    timeout: float | None
+    max_duration: float | None
+    publish: tuple[str, ...]
+    audit: str | None
+    accel: str
+    cold: bool
+    quiet: bool
+
+    def create(self) -> taskvm.Starting:
+        """Return the sandbox, to be started. Raises UsageError."""
+        if self.timeout is not None and not self.timeout > 0:  # so that "nan" is refused too
+            raise UsageError(
+                f"use --timeout {self.timeout:g}", "it is not a positive number of seconds"
+            )
+        return Sandbox.create(
+            mounts=dict(_mount(text) for text in self.mounts),
+            allow=self.allow,
+            allow_addresses=self.allow_addresses,
+            resolve=dict(_pair(text, "--resolve", "HOST=ADDRESS") for text in self.resolve),
+            secrets=[*map(_secret, self.secrets), *map(_secret_file, self.secret_files)],
+            extra_ca_files=[Path(path) for path in self.ca_files],
+            env=dict(_pair(text, "--env", "K=V") for text in self.env),
+            audit_path=self.audit,
+            image=self.image,
+            cpus=self.cpus,
+            memory_mib=self.memory,
+            accel=self.accel,  # type: ignore[arg-type]  # click.Choice has checked it
+            warm=not self.cold,
+            max_duration_s=self.max_duration,
+            on_progress=_silent if self.quiet else _progress,
+        )
+
+
+def sandbox_options(
+    command: Callable[Concatenate[SandboxArguments, P], None],
+) -> Callable[..., None]:
+    """Give `command` the options of a sandbox; it gets them as one value."""
+
+    @functools.wraps(command)
+    def collect(*args: P.args, **values: P.kwargs) -> None:
+        own = {field.name: values.pop(field.name) for field in fields(SandboxArguments)}
+        command(SandboxArguments(**own), *args, **values)  # type: ignore[arg-type]  # click has converted them
+
+    for option in reversed(_SANDBOX_OPTIONS):
+        collect = option(collect)
+    return collect
+
+
+# taskvm run, taskvm shell
+
+_COMMAND_SETTINGS = {"ignore_unknown_options": False, "allow_interspersed_args": False}
 
 
 @main.command(
     short_help="Run a command in a new sandbox.",
-    context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False},
+    context_settings=_COMMAND_SETTINGS,
 )
-@click.option(
-    "--image",
-    metavar="NAME",
-    help="Image of the store (name or digest). [default: the standard image]",
-)
-@click.option("--cpus", default=2, show_default=True, help="Virtual CPUs.")
-@click.option(
-    "--memory", default=512, show_default=True, metavar="MIB", help="Guest memory in MiB."
-)
-@click.option(
-    "--mount",
-    "mounts",
-    multiple=True,
-    metavar="HOST:GUEST[:ro]",
-    help="Mount a host directory, read-write or read-only.",
-)
-@click.option(
-    "--allow",
-    multiple=True,
-    metavar="HOST",
-    help="A host that may be reached: example.com, *.example.com, with :PORT or not.",
-)
-@click.option(
-    "--allow-address",
-    "allow_addresses",
-    multiple=True,
-    metavar="ADDRESS",
-    help="An internal address or network that an allowed name may lead to, such as 127.0.0.1:8443.",
-)
-@click.option(
-    "--resolve",
-    multiple=True,
-    metavar="HOST=ADDRESS",
-    help="Use ADDRESS for HOST instead of looking it up.",
-)
-@click.option(
-    "--secret",
-    "secrets",
-    multiple=True,
-    metavar="NAME@HOST[,HOST…]",
-    help="Send the value of the variable NAME to these hosts; the guest sees a placeholder in $NAME.",
-)
-@click.option(
-    "--secret-file",
-    "secret_files",
-    multiple=True,
-    metavar="NAME=FILE@HOST[,HOST…]",
-    help="The same with the value from FILE.",
-)
-@click.option(
-    "--ca-file",
-    "ca_files",
-    multiple=True,
-    metavar="PEM",
-    help="Verify servers with these certificates too.",
-)
-@click.option("--env", "env", multiple=True, metavar="K=V", help="Set a variable in the guest.")
-@click.option(
-    "--cwd", metavar="DIR", help="Working directory in the guest. [default: /workspace if mounted]"
-)
-@click.option(
-    "--timeout", type=float, metavar="S", help="Kill the command after S seconds (exit status 124)."
-)
-@click.option(
-    "--max-duration", type=float, metavar="S", help="End the whole sandbox after S seconds."
-)
-@click.option(
-    "--publish",
-    multiple=True,
-    metavar="[HOST_PORT:]GUEST_PORT",
-    help="Make a TCP server in the guest reachable at 127.0.0.1 of this host.",
-)
-@click.option("--audit", metavar="FILE", help="Append each egress decision to FILE as a JSON line.")
-@click.option(
-    "--accel",
-    type=click.Choice(["auto", "kvm", "tcg"]),
-    default="auto",
-    show_default=True,
-    help="What runs the guest.",
-)
-@click.option("--cold", is_flag=True, help="Boot instead of starting from a warm template.")
-@click.option("--quiet", "-q", is_flag=True, help="No progress on standard error.")
+@sandbox_options
+@click.option("--tty", "-t", is_flag=True, help="Give the command a terminal.")
 @click.argument("command", nargs=-1, required=True)
-def run(
-    image: str | None,
-    cpus: int,
-    memory: int,
-    mounts: tuple[str, ...],
-    allow: tuple[str, ...],
-    allow_addresses: tuple[str, ...],
-    resolve: tuple[str, ...],
-    secrets: tuple[str, ...],
-    secret_files: tuple[str, ...],
-    ca_files: tuple[str, ...],
-    env: tuple[str, ...],
-    cwd: str | None,
-    timeout: float | None,
-    max_duration: float | None,
-    publish: tuple[str, ...],
-    audit: str | None,
-    accel: str,
-    cold: bool,
-    quiet: bool,
-    command: tuple[str, ...],
-) -> None:
+def run(arguments: SandboxArguments, tty: bool, command: tuple[str, ...]) -> None:
     """Run COMMAND in a new sandbox, stream its output, and exit as it does.
 
     Values of secrets come from the environment or a file, never from the command line.
     """
-    if timeout is not None and not timeout > 0:  # so that "nan" is refused too
-        raise UsageError(f"use --timeout {timeout:g}", "it is not a positive number of seconds")
+    _execute(arguments, command, tty=tty)
+
+
+@main.command(
+    short_help="Open a shell in a new sandbox.",
+    context_settings=_COMMAND_SETTINGS,
+)
+@sandbox_options
+@click.argument("command", nargs=-1)
+def shell(arguments: SandboxArguments, command: tuple[str, ...]) -> None:
+    """Open a login shell of a new sandbox, or COMMAND, in this terminal. The sandbox ends with it.
+
+    All keys go to the guest, Ctrl-C too. The exit status is the shell's.
+    """
+    if not os.isatty(STDIN):
+        raise UsageError(
+            "open a shell in a sandbox",
+            "standard input is not a terminal",
+            "Use taskvm run for a command that needs none",
+        )
+    _execute(arguments, command or LOGIN_SHELL, tty=True)
+
+
+def _execute(arguments: SandboxArguments, command: tuple[str, ...], *, tty: bool) -> None:
+    """Run `command` in a new sandbox and exit as it does."""
     _occupy_standard_streams()
-    ports = [_published(text) for text in publish]
-    starting = Sandbox.create(
-        mounts=dict(_mount(text) for text in mounts),
-        allow=allow,
-        allow_addresses=allow_addresses,
-        resolve=dict(_pair(text, "--resolve", "HOST=ADDRESS") for text in resolve),
-        secrets=[*map(_secret, secrets), *map(_secret_file, secret_files)],
-        extra_ca_files=[Path(path) for path in ca_files],
-        env=dict(_pair(text, "--env", "K=V") for text in env),
-        audit_path=audit,
-        image=image,
-        cpus=cpus,
-        memory_mib=memory,
-        accel=accel,  # type: ignore[arg-type]  # click.Choice has checked it
-        warm=not cold,
-        max_duration_s=max_duration,
-        on_progress=_silent if quiet else _progress,
-    )
+    starting = arguments.create()
     try:
-        status = asyncio.run(_until_signal(_run(starting, command, cwd, timeout, ports)))
+        status = asyncio.run(_until_signal(_run(starting, arguments, command, tty=tty)))
     except _NoReaderError:
         status = EXIT_NO_READER
     sys.exit(status)
@@ -207,23 +282,39 @@ def run(
 
 async def _run(
     starting: taskvm.Starting,
+    arguments: SandboxArguments,
     command: tuple[str, ...],
-    cwd: str | None,
-    timeout_s: float | None,
-    ports: Iterable[tuple[int, int]],
+    *,
+    tty: bool,
 ) -> int:
+    ports = [_published(text) for text in arguments.publish]
     async with starting as vm:
         for host_port, guest_port in ports:
             forward = await vm.forward(guest_port, host_port=host_port)
             click.echo(f"taskvm: port {guest_port} of the guest is at {forward}", err=True)
-        async with await vm.spawn(list(command), cwd=cwd) as process:
+        terminal = Terminal(STDIN) if tty and os.isatty(STDIN) else None
+        size = terminal.size if terminal else DEFAULT_SIZE
+        async with await vm.spawn(
+            list(command),
+            cwd=arguments.cwd,
+            env=_terminal_environment(arguments.env) if tty else None,
+            pty=size if tty else None,
+        ) as process:
             try:
-                async with asyncio.timeout(timeout_s):
-                    return await _relay(process)
+                async with asyncio.timeout(arguments.timeout):
+                    with terminal or contextlib.nullcontext():
+                        return await _relay(process, terminal)
             except TimeoutError:
                 await process.kill_all()
-                click.echo(f"taskvm: {process.command}: killed after {timeout_s:g} s", err=True)
+                text = f"{process.command}: killed after {arguments.timeout:g} s"
+                click.echo(f"taskvm: {text}", err=True)
                 return EXIT_TIMEOUT
+
+
+def _terminal_environment(env: Iterable[str]) -> dict[str, str]:
+    """Tell the guest which terminal this is, unless the user said another."""
+    said = any(text.startswith("TERM=") for text in env)
+    return {} if said or "TERM" not in os.environ else {"TERM": os.environ["TERM"]}
 
 
 async def _until_signal(work: Coroutine[Any, Any, int]) -> int:
@@ -251,17 +342,20 @@ class _NoReaderError(Exception):
     """Whoever read our output has gone, as `head` does when it has seen enough."""
 
 
-async def _relay(process: Process) -> int:
+async def _relay(process: Process, terminal: Terminal | None) -> int:
     try:
         async with asyncio.TaskGroup() as group:
-            feeding = group.create_task(_feed(process))
+            endless = [group.create_task(_feed(process))]
+            if terminal is not None:
+                endless.append(group.create_task(terminal.follow(process.resize)))
             outputs = [
                 group.create_task(_copy(process.stdout, STDOUT)),
                 group.create_task(_copy(process.stderr, STDERR)),
             ]
             result = await process.wait()
             await asyncio.wait(outputs)
-            feeding.cancel()
+            for task in endless:
+                task.cancel()
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from None  # the others say the same, or follow from it
     return result.exit_code

@@ -1,0 +1,180 @@
+"""`taskvm shell` and `taskvm run --tty` on a real terminal (taskvm.terminal, taskvm.cli)."""
+
+import fcntl
+import os
+import pty
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.vm
+
+TASKVM = str(Path(sys.executable).with_name("taskvm"))
+SMALL = ["--cpus", "1", "--memory", "256", "-q"]
+PATIENCE_S = 30
+
+
+class Screen:
+    """A terminal with a program on it, as its user sees it."""
+
+    def __init__(self, *arguments: str, size: tuple[int, int] = (24, 80)) -> None:
+        self._leader, self._follower = pty.openpty()
+        self.resize(*size)
+        self.before = termios.tcgetattr(self._follower)
+        self.seen = b""
+        self.process = subprocess.Popen(
+            [TASKVM, *arguments],
+            stdin=self._follower,
+            stdout=self._follower,
+            stderr=self._follower,
+            start_new_session=True,
+            preexec_fn=self._control,
+            env={**os.environ, "TERM": "vt220"},
+        )
+
+    def _control(self) -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    @property
+    def settings(self) -> list[object]:
+        return list(termios.tcgetattr(self._follower))
+
+    def resize(self, rows: int, cols: int) -> None:
+        fcntl.ioctl(self._leader, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
+
+    def type(self, keys: bytes) -> None:
+        os.write(self._leader, keys)
+
+    def wait_for(self, text: bytes) -> None:
+        """Read what is shown until `text` is, and forget it up to there."""
+        deadline = time.monotonic() + PATIENCE_S
+        while text not in self.seen:
+            ready, _, _ = select.select([self._leader], [], [], deadline - time.monotonic())
+            assert ready, f"{text!r} was not shown, only {self.seen!r}"
+            self.seen += os.read(self._leader, 65536)
+        self.seen = self.seen.partition(text)[2]
+
+    def end(self) -> int:
+        """Return the program's exit status."""
+        return self.process.wait(PATIENCE_S)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._leader)
+        os.close(self._follower)
+
+
+@pytest.fixture
+def shell() -> Iterator[Screen]:
+    """A shell of a new sandbox that shows its prompt."""
+    screen = Screen("shell", *SMALL, "--env", "PROMPT_COMMAND=echo rea''dy", size=(30, 100))
+    screen.wait_for(b"ready")
+    yield screen
+    screen.close()
+
+
+def test_a_shell_is_a_login_shell_on_the_users_terminal(shell: Screen) -> None:
+    """It has the terminal's size and kind, and its exit status is the command's; the terminal is restored."""
+    shell.type(b"stty size; echo $TERM; shopt login_shell; exit 7\r")
+    shell.wait_for(b"30 100\r\n")
+    shell.wait_for(b"vt220\r\n")
+    shell.wait_for(b"login_shell    \ton")
+
+    assert shell.end() == 7
+    assert shell.settings == shell.before
+
+
+def test_keys_are_the_guests(shell: Screen) -> None:
+    """Ctrl-C ends a command of the guest, Ctrl-Z stops one, Ctrl-D ends the shell."""
+    shell.type(b"echo up; sleep 500\r")
+    shell.wait_for(b"\nup\r\n")
+    shell.type(b"\x03")
+    shell.wait_for(b"ready")
+    shell.type(b"cat\r")
+    shell.type(b"line\r")
+    shell.wait_for(b"line\r\nline\r\n")
+    shell.type(b"\x1a")
+    shell.wait_for(b"Stopped")
+    shell.wait_for(b"ready")
+    shell.type(b"fg\r")
+    shell.wait_for(b"cat\r\n")
+    shell.type(b"again\r\x04")
+    shell.wait_for(b"again\r\nagain\r\n")
+    shell.wait_for(b"ready")
+    shell.type(b"\x04")
+
+    assert shell.end() == 0
+    assert shell.settings == shell.before
+
+
+def test_a_new_size_of_the_window_arrives(shell: Screen) -> None:
+    """SIGWINCH of the user's terminal becomes one in the guest."""
+    shell.type(b"trap 'stty size' WINCH; echo se''t; while :; do sleep 0.1; done\r")
+    shell.wait_for(b"set\r\n")
+    shell.resize(41, 123)
+
+    shell.wait_for(b"41 123\r\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_gives_the_terminal_back(shell: Screen, number: signal.Signals) -> None:
+    """Asked to end, taskvm restores the terminal, ends the guest and exits with 128 + the signal."""
+    assert shell.settings != shell.before
+
+    shell.process.send_signal(number)
+
+    assert shell.end() == 128 + number
+    assert shell.settings == shell.before
+    assert b"Traceback" not in shell.seen
+
+
+def test_a_lost_guest_gives_the_terminal_back(shell: Screen) -> None:
+    """When the machine goes down under the shell, the terminal is restored and the error is one line."""
+    shell.type(b"kill -9 -1; echo o >/proc/sysrq-trigger\r")
+
+    assert shell.end() == 125 if os.getuid() == 0 else shell.end() != 0
+    assert shell.settings == shell.before
+
+
+def test_a_timeout_gives_the_terminal_back() -> None:
+    """--timeout is for shells too."""
+    screen = Screen("shell", *SMALL, "--timeout", "2", "--", "sleep", "300")
+    status = screen.end()
+    restored = screen.settings == screen.before
+    screen.close()
+
+    assert status == 124
+    assert restored
+
+
+def test_without_a_terminal_a_shell_says_so() -> None:
+    """Nothing is started."""
+    done = subprocess.run(
+        [TASKVM, "shell", *SMALL], stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+
+    assert done.returncode == 2
+    assert "not a terminal" in done.stderr
+
+
+def test_run_gives_a_terminal_when_asked() -> None:
+    """--tty works without a terminal on this side; the end of input ends the guest's."""
+    done = subprocess.run(
+        [TASKVM, "run", *SMALL, "--tty", "--", "sh", "-c", "tty; stty size; cat"],
+        input=b"typed\n",
+        capture_output=True,
+    )
+
+    assert done.stdout.startswith(b"/dev/pts/")
+    assert b"24 80\r\n" in done.stdout
+    assert done.stdout.endswith(b"typed\r\n")
+    assert done.returncode == 0
