@@ -197,16 +197,24 @@ class Guest:
             request = MountRequest(id=number, path=path.encode(), readonly=provider.readonly)
             await self._ask(request, f"mount {path} in the guest")
 
+    async def flush(self, *, urgent: bool = False) -> None:
+        """Write what programs left in mapped pages of the mounts back to the host.
+
+        Raises SandboxLostError when that takes longer than FLUSH_TIMEOUT_S.
+        """
+        if self._flushes:
+            await self.control.request(
+                SyncRequest(), Done, "flush the mounts", FLUSH_TIMEOUT_S, urgent=urgent
+            )
+
     # Ending.
 
     async def close(self, *, flush: bool = False) -> None:
         """End the guest and release everything. With `flush`, dirty pages of mounts are written first. Idempotent."""
         self.on_lost = lambda error: None
-        if flush and self._flushes and self._lost is None:
+        if flush and self._lost is None:
             with contextlib.suppress(TaskvmError):  # a guest that does not answer saves nothing
-                await self.control.request(
-                    SyncRequest(), Done, "flush the mounts", timeout_s=FLUSH_TIMEOUT_S
-                )
+                await self.flush()
         self.control.close(SandboxLostError("use the sandbox", "it was closed"))
         await self.machine.kill()  # before the background is cancelled, which may be doing the same
         await self._background.aclose()

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 TICK_S = 1.0
 # Every thread of every exec, those of its nested cgroups and of what outlived it included (cgroup-v2.rst, PID).
 PROCESSES_FILE = b"/sys/fs/cgroup/exec/pids.current"
+MAX_ANSWER = 64  # bytes; a guest's root may have mounted anything there
 
 
 class Watch:
@@ -86,7 +87,7 @@ class Watch:
             except HostError as error:
                 raise self._end(error.cause, error.next_step) from error
 
-    def _end(self, cause: str, next_step: str = "Start another sandbox") -> SandboxLostError:
+    def _end(self, cause: str, next_step: str = "") -> SandboxLostError:
         return SandboxLostError(f"run the sandbox {self._guest.id}", cause, next_step)
 
     # Idleness.
@@ -122,11 +123,12 @@ class Watch:
         """Ask the guest whether no process runs in it but the agent's. A refusal is a no."""
         operation = "ask the guest for its processes"
         self._own_calls += 1
-        call = self._guest.control.open_call(ReadRequest(path=PROCESSES_FILE), operation, (1,))
+        request = ReadRequest(path=PROCESSES_FILE, length=MAX_ANSWER)
+        call = self._guest.control.open_call(request, operation, (1,))
         try:
             await call.answer(ReadStarted)
             async with asyncio.timeout(TICK_S):
-                return (await call.inlets[1].read(64)).strip() == b"0"
+                return (await call.inlets[1].read(MAX_ANSWER)).strip() == b"0"
         except (GuestError, ConnectionError, TimeoutError):
             return False
         finally:
@@ -139,7 +141,7 @@ class Watch:
         port.hold()
         try:
             # From here on no request reaches the guest; one that came before shows now, and is not overlooked.
-            if not self._is_busy() and self._movement() == self._last_seen:
+            if not self._is_busy() and self._movement() == self._last_seen and await self._flush():
                 await self._guest.machine.execute("stop")
                 self.paused = True
                 await self._wait_wanted(timeout_s)
@@ -149,8 +151,16 @@ class Watch:
             port.release()
         self._last_active_s = asyncio.get_running_loop().time()
 
+    async def _flush(self) -> bool:
+        """Bring the mounts on the host up to date: a paused guest writes nothing back."""
+        try:
+            await self._guest.flush(urgent=True)
+        except (GuestError, SandboxLostError):
+            return False  # a slow provider: the next pause may find it done
+        return not self._wanted.is_set()
+
     async def _wait_wanted(self, timeout_s: float | None) -> None:
-        seen = self._movement()
+        seen = self._last_seen = self._movement()
         while not self._wanted.is_set():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TICK_S):

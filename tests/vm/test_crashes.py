@@ -1,0 +1,191 @@
+"""What ends badly ends soon, says why, and leaves nothing: QEMU stopped, killed or without a disk to write to."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.conftest import GUEST
+
+from taskvm import HostError, Sandbox, SandboxLostError, TaskvmError, files
+from taskvm.paths import cache_dir
+from taskvm.vm import control, machine
+from taskvm.vm.rundir import run_base
+
+pytestmark = pytest.mark.vm
+
+MIB = 1024 * 1024
+# A build asks for 5/4 of the guest's 256 MiB.
+SMALL_BYTES = 450 * MIB
+
+
+def qemu_of(supervisor: int) -> int:
+    children = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
+    return int(children[0])
+
+
+def ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def machines() -> set[str]:
+    """The directories of sandboxes and the running QEMUs of this process."""
+    own = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    return {path.name for path in run_base().iterdir()} | {
+        pid for pid in own if not ended(int(pid))
+    }
+
+
+async def test_a_stopped_qemu_fails_a_request_in_bounded_time(
+    vm: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing answers and nothing is closed: the request ends by itself, and so does `close`."""
+    monkeypatch.setattr(control, "REPLY_TIMEOUT_S", 1.5)
+    monkeypatch.setattr(files, "WRITE_TIMEOUT_S", 1.5)
+    qemu = qemu_of(vm.host_pid)
+    os.kill(qemu, signal.SIGSTOP)
+
+    begun = time.monotonic()
+    with pytest.raises(SandboxLostError, match=r"did not answer within 1\.5 s"):
+        await vm.exec(["true"])
+    with pytest.raises(SandboxLostError, match=r"did not answer within 1\.5 s"):
+        await vm.files.stat("/etc/passwd")
+    await vm.close()
+
+    assert time.monotonic() - begun < 12
+    assert ended(qemu)
+
+
+async def test_a_stopped_qemu_ends_at_its_limit_all_the_same() -> None:
+    """max_duration_s needs no answer from anybody."""
+    async with Sandbox.create(**GUEST, max_duration_s=1.0) as vm:
+        qemu = qemu_of(vm.host_pid)
+        os.kill(qemu, signal.SIGSTOP)
+
+        with pytest.raises(SandboxLostError, match="max_duration_s=1"):
+            await vm.exec("true")
+        async with asyncio.timeout(10):
+            while not ended(qemu):
+                await asyncio.sleep(0.05)
+
+
+async def test_a_qemu_that_stops_while_it_is_paused_is_lost_with_a_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The command that would have woken the guest fails in bounded time."""
+    monkeypatch.setattr(machine, "QMP_TIMEOUT_S", 1.0)
+    async with Sandbox.create(**GUEST, idle_pause_s=0.2) as vm:
+        async with asyncio.timeout(10):
+            while not vm.statistics().paused:
+                await asyncio.sleep(0.05)
+        os.kill(qemu_of(vm.host_pid), signal.SIGSTOP)
+
+        async with asyncio.timeout(15):
+            with pytest.raises(SandboxLostError):
+                await vm.exec(["true"])
+        assert vm.state == "lost"
+
+
+async def test_a_qemu_killed_while_paused_is_lost_at_once() -> None:
+    async with Sandbox.create(**GUEST, idle_pause_s=0.2) as vm:
+        async with asyncio.timeout(10):
+            while not vm.statistics().paused:
+                await asyncio.sleep(0.05)
+            os.kill(qemu_of(vm.host_pid), signal.SIGKILL)
+            with pytest.raises(SandboxLostError):
+                await vm.exec(["true"])
+
+
+@pytest.fixture
+def small_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache on a file system of its own, with this user's images and room for one template."""
+    usual = cache_dir()
+    image, small = tmp_path / "disk.img", tmp_path / "small"
+    small.mkdir()
+    with image.open("wb") as stream:
+        stream.truncate(SMALL_BYTES)
+    # Not a tmpfs: its holes take room when they are read, so that QEMU would die of another template's memory.
+    subprocess.run(["mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", image], check=True)
+    if subprocess.run(["mount", "-o", "loop", image, small], check=False).returncode:
+        pytest.skip("this user may not mount a small file system to fill")
+    try:
+        for name in ("images", "refs"):
+            (small / name).symlink_to(usual / name)
+        monkeypatch.setenv("TASKVM_CACHE", str(small))
+        yield small
+    finally:
+        subprocess.run(["umount", "--lazy", small], check=True)
+
+
+def fill(directory: Path) -> Path:
+    """Take all the room that is left."""
+    filler = directory / "filler"
+    with filler.open("wb", buffering=0) as stream:
+        for size in (MIB, 4096):
+            with contextlib.suppress(OSError):
+                while True:
+                    os.posix_fallocate(stream.fileno(), stream.seek(0, os.SEEK_END), size)
+    return filler
+
+
+async def test_a_disk_that_fills_during_a_template_build_fails_the_start_and_leaves_nothing(
+    small_cache: Path,
+) -> None:
+    """The build had room when it began. QEMU cannot write the guest's memory any more."""
+
+    async def fill_soon() -> None:
+        while not list(small_cache.glob("templates/.*/ram")):
+            await asyncio.sleep(0.01)
+        fill(small_cache)
+
+    before = machines()
+    async with asyncio.timeout(90), asyncio.TaskGroup() as group:
+        group.create_task(fill_soon())
+        with pytest.raises(TaskvmError) as caught:
+            await Sandbox.create(**GUEST, accel="tcg", free_disk_mib=0)
+    (small_cache / "filler").unlink()
+
+    assert isinstance(caught.value, HostError | SandboxLostError)
+    assert machines() <= before
+    assert not list(small_cache.glob("templates/*/")) + list(small_cache.glob("templates/.*/"))
+    assert shutil.disk_usage(small_cache).used < 20 * MIB
+
+
+async def test_a_full_disk_at_a_start_from_a_template_is_a_clear_error(small_cache: Path) -> None:
+    """Neither the floor nor, without it, the overlay that finds no room leaves anything."""
+    async with Sandbox.create(**GUEST, accel="tcg", free_disk_mib=0) as vm:
+        await vm.exec(["true"])
+    fill(small_cache)
+    before = machines()
+
+    with pytest.raises(HostError, match="free_disk_mib=64 must remain"):
+        await Sandbox.create(**GUEST, accel="tcg", free_disk_mib=64)
+    with pytest.raises(HostError, match="Free disk space"):
+        await Sandbox.create(**GUEST, accel="tcg", free_disk_mib=0)
+
+    assert machines() <= before
+    assert not list((small_cache / "run").iterdir())
+
+
+async def test_a_full_disk_under_a_running_guest_is_an_error_in_the_guest(
+    small_cache: Path,
+) -> None:
+    """Without a floor the guest's writes fail; its machine is not silently stopped."""
+    async with Sandbox.create(**GUEST, accel="tcg", free_disk_mib=0) as vm:
+        fill(small_cache)
+
+        written = await vm.exec(
+            "dd if=/dev/urandom of=/var/fill bs=1M count=20 conv=fsync", user="root", timeout_s=60
+        )
+
+        assert written.exit_code == 1
+        assert (await vm.exec(["true"])).ok
