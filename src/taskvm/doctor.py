@@ -161,7 +161,9 @@ def _images() -> Finding:
 
 
 def _builder() -> Finding:
-    missing = [name for name in ("mmdebstrap", "mke2fs", "dpkg-deb") if shutil.which(name) is None]
+    path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"  # not in every user's PATH
+    tools = ("mmdebstrap", "mke2fs", "dpkg-deb")
+    missing = [name for name in tools if shutil.which(name, path=path) is None]
     if missing:
         return Finding(
             name="image tools",

@@ -193,6 +193,7 @@ def test_an_unknown_image_is_an_error_that_lists_the_known(store: ImageStore, im
 
 
 def test_a_truncated_asset_is_noticed_at_once(store: ImageStore, image: Image) -> None:
+    image.rootfs.chmod(0o600)
     os.truncate(image.rootfs, 1)
 
     with pytest.raises(ImageError, match=r"rootfs\.ext4.*rm -r"):
