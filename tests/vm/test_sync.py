@@ -4,8 +4,10 @@ Covers taskvm.sync.bridge, taskvm.sync.sandbox, taskvm.sync.process, taskvm.sync
 surfaces promise is claimed in test_exec.py and test_files.py.
 """
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -192,6 +194,47 @@ def test_a_pool_serves_blocking_sandboxes() -> None:
 
     with pytest.raises(SandboxStateError, match="not open"):
         Sandbox.create(pool=pool, **GUEST)
+
+
+def test_a_server_of_the_guest_is_reached_until_the_block_is_left(blocking: Sandbox) -> None:
+    """`forward` returns where to connect; afterwards nothing listens there."""
+    serve = (
+        "import socket; s = socket.create_server(('127.0.0.1', 8080)); print('up', flush=True)\n"
+    )
+    with blocking.spawn(["python3", "-c", serve + "s.accept()[0].sendall(b'hello')"]) as server:
+        server.stdout.read()
+        with (
+            blocking.forward(8080) as way,
+            socket.create_connection((way.host, way.port)) as client,
+        ):
+            assert client.recv(100) == b"hello"
+
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((way.host, way.port))
+
+
+def test_a_file_passes_in_pieces_and_may_be_left_early(blocking: Sandbox, tmp_path: Path) -> None:
+    """Streams are plain iterators, and as many may be left early as one likes."""
+    blocking.files.write_stream("/tmp/pieces", (b"x" * 100_000 for _ in range(10)))
+    whole = b"".join(blocking.files.open_read("/tmp/pieces"))
+    for _ in range(40):
+        with contextlib.closing(blocking.files.open_read("/tmp/pieces")) as pieces:
+            assert next(pieces)
+    blocking.files.copy_out("/tmp/pieces", tmp_path / "copy")
+
+    assert whole == b"x" * 1_000_000
+    assert (tmp_path / "copy").read_bytes() == whole
+
+
+def test_a_terminal_can_be_asked_for(blocking: Sandbox) -> None:
+    """`pty` and `resize` reach the guest, and `statistics` the host."""
+    with blocking.spawn("read; stty size", pty=(30, 90)) as process:
+        process.resize(40, 100)
+        process.write(b"\n")
+        output = b"".join(process.stdout)
+
+    assert b"40 100" in output
+    assert blocking.statistics().uptime_s > 0
 
 
 def test_wrong_arguments_are_refused_in_the_call() -> None:

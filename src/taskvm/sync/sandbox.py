@@ -15,12 +15,15 @@ from taskvm import sandbox as aio
 from taskvm.files import GuestPath
 from taskvm.fs.provider import Provider
 from taskvm.limits import LimitArguments
+from taskvm.net import ingress as aio_ingress
+from taskvm.net.ingress import LOCALHOST
 from taskvm.options import DEFAULT_CPUS, DEFAULT_MEMORY_MIB, ignore_progress
 from taskvm.process import ExecResult
 from taskvm.sandbox import Command, State
 from taskvm.secret import Secret
 from taskvm.sync.bridge import Bridge, Call
 from taskvm.sync.files import Files
+from taskvm.sync.forward import Forward
 from taskvm.sync.pool import WarmPool
 from taskvm.sync.process import Process
 from taskvm.usage import Statistics
@@ -192,6 +195,36 @@ class Sandbox:
             user=user,
         )
         return Process(self._bridge, process)
+
+    def forward(self, port: int, *, host: str = LOCALHOST, host_port: int = 0) -> Forward:
+        """Make a TCP server in the guest reachable; the result is closed by leaving `with`, or by `close`.
+
+        It listens on `host`, an address of this host (0.0.0.0 is every network it is in), at `host_port`
+        or a free one, until it is closed. Each connection is carried to 127.0.0.1 in the guest, or ::1 where
+        only that listens; one that the guest refuses is broken off.
+
+        Raises UsageError, HostError when the address is in use, SandboxStateError, SandboxLostError.
+        """
+
+        async def forward() -> aio_ingress.Forward:
+            return await self._sandbox.forward(port, host=host, host_port=host_port)
+
+        return Forward(self._bridge, self._bridge.call(forward))
+
+    def forward(self, port: int, *, host: str = LOCALHOST, host_port: int = 0) -> Forward:
+        """Make a TCP server in the guest reachable, until the result or the sandbox is closed.
+
+        It listens on `host`, an address of this host (0.0.0.0 is every network it is in), at `host_port`
+        or a free one. Each connection is carried to 127.0.0.1 in the guest, or ::1 where only that listens; one that
+        the guest refuses is broken off.
+
+        Raises UsageError, HostError when the address is in use, SandboxStateError, SandboxLostError.
+        """
+
+        async def listen() -> aio_ingress.Forward:
+            return await self._sandbox.forward(port, host=host, host_port=host_port)
+
+        return Forward(self._bridge, self._bridge.call(listen))
 
     def close(self) -> None:
         """End the sandbox and everything in it, and remove what it kept on the host. Idempotent.
