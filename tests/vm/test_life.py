@@ -197,17 +197,9 @@ async def test_a_start_that_is_cancelled_leaves_nothing() -> None:
                 await finished.result().close()
 
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    held = [
-        os.readlink(f"/proc/self/fd/{name}")
-        for name in os.listdir("/proc/self/fd")
-        if _is_link(name)
-    ]
+    held = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
     assert [pid for pid in children if is_alive(int(pid))] == []
     assert [target for target in held if target.startswith(str(run_base()))] == []
-
-
-def _is_link(name: str) -> bool:
-    return Path(f"/proc/self/fd/{name}").is_symlink()
 
 
 async def _create() -> Sandbox:
