@@ -22,11 +22,14 @@ import click
 import taskvm
 from taskvm import (
     ByteStream,
+    Cache,
     HostDir,
     HostError,
+    ImageError,
     ImageSpec,
     ImageStore,
     Process,
+    Removed,
     Sandbox,
     SandboxLostError,
     Secret,
@@ -470,6 +473,57 @@ def image_list() -> None:
 def image_show(name: str) -> None:
     """Print the manifest of the image NAME (a name, a digest, or the start of a digest) as JSON."""
     click.echo(ImageStore().get(name).manifest.to_json())
+
+
+@image.command("verify")
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+def image_verify(names: tuple[str, ...]) -> None:
+    """Read every file of the images (default: all) and compare it with the manifest. Exits with 1 on damage."""
+    store = ImageStore()
+    damaged = False
+    for name in names or store.digests():
+        try:
+            found = store.get(name)
+            store.verify(found)
+        except ImageError as error:
+            damaged = True
+            click.echo(f"DAMAGED  {name[:12]}  {error}")
+        else:
+            click.echo(f"ok       {found.digest[:12]}  {len(found.manifest.assets)} files")
+    sys.exit(1 if damaged else 0)
+
+
+@image.command("rm")
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+def image_rm(names: tuple[str, ...]) -> None:
+    """Remove images, all their names, and the templates made from them. One that a sandbox uses stays."""
+    cache = Cache()
+    for name in names:
+        _report(cache.remove(name, _progress))
+
+
+@image.command("prune")
+@click.option(
+    "--keep",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Keep the N newest images without a name.",
+)
+def image_prune(keep: int) -> None:
+    """Remove what no start will use again: images without a name, stale templates, old initial file systems, and
+    what killed processes left.
+    """
+    _report(Cache().prune(keep, _progress))
+
+
+def _report(removed: Iterable[Removed]) -> None:
+    size = 0
+    for item in removed:
+        size += item.size_bytes
+        click.echo(f"removed {item.what}: {item.size_bytes / 1024**2:.1f} MiB")
+    click.echo(f"freed {size / 1024**2:.1f} MiB")
 
 
 # taskvm doctor

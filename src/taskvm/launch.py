@@ -6,6 +6,7 @@ import os
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from taskvm.guest import Guest
 from taskvm.injection import bind_secrets
@@ -13,7 +14,7 @@ from taskvm.limits import Limits
 from taskvm.options import SandboxOptions
 from taskvm.paths import cache_dir
 from taskvm.vm.rundir import RunDir
-from taskvm.vm.template import Template
+from taskvm.vm.template import GuestFiles, Template
 from taskvm.vm.warm import Wanted, boot_cold, prepare
 from taskvm.wanted import find_wanted
 from taskvm.watch import check_free_space
@@ -51,7 +52,7 @@ async def _start(options: SandboxOptions, wanted: Wanted) -> Guest:
 
 async def fork(template: Template, limits: Limits | None = None) -> Guest:
     """Start a guest from `template` and wake it. Raises UnavailableError, HostError or SandboxLostError."""
-    run_dir = _new_run_dir()
+    run_dir = _new_run_dir(template.guest, template.path)
     try:
         machine = await template.fork(
             run_dir.path, disk_limit_bytes=(limits or Limits()).disk_limit_bytes
@@ -63,7 +64,7 @@ async def fork(template: Template, limits: Limits | None = None) -> Guest:
 
 
 async def _boot(wanted: Wanted, limits: Limits) -> Guest:
-    run_dir = _new_run_dir()
+    run_dir = _new_run_dir(wanted.guest)
     try:
         machine = await boot_cold(wanted, run_dir.path, disk_limit_bytes=limits.disk_limit_bytes)
     except BaseException:
@@ -90,5 +91,6 @@ async def _closed_on_failure(guest: Guest) -> AsyncIterator[None]:
         raise
 
 
-def _new_run_dir() -> RunDir:
-    return RunDir.create(f"sandbox-{secrets.token_hex(6)}")
+def _new_run_dir(guest: GuestFiles, *more: Path) -> RunDir:
+    using = (guest.rootfs.parent, *more)
+    return RunDir.create(f"sandbox-{secrets.token_hex(6)}", using=using)

@@ -1,10 +1,16 @@
-"""Where taskvm keeps things on the host, private to the user, and how a small file is replaced in one step."""
+"""Where taskvm keeps things on the host, private to the user, how a small file is replaced in one step, and how a
+directory is kept from being removed while it is used.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from taskvm.errors import HostError
@@ -82,6 +88,53 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def hold(path: Path) -> int:
+    """Return a descriptor that keeps the directory `path` in use until it is closed or this process ends.
+
+    Raises HostError when it is gone.
+    """
+    operation, remedy = f"use {path}", "Start again: what is missing is made anew"
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise HostError(operation, error.strerror or str(error), remedy) from error
+    fcntl.flock(descriptor, fcntl.LOCK_SH)  # whoever removes it has it for one rename
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(path.stat(), os.fstat(descriptor)):
+            return descriptor
+    os.close(descriptor)
+    raise HostError(operation, "it was removed a moment ago", remedy)
+
+
+@contextlib.contextmanager
+def seized(path: Path) -> Iterator[bool]:
+    """Say whether nobody holds the directory `path`. If so, nobody can until the end, when it should be gone."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = True
+    except BlockingIOError:
+        free = False
+    try:
+        yield free
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """Something that is gone from the cache: what, and the bytes of disk that it took."""
+
+    what: str
+    size_bytes: int
+
+
+def measure(path: Path) -> int:
+    """Return the bytes that a file or a tree takes on the disk, which for a sparse file is less than its size."""
+    files = [path, *path.rglob("*")] if path.is_dir() else [path]
+    return sum(file.lstat().st_blocks * 512 for file in files)
 
 
 def _xdg(variable: str, default: Path) -> Path:

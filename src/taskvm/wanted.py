@@ -39,7 +39,11 @@ def _guest_files(name: str | None, arch: str, progress: Progress) -> GuestFiles:
     store = ImageStore()
     image = store.ensure(ImageSpec(arch=arch), progress) if name is None else store.get(name)
     agent = guest_binary(arch)
-    return _boot_files(image.path, image, agent, agent.stat().st_mtime_ns)
+    files = _boot_files(image.path, image, agent, agent.stat().st_mtime_ns)
+    if not files.boot.initrd.exists():  # pruned since
+        _boot_files.cache_clear()
+        files = _boot_files(image.path, image, agent, agent.stat().st_mtime_ns)
+    return files
 
 
 @lru_cache(maxsize=16)  # reading and hashing 4 MB would cost 15 ms of every start

@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -38,7 +38,7 @@ from taskvm.image.manifest import (
     Manifest,
     compute_digest,
 )
-from taskvm.paths import cache_path, replace_file
+from taskvm.paths import Removed, cache_path, measure, replace_file, seized
 
 Progress = Callable[[str], None]
 Builder = Callable[[ImageSpec, Path, Progress], BuiltAssets]
@@ -104,11 +104,71 @@ class ImageStore:
         self._make_private()
         replace_file(self.root / "refs" / name, f"{image.digest}\n".encode())
 
+    def remove(self, name_or_digest: str, progress: Progress) -> Removed:
+        """Remove an image, damaged or not, and every name of it. Raises ImageError when a running sandbox uses it."""
+        with self._locked(progress):
+            removed = self._remove(self._digest_of(name_or_digest))
+        if removed is None:
+            raise ImageError(
+                f"remove the guest image {name_or_digest!r}",
+                "a running sandbox uses it",
+                "Close the sandbox first",
+            )
+        return removed
+
+    def prune(self, keep: int, progress: Progress) -> Iterator[Removed]:
+        """Remove the images without a name, but for the `keep` newest and those in use; and what builds left behind."""
+        with self._locked(progress):
+            left = self.root / "staging"
+            if left.exists():
+                size = measure(left)
+                shutil.rmtree(left)
+                yield Removed("what an interrupted build left", size)
+            named = set(self.refs().values())
+            paths = [self.root / "images" / name for name in self.digests() if name not in named]
+            paths.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+            for path in paths[keep:]:
+                removed = self._remove(path.name)
+                if removed is not None:
+                    yield removed
+
+    def digests(self) -> Sequence[str]:
+        """Return the digest of every image, also of one that is damaged."""
+        directory = self.root / "images"
+        names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+        return sorted(name for name in names if _DIGEST.fullmatch(name))
+
     def verify(self, image: Image) -> None:
         """Read every asset and compare it with the manifest. Raises ImageError naming the first that differs."""
         for name, asset in image.manifest.assets.items():
             if measure_asset(image.path / name) != asset:
                 raise _damaged(image.path, f"{name} is not what the manifest says")
+
+    # Removing...
+
+    def _digest_of(self, name_or_digest: str) -> str:
+        """Return the digest of an image that `get` would find, without asking whether it is sound."""
+        digest = self.refs().get(name_or_digest, name_or_digest)
+        matches = [found for found in self.digests() if found.startswith(digest)]
+        if len(digest) < _LEAST_PREFIX or len(matches) != 1:
+            return self.get(name_or_digest).digest  # it says what is wrong
+        return matches[0]
+
+    def _remove(self, digest: str) -> Removed | None:
+        """With the lock held: names first, so that none ever leads nowhere; then one rename; then the files."""
+        path, trash = self.root / "images" / digest, self.root / "staging"
+        with seized(path) as free:
+            if not free:
+                return None
+            names = sorted(name for name, value in self.refs().items() if value == digest)
+            for name in names:
+                (self.root / "refs" / name).unlink()
+            size = measure(path)
+            trash.mkdir(mode=0o700, exist_ok=True)
+            path.rename(trash / digest)
+        shutil.rmtree(trash)
+        known = f" ({', '.join(names)})" if names else ""
+        return Removed(f"image {digest[:_LEAST_PREFIX]}{known}", size)
 
     # Finding...
 

@@ -2,6 +2,7 @@
 
 A directory belongs to the process that holds the lock on its file `lock`. The kernel drops the lock when the owner ends
 in any way, so a directory whose lock can be taken is left over (QEMU itself is ended by its supervisor's lifeline).
+What the sandbox was started from, its image and template, is held for as long.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import fcntl
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from taskvm.errors import HostError
-from taskvm.paths import cache_dir, private_dir
+from taskvm.paths import cache_dir, hold, private_dir
 
 _LOCK = "lock"
 # Between making a directory and renaming it lie microseconds; a host may have been asleep in between.
@@ -24,13 +26,25 @@ UNFINISHED_AGE_S = 3600.0
 class RunDir:
     """A locked directory for one sandbox's files; `remove` deletes it. Make one with `create`."""
 
-    def __init__(self, path: Path, lock: int) -> None:
+    def __init__(self, path: Path, lock: int, holds: contextlib.ExitStack) -> None:
         self.path = path
         self._lock: int | None = lock
+        self._holds = holds
 
     @classmethod
-    def create(cls, name: str) -> RunDir:
-        """Make and lock the directory `name`, after sweeping what dead owners left. Raises HostError."""
+    def create(cls, name: str, *, using: Sequence[Path] = ()) -> RunDir:
+        """Make and lock the directory `name`, after sweeping what dead owners left, and hold the directories `using`.
+
+        Raises HostError, also when one of `using` is gone.
+        """
+        with contextlib.ExitStack() as holds:
+            for path in using:
+                holds.callback(os.close, hold(path))
+            path, lock = cls._make(name)
+            return cls(path, lock, holds.pop_all())
+
+    @staticmethod
+    def _make(name: str) -> tuple[Path, int]:
         base = run_base()
         sweep(base)
         # Made under another name: a sweep by a neighbour must not see it before it is locked.
@@ -45,7 +59,7 @@ class RunDir:
             raise HostError(
                 f"make the directory {base / name}", error.strerror or str(error), "Free disk space"
             ) from error
-        return cls(base / name, lock)
+        return base / name, lock
 
     def remove(self) -> None:
         """Delete the directory and drop the lock. Idempotent."""
@@ -53,6 +67,7 @@ class RunDir:
             shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._lock)
             self._lock = None
+            self._holds.close()
 
 
 def run_base() -> Path:

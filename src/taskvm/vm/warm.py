@@ -10,6 +10,7 @@ from typing import Literal
 
 from taskvm.errors import TaskvmError, UnavailableError, UsageError
 from taskvm.identity import GuestUser, host_user
+from taskvm.paths import hold
 from taskvm.vm.accel import PROOF_TIMEOUT_S, kvm_obstacle, recall_verdict, remember_verdict
 from taskvm.vm.command import Accelerator, MachineShape
 from taskvm.vm.control import Control
@@ -70,7 +71,11 @@ async def prepare(wanted: Wanted) -> Template:
 
 
 async def _template(wanted: Wanted, shape: MachineShape) -> Template:
-    return await ensure_template(wanted.qemu, shape, wanted.guest, wanted.user, wanted.progress)
+    image = hold(wanted.guest.rootfs.parent)
+    try:
+        return await ensure_template(wanted.qemu, shape, wanted.guest, wanted.user, wanted.progress)
+    finally:
+        os.close(image)
 
 
 async def boot_cold(

@@ -1,0 +1,71 @@
+"""What this user's cache holds besides running sandboxes, and how its disk is freed: images, templates, initramfs.
+
+Rule 1: whoever uses an image or a template holds its directory (`taskvm.paths.hold`); what is held stays.
+Rule 2: everything goes by a rename first: a process that is killed here leaves whole things, or what the next prune
+removes.
+Rule 3: what a start may be about to use is either kept or missed by that start with an error, never half there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from taskvm.errors import TaskvmError
+from taskvm.image.boot import BootFiles, boot_files
+from taskvm.image.manifest import Image
+from taskvm.image.store import ImageStore
+from taskvm.paths import Removed, measure
+from taskvm.vm.native import guest_binary
+from taskvm.vm.stale import remove_templates
+
+# A start reads its initial file system within seconds; nobody holds it, so a recently used one stays.
+_INITRAMFS_AGE_S = 3600
+
+Progress = Callable[[str], None]
+
+
+class Cache:
+    """The cache of this user. Every method blocks, and removes as it is iterated."""
+
+    def __init__(self, store: ImageStore | None = None) -> None:
+        self._store = store or ImageStore()
+
+    def remove(self, name_or_digest: str, progress: Progress) -> Iterator[Removed]:
+        """Remove an image with all its names, then its templates. Raises ImageError when it is used or not there."""
+        doomed: set[str] = set()
+        with contextlib.suppress(
+            TaskvmError
+        ):  # a damaged image is removed without its templates: prune finds them
+            doomed.add(_boot_files(self._store.get(name_or_digest)).digest)
+        yield self._store.remove(name_or_digest, progress)
+        yield from remove_templates(self._store.root / "templates", doomed.__contains__)
+
+    def prune(self, keep: int, progress: Progress) -> Iterator[Removed]:
+        """Remove images without a name but the `keep` newest, templates and initial file systems of none that stays."""
+        yield from self._store.prune(keep, progress)
+        current = [_boot_files(image) for image in self._sound_images()]
+        digests = {files.digest for files in current}
+        yield from remove_templates(
+            self._store.root / "templates", lambda digest: digest not in digests
+        )
+        yield from self._old_initramfs({files.initrd.name for files in current})
+
+    def _sound_images(self) -> Iterator[Image]:
+        for digest in self._store.digests():
+            with contextlib.suppress(TaskvmError):
+                yield self._store.get(digest)
+
+    def _old_initramfs(self, kept: set[str]) -> Iterator[Removed]:
+        directory = self._store.root / "initramfs"
+        for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+            status = path.stat()
+            if path.name not in kept and status.st_mtime < time.time() - _INITRAMFS_AGE_S:
+                size = measure(path)
+                path.unlink(missing_ok=True)
+                yield Removed(f"initial file system {path.name[:12]}", size)
+
+
+def _boot_files(image: Image) -> BootFiles:
+    return boot_files(image, guest_binary(image.manifest.arch))
