@@ -17,6 +17,7 @@ import pytest
 from tests.conftest import GUEST
 
 from taskvm import Forward, Process, Sandbox, SandboxStateError
+from taskvm.sync import Sandbox as BlockingSandbox
 
 pytestmark = pytest.mark.vm
 
@@ -74,6 +75,13 @@ def audit_of(vm: Sandbox) -> list[dict[str, object]]:
     return [json.loads(line) for line in vm.audit_path.read_text().splitlines()]
 
 
+async def all_ended(vm: Sandbox, count: int) -> None:
+    """Wait until both sides of so many connections have ended: curl leaves when it has the whole answer."""
+    async with asyncio.timeout(10):
+        while sum("duration_ms" in event for event in audit_of(vm)) < count:
+            await asyncio.sleep(0.05)
+
+
 async def test_sixty_parallel_requests_reach_a_web_server(vm: Sandbox) -> None:
     """Python's own http.server, which binds 0.0.0.0, and the real curl."""
     code = (
@@ -89,6 +97,7 @@ async def test_sixty_parallel_requests_reach_a_web_server(vm: Sandbox) -> None:
             answers = await asyncio.gather(
                 *(curl(f"http://{forward}/{number}") for number in range(1, 61))
             )
+            await all_ended(vm, 60)
 
     assert answers == [(f"page {number}\n", 0) for number in range(1, 61)]
     events = [event for event in audit_of(vm) if event["kind"] == "ingress"]
@@ -233,6 +242,25 @@ async def test_a_lost_sandbox_leaves_no_connection_and_no_listener(vm: Sandbox) 
 
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((forward.host, forward.port)).close()
+
+
+def test_a_blocking_program_forwards_a_port_too() -> None:
+    """taskvm.sync.forward: the connections are carried while the program's own thread is busy."""
+    indented = "\n".join("    " + line for line in ECHO.splitlines())
+    code = SERVER.format(body=indented, host="127.0.0.1", family="AF_INET")
+    with BlockingSandbox.create(**GUEST) as vm, vm.spawn(["python3", "-c", code]) as process:
+        assert process.stdout.read() == b"ready\n"
+        with (
+            vm.forward(7000) as forward,
+            socket.create_connection((forward.host, forward.port), timeout=10) as client,
+        ):
+            client.sendall(b"hello")
+            answer = client.recv(5, socket.MSG_WAITALL)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((forward.host, forward.port)).close()
+
+    assert answer == b"hello"
+    assert str(forward) == f"127.0.0.1:{forward.port}"
 
 
 def test_the_command_line_publishes_ports_and_says_where() -> None:

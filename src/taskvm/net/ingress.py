@@ -22,7 +22,7 @@ import struct
 import time
 from collections.abc import Generator
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from taskvm.audit import Verdict
 from taskvm.background import Background
@@ -161,7 +161,7 @@ class Forward:
         self.host: str
         self.port: int
         self.host, self.port = listener.getsockname()[:2]
-        self.guest_port = guest_port
+        self.guest_port: int = guest_port
         self._ingress = ingress
         self._listener = listener
         self._clients: set[socket.socket] = set()
@@ -176,6 +176,17 @@ class Forward:
             _close_hard(client)
         self._clients.clear()
         self._ingress.forget(self)  # last: a close that is cancelled is done again by its owner
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"

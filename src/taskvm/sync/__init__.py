@@ -17,7 +17,6 @@ from taskvm.process import ExecResult
 from taskvm.secret import Secret
 from taskvm.sync.files import Files
 from taskvm.sync.forward import Forward
-from taskvm.sync.forward import Forward
 from taskvm.sync.pool import WarmPool
 from taskvm.sync.process import ByteStream, Process
 from taskvm.sync.sandbox import Sandbox
@@ -34,7 +33,6 @@ __all__ = [  # noqa: RUF022  # most important first, as in taskvm
     "Files",
     "FileInfo",
     "CopyLimits",
-    "Forward",
     "WarmPool",
     "Limits",
     "Statistics",

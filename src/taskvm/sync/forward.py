@@ -12,9 +12,9 @@ from taskvm.sync.bridge import Bridge
 class Forward:
     """A listening address of the host that leads to a port of the guest, until `close` or the sandbox's end.
 
-    `host` and `port` are where it listens, `guest_port` where it leads; `str()` is `host:port`. What answers there is the
-    untrusted guest: a browser that opens it runs the guest's pages. Connections are carried by a thread of the
-    engine's.
+    `host` and `port` are where it listens, `guest_port` where it leads; `str()` is `host:port`. What
+    answers there is the untrusted guest: a browser that opens it runs the guest's pages. A thread of
+    the engine's carries the connections.
     """
 
     def __init__(self, bridge: Bridge, forward: aio.Forward) -> None:

@@ -211,21 +211,6 @@ class Sandbox:
 
         return Forward(self._bridge, self._bridge.call(forward))
 
-    def forward(self, port: int, *, host: str = LOCALHOST, host_port: int = 0) -> Forward:
-        """Make a TCP server in the guest reachable, until the result or the sandbox is closed.
-
-        It listens on `host`, an address of this host (0.0.0.0 is every network it is in), at `host_port`
-        or a free one. Each connection is carried to 127.0.0.1 in the guest, or ::1 where only that listens; one that
-        the guest refuses is broken off.
-
-        Raises UsageError, HostError when the address is in use, SandboxStateError, SandboxLostError.
-        """
-
-        async def listen() -> aio_ingress.Forward:
-            return await self._sandbox.forward(port, host=host, host_port=host_port)
-
-        return Forward(self._bridge, self._bridge.call(listen))
-
     def close(self) -> None:
         """End the sandbox and everything in it, and remove what it kept on the host. Idempotent.
 
