@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tests.conftest import GUEST
 
-from taskvm import HostError, Sandbox, SandboxLostError, TaskvmError, files
+from taskvm import HostError, Sandbox, SandboxLostError, files
 from taskvm.paths import cache_dir
 from taskvm.vm import control, machine
 from taskvm.vm.rundir import run_base
@@ -150,11 +150,10 @@ async def test_a_disk_that_fills_during_a_template_build_fails_the_start_and_lea
     before = machines()
     async with asyncio.timeout(90), asyncio.TaskGroup() as group:
         group.create_task(fill_soon())
-        with pytest.raises(TaskvmError) as caught:
+        with pytest.raises(HostError, match="the disk is full|No space left"):
             await Sandbox.create(**GUEST, accel="tcg", free_disk_mib=0)
     (small_cache / "filler").unlink()
 
-    assert isinstance(caught.value, HostError | SandboxLostError)
     assert machines() <= before
     assert not list(small_cache.glob("templates/*/")) + list(small_cache.glob("templates/.*/"))
     assert shutil.disk_usage(small_cache).used < 20 * MIB

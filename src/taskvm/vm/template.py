@@ -27,7 +27,7 @@ from pathlib import Path
 
 import msgspec
 
-from taskvm.errors import HostError
+from taskvm.errors import HostError, SandboxLostError, UnavailableError
 from taskvm.identity import GuestUser
 from taskvm.paths import cache_dir, private_dir, replace_file
 from taskvm.vm.boot import quiesce_ports, reach_ready
@@ -41,6 +41,8 @@ LAYOUT = 2
 FILES = ("ram", "state", "disk.qcow2", "overlay.qcow2")
 # Of the most recently used. Each new agent, image, size or QEMU makes another; a running one keeps its open files.
 KEPT_TEMPLATES = 8
+# With less free a build that failed is taken to have failed for it: pages and tables come in clusters of 64 KiB.
+FULL_DISK_BYTES = 1024 * 1024
 
 Progress = Callable[[str], None]
 
@@ -189,13 +191,22 @@ async def _build(template: Template, inputs: TemplateInputs, base: Path) -> None
         shutil.rmtree(template.path, ignore_errors=True)
         staging.rename(template.path)
     except OSError as error:
-        raise HostError(
-            f"save the template {template.path}",
-            error.strerror or str(error),
-            f"A template needs {template.shape.memory_mib} MiB of disk: free some",
-        ) from error
+        raise _no_room(template, error.strerror or str(error)) from error
+    except (SandboxLostError, UnavailableError) as error:
+        # QEMU gets SIGBUS when its memory file finds no room, and says nothing.
+        if shutil.disk_usage(base).free >= FULL_DISK_BYTES:
+            raise
+        raise _no_room(template, f"the disk is full ({error.cause})") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _no_room(template: Template, cause: str) -> HostError:
+    return HostError(
+        f"save the template {template.path}",
+        cause,
+        f"A template needs {template.shape.memory_mib} MiB of disk: free some",
+    )
 
 
 async def _boot_and_save(template: Template, staging: Path) -> None:
