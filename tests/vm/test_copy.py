@@ -1,4 +1,4 @@
-"""Content larger than memory, links, modes, and trees copied between host and a real guest (taskvm.treecopy)."""
+"""Content larger than memory, links, modes, and trees between host and guest (taskvm.filestream, taskvm.treecopy)."""
 
 import asyncio
 import contextlib
