@@ -62,13 +62,13 @@ class Guest:
     def __init__(
         self, machine: Machine, control: Control, run_dir: RunDir, user: GuestUser
     ) -> None:
-        self.id = run_dir.path.name
+        self.id: str = run_dir.path.name
         self.machine = machine
         self.control = control
         self.user = user
         self.on_lost: Callable[[Exception], None] = lambda error: None
         self.placeholders: Mapping[str, str] = {}
-        self.audit_path = Path()
+        self.audit_path: Path = Path()
         self.watch: Watch | None = None
         self.gateway: Gateway | None = None
         self._run_dir = run_dir

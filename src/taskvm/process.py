@@ -120,8 +120,8 @@ class Process:
         self._exit: ExecResult | None = None
         self.command = command
         self.pid = pid
-        self.stdout = ByteStream(call.inlets[1])
-        self.stderr = ByteStream(call.inlets[2])
+        self.stdout: ByteStream = ByteStream(call.inlets[1])
+        self.stderr: ByteStream = ByteStream(call.inlets[2])
 
     async def write(self, data: bytes) -> None:
         """Write to standard input, waiting while the process does not read.
@@ -214,9 +214,9 @@ class Capture:
     """Collects what a process writes, up to MAX_CAPTURED_BYTES of each stream."""
 
     def __init__(self) -> None:
-        self.stdout = bytearray()
-        self.stderr = bytearray()
-        self.truncated = False
+        self.stdout: bytearray = bytearray()
+        self.stderr: bytearray = bytearray()
+        self.truncated: bool = False
 
     async def run(self, process: Process, stdin: bytes | AsyncIterator[bytes] | None) -> ExecResult:
         """Feed `stdin`, read both streams to their end, and return the result."""

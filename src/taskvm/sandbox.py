@@ -96,8 +96,8 @@ class Sandbox:
             **guest.placeholders,
             **options.env,
         }
-        self.id = guest.id
-        self.files = Files(guest.control, guest.user.uid, guest.user.gid)
+        self.id: str = guest.id
+        self.files: Files = Files(guest.control, guest.user.uid, guest.user.gid)
         guest.on_lost = self._lose
 
     @classmethod

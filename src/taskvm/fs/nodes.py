@@ -53,9 +53,9 @@ class HostNode:
     __slots__ = ("children", "id", "identity", "places", "references")
 
     def __init__(self, number: Node, identity: Identity) -> None:
-        self.id = number
-        self.identity = identity
-        self.references = 0
+        self.id: Node = number
+        self.identity: Identity = identity
+        self.references: int = 0
         self.places: list[tuple[HostNode, bytes]] = []
         self.children: dict[bytes, HostNode] = {}
 
@@ -69,7 +69,7 @@ class NodeTable:
     """All nodes of one HostDir."""
 
     def __init__(self, root: Identified) -> None:
-        self.root = HostNode(ROOT, identity(root))
+        self.root: HostNode = HostNode(ROOT, identity(root))
         self._by_id: dict[Node, HostNode] = {ROOT: self.root}
         self._by_identity: dict[Identity, HostNode] = {self.root.identity: self.root}
         self._next = ROOT + 1

@@ -55,7 +55,7 @@ class ImageStore:
     """
 
     def __init__(self, root: Path | None = None, *, builder: Builder = build_assets) -> None:
-        self.root = cache_path() if root is None else root
+        self.root: Path = cache_path() if root is None else root
         self._builder = builder
 
     def ensure(self, spec: ImageSpec, progress: Progress) -> Image:

@@ -75,8 +75,8 @@ class Gateway:
         extra_ca_files: Iterable[str | os.PathLike[str]] = (),
         names: SyntheticNames | None = None,
     ) -> None:
-        self.ingress = Ingress(port, audit)
-        self.names = names if names is not None else SyntheticNames()
+        self.ingress: Ingress = Ingress(port, audit)
+        self.names: SyntheticNames = names if names is not None else SyntheticNames()
         dialer = Dialer(policy, resolver, extra_ca_files)
         self._egress = Egress(policy, Injector(secrets), audit, ca, dialer, self.names)
         self._nameserver = NameServer(policy, self.names, audit)

@@ -44,7 +44,7 @@ class Call:
         self.reply: asyncio.Future[bytes] = loop.create_future()
         self.exited: asyncio.Future[messages.Exited] = loop.create_future()
         self.inlets: dict[int, Inlet] = {}
-        self.outlet = Outlet(control.port, stream, 0)
+        self.outlet: Outlet = Outlet(control.port, stream, 0)
         self._control = control
 
     def inlet(self, channel: int) -> Inlet:

@@ -102,8 +102,8 @@ class Machine:
         self._sockets = sockets
         self._ending = asyncio.Lock()
         self._released = False
-        self.console = Tail()
-        self.stderr = Tail()
+        self.console: Tail = Tail()
+        self.stderr: Tail = Tail()
         self.exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     @classmethod
