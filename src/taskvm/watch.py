@@ -56,7 +56,7 @@ class Watch:
         self._last_seen = self._movement()
         self._last_active_s = asyncio.get_running_loop().time()
         self._wanted = asyncio.Event()
-        self.paused = False
+        self.paused: bool = False
         guest.control.port.on_held = self._wanted.set
 
     async def run(self) -> None:

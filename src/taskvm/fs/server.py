@@ -64,7 +64,7 @@ class FsServer:
         self, sock: socket.socket, *, on_failure: Callable[[Exception], None] = _nobody
     ) -> None:
         self.on_failure = on_failure
-        self.frames = 0  # that have moved, in either direction
+        self.frames: int = 0  # that have moved, in either direction
         self._sock = sock
         self._sock.setblocking(True)
         self._mounts: dict[int, Session] = {}

@@ -50,8 +50,8 @@ class Connection:
 
     def __init__(self, port: FramePort, number: int, client: socket.socket) -> None:
         self.number = number
-        self.bytes_up = 0
-        self.bytes_down = 0
+        self.bytes_up: int = 0
+        self.bytes_down: int = 0
         self._port = port
         self._inlet = Inlet(port, number, 0)
         self._outlet = Outlet(port, number, 0)

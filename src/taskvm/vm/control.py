@@ -110,7 +110,7 @@ class Control:
         self.port = port
         self.on_lost: Callable[[Exception], None] = lambda error: None
         self.hello: asyncio.Future[messages.Hello] = asyncio.get_running_loop().create_future()
-        self.calls_made = 0
+        self.calls_made: int = 0
         self._calls: dict[int, Call] = {}
         self._next_stream = 1
         self._highest_stream = 0
