@@ -157,3 +157,35 @@ async def test_sending_on_a_lost_port_says_so() -> None:
                 await asyncio.sleep(0.001)
         with pytest.raises(SandboxLostError):
             ours.port.send(FrameType.RESUME, 0, 0)
+
+
+async def test_a_flood_of_small_frames_leaves_others_their_turns() -> None:
+    """Twenty thousand one-byte frames arrive whole and in order, and a neighbour's turns come in between."""
+    async with pair() as (ours, theirs):
+        inlet = Inlet(ours.port, 1, 1)
+        turns = 0
+        ours.port.on_frame = lambda frame: inlet.feed(frame.payload)
+        for number in range(20_000):
+            theirs.port.send(FrameType.DATA, 1, 1, bytes([number % 251]))
+        got = b""
+        while len(got) < 20_000:
+            turns += 1
+            await asyncio.sleep(0)
+            if inlet._chunks:
+                got += await inlet.read()
+
+    assert got == bytes(number % 251 for number in range(20_000))
+    assert turns >= 20_000 // 512
+
+
+async def test_many_small_chunks_cost_no_more_than_their_bytes() -> None:
+    """Reading a window that came in single bytes is linear work."""
+    async with pair() as (ours, _):
+        inlet = Inlet(ours.port, 1, 1)
+        for _ in range(INITIAL_CREDIT):
+            inlet.feed(b"x")
+        inlet.feed_end()
+        async with asyncio.timeout(10):  # a hang limit: quadratic work took minutes
+            got = b"".join([data async for data in inlet])
+
+    assert got == b"x" * INITIAL_CREDIT

@@ -125,8 +125,11 @@ class FrameDecoder:
         self._pending = bytearray()
         self._wanted = HEADER_SIZE
 
-    def feed(self, data: bytes | bytearray | memoryview) -> list[Frame]:
-        """Return the frames that `data` completes, oldest first. Raises FrameError on a malformed one."""
+    def feed(self, data: bytes | bytearray | memoryview, limit: int | None = None) -> list[Frame]:
+        """Return the frames that `data` completes, oldest first. Raises FrameError on a malformed one.
+
+        With `limit` at most so many: as many as that means there may be more, for which `feed(b"", limit)` asks.
+        """
         if self._pending:
             self._pending += data
             if len(self._pending) < self._wanted:
@@ -137,7 +140,7 @@ class FrameDecoder:
         frames: list[Frame] = []
         position, total = 0, len(buffer)
         self._wanted = HEADER_SIZE
-        while total - position >= HEADER_SIZE:
+        while total - position >= HEADER_SIZE and len(frames) != limit:
             length, kind, channel, reserved, stream = _HEADER.unpack_from(buffer, position)
             frame_type = self._check(length, kind, reserved)
             end = position + HEADER_SIZE + length

@@ -95,6 +95,19 @@ def test_a_port_may_narrow_the_payload() -> None:
         FrameDecoder(max_payload=1024).feed(header)
 
 
+@given(st.lists(data_frames, max_size=20), st.integers(1, 7))
+def test_a_limit_cuts_the_work_and_loses_nothing(frames: list[Frame], limit: int) -> None:
+    """Asked again and again for a few, the decoder gives all frames in order."""
+    decoder = FrameDecoder()
+    rounds = [decoder.feed(encoded(frames), limit)]
+    while len(rounds[-1]) == limit:
+        rounds.append(decoder.feed(b"", limit))
+
+    got = [frame for some in rounds for frame in some]
+    assert all(len(some) <= limit for some in rounds)
+    assert encoded(got) == encoded(frames)
+
+
 @given(st.integers(0, 2**32 - 1))
 def test_u32_round_trip(value: int) -> None:
     """CREDIT and RESET carry their number unchanged."""
