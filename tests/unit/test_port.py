@@ -189,3 +189,45 @@ async def test_many_small_chunks_cost_no_more_than_their_bytes() -> None:
             got = b"".join([data async for data in inlet])
 
     assert got == b"x" * INITIAL_CREDIT
+
+
+# Holding.
+
+
+async def test_a_held_port_keeps_what_is_sent_in_order_and_tells_of_it() -> None:
+    """Only what is urgent passes. A writer of much waits instead of being kept."""
+    async with pair() as (ours, theirs), asyncio.TaskGroup() as group:
+        held: list[int] = []
+        ours.port.on_held = lambda: held.append(1)
+        ours.port.hold()
+        ours.port.send(FrameType.OPEN, 0, 1, b"first")
+        ours.port.send(FrameType.OPEN, 0, 2, b"second" * 1000)
+        ours.port.send(FrameType.OPEN, 0, 3, b"urgent", urgent=True)
+        writing = group.create_task(Outlet(ours.port, 2, 0).write(b"x" * MAX_DATA))
+        await theirs.until(1)
+        await asyncio.sleep(0.02)
+        came_early = [frame.stream for frame in theirs.frames]
+
+        ours.port.release()
+        await writing
+        await theirs.until(4)
+
+    assert came_early == [3]
+    assert len(held) == 2
+    assert [(frame.type, frame.stream) for frame in theirs.frames[1:]] == [
+        (FrameType.OPEN, 1),
+        (FrameType.OPEN, 2),
+        (FrameType.DATA, 2),
+    ]
+
+
+async def test_a_port_that_is_lost_while_held_frees_its_writers() -> None:
+    async with pair() as (ours, theirs):
+        ours.port.hold()
+        theirs.port.close()
+        async with asyncio.timeout(5):
+            await ours.port.wait_writable()
+        ours.port.release()
+
+        with pytest.raises(SandboxLostError):
+            ours.port.send(FrameType.OPEN, 0, 1)

@@ -3,6 +3,8 @@
 import asyncio
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +39,17 @@ def process_ended(pid: int) -> bool:
 
 
 # The end of a life.
+
+
+def test_a_run_ends_after_its_max_duration_and_says_so() -> None:
+    """`taskvm run --max-duration` is the same limit, and exits as for a lost machine."""
+    command = ["run", "--cpus", "1", "--memory", "256", "--max-duration", "1", "--", "sleep", "60"]
+    run = subprocess.run(
+        [sys.executable, "-m", "taskvm.cli", *command], capture_output=True, text=True, timeout=60
+    )
+
+    assert run.returncode == 125
+    assert "max_duration_s=1 is over" in run.stderr
 
 
 async def test_a_sandbox_ends_after_its_life_whatever_runs_in_it() -> None:
@@ -152,6 +165,22 @@ async def test_a_paused_sandbox_flushes_its_mounts_when_it_is_closed(workspace: 
 
     assert time.monotonic() - begun < 5
     assert (workspace / "file").read_text() == "kept\n"
+
+
+@pytest.mark.parametrize(
+    "lie",
+    ["cp /etc/passwd /tmp/lie", "mkfifo /tmp/lie", "ln -s /dev/zero /tmp/lie", "echo 0 > /tmp/lie"],
+)
+async def test_a_guest_that_lies_about_its_processes_hurts_only_itself(lie: str) -> None:
+    """It is paused or not, as it says; commands are answered, and its life has an end."""
+    file = "/sys/fs/cgroup/exec/pids.current"
+    async with Sandbox.create(**GUEST, idle_pause_s=PAUSE_S, max_duration_s=4.0) as vm:
+        await vm.exec(f"{lie}; mount --bind /tmp/lie {file}", user="root")
+        await vm.exec("(while :; do :; done) >/dev/null 2>&1 &")
+        await asyncio.sleep(1.5)
+
+        assert (await vm.exec(["echo", "here"])).stdout == "here\n"
+        assert await until(lambda: vm.state == "lost", 10)
 
 
 async def test_idle_pause_0_never_pauses() -> None:
