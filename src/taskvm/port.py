@@ -56,7 +56,7 @@ class FramePort(asyncio.Protocol):
         self.on_frame: Callable[[Frame], None] = lambda frame: None
         self.on_lost: Callable[[Exception], None] = lambda error: None
         self.on_held: Callable[[], None] = lambda: None
-        self.frames = 0  # that have moved, in either direction
+        self.frames: int = 0  # that have moved, in either direction
         self._held: list[bytes] | None = None
         self._decoder = FrameDecoder(max_payload)
         self._transport: asyncio.Transport | None = None
