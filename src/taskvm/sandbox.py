@@ -21,6 +21,7 @@ from typing import Any, Literal, Self, Unpack
 
 import msgspec
 
+from taskvm.accounts import Account, Accounts
 from taskvm.errors import (
     CommandError,
     SandboxLostError,
@@ -48,6 +49,8 @@ State = Literal["starting", "running", "lost", "closed"]
 SHELL = "/bin/bash"
 # Every terminal emulator of today understands it, and every distribution describes it (ncurses-base).
 PTY_TERM = "xterm-256color"
+# Number 0 in every guest, whatever its files say.
+ROOT = Account(uid=0, gid=0, groups=(0,), name="root", home="/root")
 # A variable-length limit of execve(2): the kernel refuses a single string of 128 KiB and more (MAX_ARG_STRLEN).
 MAX_ARGUMENT_BYTES = 128 * 1024 - 1
 
@@ -98,6 +101,7 @@ class Sandbox:
         }
         self.id: str = guest.id
         self.files: Files = Files(guest.control, guest.user.uid, guest.user.gid)
+        self._accounts = Accounts(self.files)
         guest.on_lost = self._lose
 
     @classmethod
@@ -210,13 +214,12 @@ class Sandbox:
         """Run a command to its end and return what it wrote and how it ended.
 
         A list is executed as it is; a str runs in the guest's bash. `cwd` defaults to /workspace when that is
-        mounted, else the
-        user's home. `timeout_s`, or cancelling this call, kills everything that the command started. `user` is
-        "root" or None
-        for the sandbox's user. Up to 64 MiB of each stream are kept.
+        mounted, else the user's home. `timeout_s`, or cancelling this call, kills everything that the command
+        started. `user` is an account of the guest by its name, numbers like "1000:1000", or None for the sandbox's
+        user. Up to 64 MiB of each stream are kept.
 
-        Raises GuestError when the program cannot be started (ENOENT, EACCES), CommandError with `check` when it
-        does not exit with 0, SandboxStateError, SandboxLostError.
+        Raises UsageError for an account that is not there, GuestError when the program cannot be started (ENOENT,
+        EACCES), CommandError with `check` when it does not exit with 0, SandboxStateError, SandboxLostError.
         """
         process = await self.spawn(command, cwd=cwd, env=env, user=user)
         capture = Capture()
@@ -245,7 +248,10 @@ class Sandbox:
         unless `env` names another. Raises as `exec`.
         """
         self._require_running("start a command")
-        request = self._exec_request(command, cwd, env, merge_output, user)
+        account = await self._find_account(user)
+        if cwd is None and user not in (None, "root") and "/workspace" not in self._options.mounts:
+            cwd = await self._accounts.start_dir(account)
+        request = self._exec_request(command, cwd, env, merge_output, account)
         if pty is not None:
             request = self._with_terminal(request, pty, env)
         text = command if isinstance(command, str) else shlex.join(command)
@@ -319,7 +325,7 @@ class Sandbox:
         cwd: GuestPath | None,
         env: Mapping[str, str] | None,
         merge: bool,
-        user: str | None,
+        account: Account,
     ) -> ExecRequest:
         argv = (
             [SHELL, "-c", command] if isinstance(command, str) else [str(item) for item in command]
@@ -334,21 +340,29 @@ class Sandbox:
                 f"an argument has more than {MAX_ARGUMENT_BYTES} bytes (MAX_ARG_STRLEN)",
                 "Pass it through stdin or a file",
             )
-        if user not in (None, "root"):
-            raise UsageError(f"run a command as {user!r}", "only root and the default user exist")
         environment = {**self._environment, **(env or {})}
-        numbers = self._guest.user
-        uid, gid = (0, 0) if user == "root" else (numbers.uid, numbers.gid)
-        if user == "root":
-            environment |= {"HOME": "/root", "USER": "root", "LOGNAME": "root", **(env or {})}
+        if account != self._own_account:
+            environment |= {**account.environment, **(env or {})}
         return ExecRequest(
             argv=[os.fsencode(item) for item in argv],
             env=[os.fsencode(f"{name}={value}") for name, value in environment.items()],
             cwd=os.fsencode(str(cwd or self._default_cwd)),
-            uid=uid,
-            gid=gid,
-            groups=[gid],
+            uid=account.uid,
+            gid=account.gid,
+            groups=list(account.groups),
             merge=merge,
+        )
+
+    async def _find_account(self, user: str | None) -> Account:
+        if user is None:
+            return self._own_account
+        return ROOT if user == "root" else await self._accounts.find(user)
+
+    @property
+    def _own_account(self) -> Account:
+        user = self._guest.user
+        return Account(
+            uid=user.uid, gid=user.gid, groups=(user.gid,), name=user.name, home=user.home
         )
 
     def _with_terminal(
