@@ -211,6 +211,17 @@ async def test_a_server_that_dies_breaks_its_clients_off(vm: Sandbox) -> None:
         writer.close()
 
 
+async def test_a_connection_wakes_a_paused_guest() -> None:
+    """It is answered, here refused, within the seconds that a pause may take to notice; it does not hang."""
+    async with Sandbox.create(**GUEST, idle_pause_s=0.2) as vm, vm.forward(7000) as forward:
+        async with asyncio.timeout(10):
+            while not vm.statistics().paused:
+                await asyncio.sleep(0.05)
+        _, status = await curl("-m", "8", f"http://{forward}/")
+
+    assert status == 56
+
+
 async def test_a_closed_sandbox_leaves_no_connection_and_no_listener() -> None:
     async with Sandbox.create(**GUEST) as vm:
         forward = await vm.forward(22)  # never closed by hand
