@@ -35,7 +35,7 @@ def blocking() -> Iterator[Sandbox]:
 
 
 def _python(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", "-X", "dev", "-c", program, *arguments]
+    command = [sys.executable, "-W", "error", "-c", program, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
 
 
