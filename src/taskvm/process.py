@@ -173,9 +173,11 @@ class Process:
     async def kill_all(self) -> None:
         """Kill everything that this exec started, double-forked daemons included (cgroup.kill), and wait for it.
 
+        After the main process's end, what it left behind is killed, and dies without being waited for.
         Raises SandboxLostError when the guest does not comply within KILL_TIMEOUT_S.
         """
         if self._call.exited.done():
+            await self._kill_children()
             return
         self._call.send_signal(SignalRequest(signal=signals.SIGKILL, scope="all"))
         for inlet in self._call.inlets.values():
@@ -189,6 +191,14 @@ class Process:
                 f"it has not ended within {KILL_TIMEOUT_S:.0f} s",
                 "Close the sandbox",
             ) from None
+
+    async def _kill_children(self) -> None:
+        # The guest knows an exec by its stream's number until the last process of it has ended.
+        try:
+            self._call.send_signal(SignalRequest(signal=signals.SIGKILL, scope="all"))
+            await self._call.settle()
+        except SandboxLostError:
+            return  # nothing of it runs any more
 
     def abandon(self) -> None:
         """Tell the guest to kill everything this exec started, without waiting. Idempotent."""

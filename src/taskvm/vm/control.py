@@ -84,6 +84,10 @@ class Call:
         """Send SIGNAL about this running exec."""
         self._control.port.send(FrameType.SIGNAL, 0, self.stream, messages.encode(request))
 
+    async def settle(self) -> None:
+        """Wait until the guest has dealt with every frame that was sent before. Raises SandboxLostError."""
+        await self._control.request(messages.PingRequest(), messages.Done, self.operation)
+
     def forget(self, errno: int | None = None) -> None:
         """Drop the stream, telling the guest to end it when `errno` is given. Idempotent."""
         if self._control.drop(self.stream) and errno is not None:

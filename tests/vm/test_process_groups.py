@@ -1,0 +1,78 @@
+"""Many commands at once, and what finished ones leave behind (taskvm.process)."""
+
+import asyncio
+
+import pytest
+
+from taskvm import Process, Sandbox
+
+pytestmark = pytest.mark.vm
+
+
+async def count(vm: Sandbox, pattern: str) -> int:
+    """How many processes of the guest have a command line like `pattern`."""
+    return int((await vm.exec(["pgrep", "-fc", pattern])).stdout)
+
+
+async def wait_until_gone(vm: Sandbox, pattern: str) -> None:
+    async with asyncio.timeout(15):
+        while await count(vm, pattern):
+            await asyncio.sleep(0.05)
+
+
+async def finished(vm: Sandbox, command: str) -> Process:
+    """A command that has ended."""
+    process = await vm.spawn(command)
+    await process.wait()
+    return process
+
+
+async def test_sixty_four_commands_at_once_keep_their_outputs_apart(vm: Sandbox) -> None:
+    """Both streams of each hold its own bytes only, and all run at the same time: each waits for the last."""
+    command = (
+        "mkdir -p /tmp/here && touch /tmp/here/$1 && "
+        "until [ $(ls /tmp/here | wc -l) = 64 ]; do sleep 0.5; done; "
+        "for i in $(seq 200); do echo $1; echo error $1 >&2; done"
+    )
+    results = await asyncio.gather(
+        *(vm.exec(["sh", "-c", command, "sh", str(number)]) for number in range(64))
+    )
+
+    assert [result.stdout for result in results] == [f"{number}\n" * 200 for number in range(64)]
+    assert [result.stderr for result in results] == [
+        f"error {number}\n" * 200 for number in range(64)
+    ]
+
+
+async def test_what_a_finished_command_left_is_killed_on_demand(vm: Sandbox) -> None:
+    """kill_all after the exit ends double-forked children, and those of no other command."""
+    mine = await finished(vm, "setsid sleep 1111 >/dev/null 2>&1 & sleep 1112 & true")
+    other = await finished(vm, "setsid sleep 2222 >/dev/null 2>&1 & true")
+    before = await count(vm, "sleep (111|2222)")
+
+    await mine.kill_all()
+    await wait_until_gone(vm, "sleep 111")
+    spared = await count(vm, "sleep 2222")
+    await other.kill_all()
+    await wait_until_gone(vm, "sleep 2222")
+
+    assert (before, spared) == (3, 1)
+
+
+async def test_leaving_the_block_ends_what_a_finished_command_left(vm: Sandbox) -> None:
+    """`async with` holds for children too."""
+    async with await vm.spawn("setsid sleep 3333 >/dev/null 2>&1 & true") as process:
+        await process.wait()
+        inside = await count(vm, "sleep 3333")
+
+    await wait_until_gone(vm, "sleep 3333")
+    assert inside == 1
+
+
+async def test_killing_what_is_gone_is_no_error() -> None:
+    """Neither when nothing is left, nor when the sandbox is closed."""
+    async with Sandbox.create(cpus=1, memory_mib=256) as vm:
+        process = await finished(vm, "true")
+        await process.kill_all()
+
+    await process.kill_all()
