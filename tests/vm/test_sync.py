@@ -305,6 +305,34 @@ def test_a_forked_child_is_refused_clearly_and_may_start_its_own() -> None:
     assert "0 parent\n" in result.stdout
 
 
+def test_a_forked_child_that_leaves_the_block_closes_nothing() -> None:
+    """The child's way out is its own; the parent's sandbox goes on."""
+    program = (
+        "import os, sys\nfrom taskvm.sync import Sandbox\n"
+        "with Sandbox.create(cpus=1, memory_mib=256) as vm, vm.spawn('cat') as process:\n"
+        "    child = os.fork()\n"
+        "    if child == 0: sys.exit(3)\n"
+        "    _, status = os.waitpid(child, 0)\n"
+        "    process.write(b'still here')\n"
+        "    print(os.waitstatus_to_exitcode(status), process.stdout.read())"
+    )
+    result = _python(program)
+
+    assert (result.stdout, result.stderr) == ("3 b'still here'\n", "")
+
+
+def test_closing_again_after_the_exits_own_closing_is_no_error() -> None:
+    """A program's own `atexit`, registered earlier and so run later, may close too."""
+    program = (
+        "import atexit\nclosers = []\natexit.register(lambda: [close() for close in closers])\n"
+        + CREATE
+        + "closers.append(vm.close)"
+    )
+    result = _python(program)
+
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_the_loops_own_thread_may_not_block_on_itself(blocking: Sandbox) -> None:
     """What would wait for ever is an error."""
     from taskvm.sync.bridge import Bridge

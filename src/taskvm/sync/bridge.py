@@ -14,6 +14,7 @@ import asyncio
 import atexit
 import contextlib
 import contextvars
+import logging
 import os
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
@@ -31,6 +32,8 @@ Closer = Callable[[], Awaitable[None]]
 # What the interpreter's exit waits for: a flush of mounts has 10 s (FLUSH_TIMEOUT_S), ending QEMU takes milliseconds.
 # After it the machines die all the same, with the pipe that only this process holds.
 EXIT_TIMEOUT_S = 20.0
+
+_logger = logging.getLogger(__name__)
 
 
 class Bridge:
@@ -65,6 +68,14 @@ class Bridge:
     ) -> _T:
         """Run an asynchronous function on the loop and return what it returns. See Rule 3."""
         return Call(self).run(function, *args, **kwargs)
+
+    def release(self, function: Callable[[], Awaitable[None]]) -> None:
+        """Run what closes something to its end, whoever interrupts the waiting for it.
+
+        In a forked child and after the exit's own closing there is nothing to do: it is the parent's, or closed.
+        """
+        if self._pid == os.getpid() and not self._ended:
+            Call(self, cancels=False).run(function)
 
     def leave(self, function: Callable[[], Awaitable[None]]) -> None:
         """Have the loop run `function` some time and tell nobody. Never blocks; nothing happens after its end."""
@@ -124,10 +135,10 @@ class Bridge:
         await self._stopping.wait()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(EXIT_TIMEOUT_S):
-                # The last opened first: a sandbox before the pool that it may come from.
-                for close in reversed(list(self._closers.values())):
-                    with contextlib.suppress(TaskvmError):  # nobody is left to be told
-                        await close()
+                closing = (close() for close in list(self._closers.values()))
+                for error in await asyncio.gather(*closing, return_exceptions=True):
+                    if error is not None and not isinstance(error, TaskvmError):
+                        _logger.error("a sandbox could not be closed at exit", exc_info=error)
                 if self._lasting:  # a close whose caller Ctrl-C has taken away
                     await asyncio.wait(self._lasting)
 

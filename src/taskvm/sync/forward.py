@@ -26,7 +26,7 @@ class Forward:
 
     def close(self) -> None:
         """Stop listening and break off the connections that are open. Idempotent."""
-        self._bridge.call(self._forward.close)
+        self._bridge.release(self._forward.close)
 
     def __enter__(self) -> Self:
         return self

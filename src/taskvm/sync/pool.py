@@ -52,7 +52,7 @@ class WarmPool:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        Call(self._bridge, cancels=False).run(self._exit)
+        self._bridge.release(self._exit)
 
     def wait_full(self) -> None:
         """Wait until all guests are ready. Raises what kept one from starting."""

@@ -90,11 +90,7 @@ class Process:
 
     def abandon(self) -> None:
         """Tell the guest to kill everything this exec started, without waiting. Idempotent."""
-
-        async def abandon() -> None:
-            self._process.abandon()
-
-        self._bridge.call(abandon)
+        self._bridge.call(self._abandon)
 
     def __enter__(self) -> Self:
         return self
@@ -105,7 +101,7 @@ class Process:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None:
-            self.abandon()
-        else:
-            self.kill_all()
+        self._bridge.release(self._abandon if error is not None else self._process.kill_all)
+
+    async def _abandon(self) -> None:
+        self._process.abandon()

@@ -215,9 +215,9 @@ class Sandbox:
         """End the sandbox and everything in it, and remove what it kept on the host. Idempotent.
 
         What the guest's programs have written to mounts is on the host; its own disk is gone. Ctrl-C ends the waiting
-        only: the rest is released all the same.
+        only: the rest is released all the same. Does nothing in a forked child: the sandbox is its parent's.
         """
-        Call(self._bridge, cancels=False).run(self._close)
+        self._bridge.release(self._close)
 
     def __enter__(self) -> Self:
         return self
