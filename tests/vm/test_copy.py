@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from taskvm import CopyError, CopyLimits, GuestError, HostError, Sandbox, UsageError
+from taskvm import CopyError, CopyLimits, Files, GuestError, HostError, Sandbox, UsageError
 
 pytestmark = pytest.mark.vm
 
@@ -156,6 +156,17 @@ async def test_a_link_replaces_nothing(vm: Sandbox, path: str, number: int) -> N
         await vm.files.symlink("/x", path)
 
     assert caught.value.errno == number
+
+
+async def test_what_is_made_belongs_to_the_sandboxs_user(vm: Sandbox, tree: Path) -> None:
+    """Files, directories and the links themselves, when that is not root; what a link leads to stays."""
+    files = Files(vm._guest.control, 1234, 1235)
+
+    await files.copy_in(tree, "/tmp/theirs")
+    await files.symlink("/etc/shadow", "/tmp/theirs/shadow")
+    owners = await vm.exec("find /tmp/theirs -printf '%U:%G\\n' | sort -u; stat -c %u /etc/shadow")
+
+    assert owners.stdout.split() == ["1234:1235", "0"]
 
 
 # Trees.
