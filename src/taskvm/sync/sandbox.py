@@ -151,11 +151,11 @@ class Sandbox:
 
         A list is executed as it is; a str runs in the guest's bash. `cwd` defaults to /workspace when that is
         mounted, else the user's home. `timeout_s`, or Ctrl-C, kills everything that the command started. An iterable
-        `stdin` is read in this thread: while it blocks, the call does not return. `user` is "root" or None for the
-        sandbox's user. Up to 64 MiB of each stream are kept.
+        `stdin` is read in this thread: while it blocks, the call does not return. `user` is an account of the guest by
+        its name, numbers like "1000:1000", or None for the sandbox's user. Up to 64 MiB of each stream are kept.
 
-        Raises GuestError when the program cannot be started (ENOENT, EACCES), CommandError with `check` when it
-        does not exit with 0, SandboxStateError, SandboxLostError.
+        Raises UsageError for an account that is not there, GuestError when the program cannot be started (ENOENT,
+        EACCES), CommandError with `check` when it does not exit with 0, SandboxStateError, SandboxLostError.
         """
         call = Call(self._bridge)
         return call.run(
