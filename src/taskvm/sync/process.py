@@ -84,6 +84,7 @@ class Process:
     def kill_all(self) -> None:
         """Kill everything that this exec started, double-forked daemons included (cgroup.kill), and wait for it.
 
+        After the main process's end, what it left behind is killed, and dies without being waited for.
         Raises SandboxLostError when the guest does not comply within KILL_TIMEOUT_S.
         """
         self._bridge.call(self._process.kill_all)
