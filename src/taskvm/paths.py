@@ -5,6 +5,7 @@ directory is kept from being removed while it is used.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import stat
@@ -47,7 +48,7 @@ def private_dir(path: Path) -> Path:
         status = path.stat()
     except OSError as error:
         raise HostError(
-            f"make the directory {path}", error.strerror or str(error), "Free space or permissions"
+            f"make the directory {path}", error.strerror or str(error), _remedy(error)
         ) from error
     if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise HostError(
@@ -135,6 +136,12 @@ def measure(path: Path) -> int:
     """Return the bytes that a file or a tree takes on the disk, which for a sparse file is less than its size."""
     files = [path, *path.rglob("*")] if path.is_dir() else [path]
     return sum(file.lstat().st_blocks * 512 for file in files)
+
+
+def _remedy(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "Free disk space, or set TASKVM_CACHE to a directory on a larger disk"
+    return "Set TASKVM_CACHE to a directory that you may write to"
 
 
 def _xdg(variable: str, default: Path) -> Path:
