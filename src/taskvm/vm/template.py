@@ -29,7 +29,7 @@ import msgspec
 
 from taskvm.errors import HostError, SandboxLostError, UnavailableError
 from taskvm.identity import GuestUser
-from taskvm.paths import cache_dir, private_dir, replace_file
+from taskvm.paths import cache_dir, private_dir, replace_file, seized
 from taskvm.vm.boot import quiesce_ports, reach_ready
 from taskvm.vm.command import Boot, MachineShape
 from taskvm.vm.disk import copy_overlay, create_overlay
@@ -236,8 +236,9 @@ async def _boot_and_save(template: Template, staging: Path) -> None:
 def _remove_old(base: Path) -> None:
     used = [(path.stat().st_mtime_ns, path) for path in base.glob("*/") if path.name[0] != "."]
     for _, path in sorted(used)[:-KEPT_TEMPLATES]:
-        shutil.rmtree(path, ignore_errors=True)
-        path.with_suffix(".lock").unlink(missing_ok=True)
+        with seized(path) as free:
+            if free:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _reserve(memory: Path, memory_mib: int) -> None:
