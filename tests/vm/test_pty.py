@@ -81,7 +81,7 @@ async def test_a_program_is_suspended_and_goes_on(vm: Sandbox) -> None:
 
 async def test_a_new_size_reaches_the_program(vm: Sandbox) -> None:
     """`resize` changes what the kernel says and signals SIGWINCH."""
-    command = "trap 'stty size' WINCH; echo up; read -r line; read -r line"
+    command = "trap 'stty size' WINCH; echo up; while :; do sleep 0.1; done"
     async with await vm.spawn(command, pty=(24, 80)) as process:
         await read_until(process, b"up\r\n")
         await process.resize(50, 132)
