@@ -3,9 +3,8 @@
     async with WarmPool(size=2) as pool:
         async with Sandbox.create(pool=pool) as vm: ...
 
-A guest in the pool is awake but nobody's: it has its identity, has run `true`, and is paused. It uses no CPU,
-and the memory
-of an idle QEMU (tens of MB). Mounts, policy, secrets, the time and fresh entropy come when it is taken.
+A guest in the pool is awake but nobody's: it has its identity, has run `true`, and is paused. It uses no CPU, and
+the memory of an idle QEMU (tens of MB). Mounts, policy, secrets, the time and fresh entropy come when it is taken.
 """
 
 from __future__ import annotations

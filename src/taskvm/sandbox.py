@@ -3,9 +3,9 @@
     async with Sandbox.create(mounts={"/workspace": HostDir(".")}) as vm:
         result = await vm.exec(["pytest", "-q"], cwd="/workspace", timeout_s=600)
 
-Life: `starting` → `running` → `closed`, or `lost` when the guest ends, stops answering or breaks the protocol.
-Everything
-a sandbox owns (processes, descriptors, its directory on the host) is released on the way to `closed`, whatever happens.
+Life: `running` → `closed`, or `lost` when the guest ends, stops answering or breaks the protocol.
+Everything a sandbox owns (processes, descriptors, its directory on the host) is released on the way to `closed`,
+whatever happens.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from taskvm.vm.warm import AcceleratorChoice
 from taskvm.wire.control import ExecRequest, Started
 
 Command = str | Sequence[str]
-State = Literal["starting", "running", "lost", "closed"]
+State = Literal["running", "lost", "closed"]
 SHELL = "/bin/bash"
 # Every terminal emulator of today understands it, and every distribution describes it (ncurses-base).
 PTY_TERM = "xterm-256color"

@@ -68,11 +68,6 @@ def remember_verdict(qemu: Qemu, *, works: bool, reason: str) -> Verdict:
     return verdict
 
 
-def forget_verdict(arch: str) -> None:
-    """Make the next start find out anew."""
-    _note(arch).unlink(missing_ok=True)
-
-
 def _note(arch: str) -> Path:
     return cache_dir() / f"kvm-{arch}.json"
 

@@ -1,11 +1,10 @@
 """One QEMU process: started confined, driven over QMP, ended without a trace.
 
 The machine knows nothing of what its ports carry. Every channel is a socket pair made before QEMU starts and
-inherited by
-it: there is no socket file, no race for its name, and nothing to clean up.
+inherited by it: there is no socket file, no race for its name, and nothing to clean up.
 
-The process ends with its owner: `taskvm-confine` holds the read end of a pipe (the lifeline) whose write end
-is only here.
+The process ends with its owner: `taskvm-confine` holds the read end of a pipe (the lifeline) whose write end is only
+here.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import ipaddress
 import struct
 from dataclasses import dataclass
 
-from taskvm.wire.hostname import HostNameError, parse_hostname
+from taskvm.wire.hostname import MAX_LABEL, HostNameError, parse_hostname
 
 TTL_S = 60
 MAX_QUERY = 512  # bytes; a query with one question is at most 271, the rest is EDNS options
@@ -116,9 +116,8 @@ def _read_name(data: bytes) -> tuple[str, int]:
     labels: list[bytes] = []
     position = _HEADER.size
     while length := data[position]:
-        if (
-            length > 63
-        ):  # a pointer (0xc0) or an extended label: the question is first, nothing to point at
+        # More is a pointer (0xc0) or an extended label: the question is first, nothing to point at.
+        if length > MAX_LABEL:
             raise HostNameError("it is compressed")
         label = data[position + 1 : position + 1 + length]
         if len(label) != length:

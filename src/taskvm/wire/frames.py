@@ -12,7 +12,6 @@ from __future__ import annotations
 import enum
 import struct
 from dataclasses import dataclass
-from typing import Protocol
 
 PROTOCOL_VERSION = 1
 HEADER_SIZE = 12
@@ -81,15 +80,6 @@ class Frame:
     channel: int
     stream: int
     payload: bytes | memoryview = b""
-
-
-class FrameSink(Protocol):
-    """Where frames for the guest are put."""
-
-    def send(
-        self, kind: FrameType, channel: int, stream: int, payload: bytes | memoryview = b""
-    ) -> None:
-        """Queue one frame. Never blocks; raises SandboxLostError when the port is gone."""
 
 
 def encode_header(kind: FrameType, channel: int, stream: int, length: int) -> bytes:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable
 
 MAX_NAME = 253  # characters without the trailing dot (RFC 1035 section 2.3.4)
-MAX_LABEL = 63
+MAX_LABEL = 63  # octets (RFC 1035 section 2.3.4)
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
