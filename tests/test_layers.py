@@ -41,7 +41,7 @@ FILES = tuple(
 )
 
 EFFECTS = ("asyncio", "logging", "random", "socket", "subprocess", "threading", "time")
-SCREEN = ("click", "rich", "starlette", "uvicorn", "taskvm.cli")
+SCREEN = ("click", "rich", "starlette", "uvicorn", "taskvm.cli", "taskvm.cli.*")
 FRONT = ("taskfactory.cli", "taskfactory.web", "taskfactory.web.*")
 
 # (modules, which of our own they may import, what they never import); the first line that matches counts.
@@ -53,7 +53,11 @@ RULES = (
     (("taskvm.fs", "taskvm.fs.*"), (*IO, "taskvm.fs", "taskvm.fs.*"), SCREEN),
     (("taskvm.net", "taskvm.net.*"), (*IO, "taskvm.net.*"), SCREEN),
     (("taskvm.image", "taskvm.image.*"), (*IO, "taskvm.image.*"), SCREEN),
-    (("taskvm.cli",), ("taskvm", "taskvm.doctor", "taskvm.terminal"), ()),
+    (
+        ("taskvm.cli", "taskvm.cli.*"),
+        ("taskvm", "taskvm.doctor", "taskvm.terminal", "taskvm.cli", "taskvm.cli.*"),
+        (),
+    ),
     (("taskvm", "taskvm.*"), ("taskvm", "taskvm.*"), SCREEN),
     (VALUES, VALUES, EFFECTS),
     (FILES, (*VALUES, *FILES), FRONT),

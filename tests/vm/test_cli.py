@@ -1,4 +1,7 @@
-"""The command line as a person uses it (taskvm.cli, taskvm.doctor), in processes of its own."""
+"""The command line as a person uses it, in processes of its own.
+
+taskvm.cli, taskvm.cli.group, taskvm.cli.options, taskvm.cli.run, taskvm.cli.image, taskvm.cli.doctor, taskvm.doctor.
+"""
 
 import json
 import os

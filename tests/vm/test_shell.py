@@ -1,4 +1,4 @@
-"""`taskvm shell` and `taskvm run --tty` on a real terminal (taskvm.terminal, taskvm.cli)."""
+"""`taskvm shell` and `taskvm run --tty` on a real terminal (taskvm.terminal, taskvm.cli.streams)."""
 
 import fcntl
 import os

@@ -1,0 +1,5 @@
+"""For `python -m taskvm.cli`."""
+
+from taskvm.cli import main
+
+main()

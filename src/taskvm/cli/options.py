@@ -1,0 +1,225 @@
+"""The options of a sandbox that every command which creates one has, and how their texts are read."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Concatenate, ParamSpec
+
+import click
+
+import taskvm
+from taskvm import HostDir, Sandbox, Secret, UsageError
+from taskvm.cli.group import progress, silent
+
+P = ParamSpec("P")
+
+SANDBOX_OPTIONS = (
+    click.option(
+        "--image",
+        metavar="NAME",
+        help="Image of the store (name or digest). [default: the standard image]",
+    ),
+    click.option("--cpus", default=2, show_default=True, help="Virtual CPUs."),
+    click.option(
+        "--memory", default=512, show_default=True, metavar="MIB", help="Guest memory in MiB."
+    ),
+    click.option(
+        "--mount",
+        "mounts",
+        multiple=True,
+        metavar="HOST:GUEST[:ro]",
+        help="Mount a host directory, read-write or read-only.",
+    ),
+    click.option(
+        "--allow",
+        multiple=True,
+        metavar="HOST",
+        help="A host that may be reached: example.com, *.example.com, with :PORT or not.",
+    ),
+    click.option(
+        "--allow-address",
+        "allow_addresses",
+        multiple=True,
+        metavar="ADDRESS",
+        help="An internal address or network that an allowed name may lead to, such as 127.0.0.1:8443.",
+    ),
+    click.option(
+        "--resolve",
+        multiple=True,
+        metavar="HOST=ADDRESS",
+        help="Use ADDRESS for HOST instead of looking it up.",
+    ),
+    click.option(
+        "--secret",
+        "secrets",
+        multiple=True,
+        metavar="NAME@HOST[,HOST…]",
+        help="Send the value of the variable NAME to these hosts; the guest sees a placeholder in $NAME.",
+    ),
+    click.option(
+        "--secret-file",
+        "secret_files",
+        multiple=True,
+        metavar="NAME=FILE@HOST[,HOST…]",
+        help="The same with the value from FILE.",
+    ),
+    click.option(
+        "--ca-file",
+        "ca_files",
+        multiple=True,
+        metavar="PEM",
+        help="Verify servers with these certificates too.",
+    ),
+    click.option("--env", "env", multiple=True, metavar="K=V", help="Set a variable in the guest."),
+    click.option(
+        "--cwd",
+        metavar="DIR",
+        help="Working directory in the guest. [default: /workspace if mounted]",
+    ),
+    click.option(
+        "--timeout",
+        type=float,
+        metavar="S",
+        help="Kill the command after S seconds (exit status 124).",
+    ),
+    click.option(
+        "--max-duration", type=float, metavar="S", help="End the whole sandbox after S seconds."
+    ),
+    click.option(
+        "--publish",
+        multiple=True,
+        metavar="[HOST_PORT:]GUEST_PORT",
+        help="Make a TCP server in the guest reachable at 127.0.0.1 of this host.",
+    ),
+    click.option(
+        "--audit", metavar="FILE", help="Append each egress decision to FILE as a JSON line."
+    ),
+    click.option(
+        "--accel",
+        type=click.Choice(["auto", "kvm", "tcg"]),
+        default="auto",
+        show_default=True,
+        help="What runs the guest.",
+    ),
+    click.option("--cold", is_flag=True, help="Boot instead of starting from a warm template."),
+    click.option("--quiet", "-q", is_flag=True, help="No progress on standard error."),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SandboxArguments:
+    """What the user said about the sandbox, and about the command's place in it."""
+
+    image: str | None
+    cpus: int
+    memory: int
+    mounts: tuple[str, ...]
+    allow: tuple[str, ...]
+    allow_addresses: tuple[str, ...]
+    resolve: tuple[str, ...]
+    secrets: tuple[str, ...]
+    secret_files: tuple[str, ...]
+    ca_files: tuple[str, ...]
+    env: tuple[str, ...]
+    cwd: str | None
+    timeout: float | None
+    max_duration: float | None
+    publish: tuple[str, ...]
+    audit: str | None
+    accel: str
+    cold: bool
+    quiet: bool
+
+    def create(self) -> taskvm.Starting:
+        """Return the sandbox, to be started. Raises UsageError."""
+        if self.timeout is not None and not self.timeout > 0:  # so that "nan" is refused too
+            raise UsageError(
+                f"use --timeout {self.timeout:g}", "it is not a positive number of seconds"
+            )
+        return Sandbox.create(
+            mounts=dict(_mount(text) for text in self.mounts),
+            allow=self.allow,
+            allow_addresses=self.allow_addresses,
+            resolve=dict(pair(text, "--resolve", "HOST=ADDRESS") for text in self.resolve),
+            secrets=[*map(_secret, self.secrets), *map(_secret_file, self.secret_files)],
+            extra_ca_files=[Path(path) for path in self.ca_files],
+            env=dict(pair(text, "--env", "K=V") for text in self.env),
+            audit_path=self.audit,
+            image=self.image,
+            cpus=self.cpus,
+            memory_mib=self.memory,
+            accel=self.accel,  # type: ignore[arg-type]  # click.Choice has checked it
+            warm=not self.cold,
+            max_duration_s=self.max_duration,
+            on_progress=silent if self.quiet else progress,
+        )
+
+
+def sandbox_options(
+    command: Callable[Concatenate[SandboxArguments, P], None],
+) -> Callable[..., None]:
+    """Give `command` the options of a sandbox; it gets them as one value."""
+
+    @functools.wraps(command)
+    def collect(*args: P.args, **values: P.kwargs) -> None:
+        own = {field.name: values.pop(field.name) for field in fields(SandboxArguments)}
+        command(SandboxArguments(**own), *args, **values)  # type: ignore[arg-type]  # click has converted them
+
+    for option in reversed(SANDBOX_OPTIONS):
+        collect = option(collect)
+    return collect
+
+
+def _mount(text: str) -> tuple[str, HostDir]:
+    parts = text.split(":")
+    if len(parts) == 3 and parts[2] in ("ro", "rw"):
+        host, guest, mode = parts
+    elif len(parts) == 2:
+        (host, guest), mode = parts, "rw"
+    else:
+        raise UsageError(f"read --mount {text}", "it is not HOST:GUEST or HOST:GUEST:ro")
+    return guest, HostDir(host or ".", mode="ro" if mode == "ro" else "direct")
+
+
+def pair(text: str, option: str, form: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise UsageError(f"read {option} {text}", f"it is not {form}")
+    return name, value
+
+
+def published(text: str) -> tuple[int, int]:
+    host_port, separator, guest_port = text.rpartition(":")
+    numbers = [guest_port, host_port] if separator else [guest_port]
+    if not all(number.isdecimal() and 0 < int(number) < 65536 for number in numbers):
+        raise UsageError(f"read --publish {text}", "it is not GUEST_PORT or HOST_PORT:GUEST_PORT")
+    return int(host_port) if separator else 0, int(guest_port)
+
+
+def _secret(text: str) -> Secret:
+    name, separator, hosts = text.partition("@")
+    if "=" in text:
+        # The text may hold the value itself: it is not repeated.
+        raise UsageError(
+            "read --secret",
+            "a value does not belong on the command line, where every user of this host can read it",
+            "Put it into the environment and write --secret NAME@HOST",
+        )
+    if not separator:
+        raise UsageError(f"read --secret {text}", "it is not NAME@HOST[,HOST…]")
+    return Secret.from_env(name, hosts=_hosts(hosts))
+
+
+def _secret_file(text: str) -> Secret:
+    name, equals, rest = text.partition("=")
+    path, separator, hosts = rest.rpartition("@")
+    if not (name and equals and path and separator):
+        raise UsageError(f"read --secret-file {text}", "it is not NAME=FILE@HOST[,HOST…]")
+    return Secret.from_file(path, name=name, hosts=_hosts(hosts))
+
+
+def _hosts(text: str) -> Iterable[str]:
+    return [host for host in text.split(",") if host]
