@@ -17,7 +17,7 @@ MAX_IMPORT_S = 0.3
 # Public on the asynchronous class for the engine's own use, which has no blocking form.
 ENGINES_OWN = {"WarmPool.take"}
 # What is awaited or entered; the blocking surface returns the thing itself, which is entered.
-AWAITED = {"Starting", "Forwarding"}
+AWAITED = {"Opening"}
 TWINS = [name for name in sync.__all__ if getattr(sync, name) is not getattr(taskvm, name)]
 METHODS = [
     f"{name}.{member}"
@@ -31,8 +31,8 @@ BLOCKING_WORDS = {
     "AsyncIterable": "Iterable",
     "AsyncGenerator[bytes]": "Generator[bytes, None, None]",
     "stdin: 'bytes | Iterator": "stdin: 'bytes | Iterable",
-    "Starting": "Sandbox",
-    "Forwarding": "Forward",
+    "Opening[Sandbox]": "Sandbox",
+    "Opening[Forward]": "Forward",
     "builtins.list": "list",
     "aio.": "",
 }

@@ -25,7 +25,7 @@ PURE = (
     "taskvm.injection",
     "taskvm.wire.*",
 )
-IO = (*PURE, "taskvm.port", "taskvm.background", "taskvm.paths")
+IO = (*PURE, "taskvm.port", "taskvm.background", "taskvm.opening", "taskvm.paths")
 VALUES = ("taskfactory.errors", "taskfactory.task", "taskfactory.events")
 FILES = tuple(
     f"taskfactory.{name}"
@@ -48,7 +48,7 @@ FRONT = ("taskfactory.cli", "taskfactory.web", "taskfactory.web.*")
 RULES = (
     (BASE, BASE, EFFECTS),
     ((*PURE, "taskvm.vm.command"), PURE, EFFECTS),
-    (("taskvm.port", "taskvm.background", "taskvm.paths"), IO, SCREEN),
+    (("taskvm.port", "taskvm.background", "taskvm.opening", "taskvm.paths"), IO, SCREEN),
     (("taskvm.vm", "taskvm.vm.*"), (*IO, "taskvm.vm.*"), SCREEN),
     (("taskvm.fs", "taskvm.fs.*"), (*IO, "taskvm.fs", "taskvm.fs.*"), SCREEN),
     (("taskvm.net", "taskvm.net.*"), (*IO, "taskvm.net.*"), SCREEN),

@@ -27,7 +27,7 @@ from taskfactory.sandboxconfig import SandboxConfig
 from taskfactory.workspace import refuse_inside
 
 if TYPE_CHECKING:
-    from taskvm import Process, Sandbox, Secret, Starting
+    from taskvm import Opening, Process, Sandbox, Secret
 
 GUEST_ROOT = "/workspace"
 # Of the guest's own program that says where its home is.
@@ -94,7 +94,7 @@ def _refusal(error: Exception) -> str:
     return f"the task needs a sandbox, and none can start: {error}. Nothing was run on the host"
 
 
-def _sandbox(wish: _Wish) -> Starting:
+def _sandbox(wish: _Wish) -> Opening[Sandbox]:
     import taskvm
 
     config = wish.config

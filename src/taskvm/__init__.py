@@ -28,12 +28,13 @@ from taskvm.fs.provider import Provider
 from taskvm.image.manifest import Image, ImageSpec
 from taskvm.image.store import ImageStore
 from taskvm.limits import Limits
-from taskvm.net.ingress import Forward, Forwarding
+from taskvm.net.ingress import Forward
+from taskvm.opening import Opening
 from taskvm.paths import Removed
 from taskvm.policy import Policy
 from taskvm.pool import WarmPool
 from taskvm.process import ByteStream, ExecResult, Process
-from taskvm.sandbox import Sandbox, Starting
+from taskvm.sandbox import Sandbox
 from taskvm.secret import Secret
 from taskvm.treecopy import CopyLimits
 from taskvm.usage import Statistics
@@ -57,9 +58,8 @@ __all__ = [
     "Statistics",
     "Provider",
     "Memory",
-    "Starting",
+    "Opening",
     "Forward",
-    "Forwarding",
     "Image",
     "ImageSpec",
     "ImageStore",

@@ -147,7 +147,7 @@ class FramePort(asyncio.Protocol):
 
     def fail(self, reason: str) -> None:
         """End the port because the guest broke the protocol; `on_lost` gets the GuestProtocolError."""
-        self._lose(GuestProtocolError(self.name, reason))
+        self.lose(GuestProtocolError(self.name, reason))
 
     # Called by the event loop.
 
@@ -186,7 +186,7 @@ class FramePort(asyncio.Protocol):
             self._transport.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._lose(
+        self.lose(
             SandboxLostError(
                 f"read from the guest's port {self.name}",
                 f"the virtual machine ended ({exc or 'end of file'})",
@@ -206,7 +206,8 @@ class FramePort(asyncio.Protocol):
         else:
             self._quiesced.set_result(None)
 
-    def _lose(self, reason: Exception) -> None:
+    def lose(self, reason: Exception) -> None:
+        """End the port: every use of it fails with `reason`, and `on_lost` is told. Idempotent."""
         if self._lost is not None:
             return
         self._lost = reason

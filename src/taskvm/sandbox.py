@@ -14,10 +14,12 @@ import asyncio
 import os
 import shlex
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
+from signal import SIGKILL
 from types import TracebackType
-from typing import Any, Literal, Self, Unpack
+from typing import Literal, Self, Unpack
 
 import msgspec
 
@@ -34,11 +36,12 @@ from taskvm.guest import Guest
 from taskvm.identity import guest_environment
 from taskvm.launch import launch
 from taskvm.limits import LimitArguments, Limits
-from taskvm.net.ingress import LOCALHOST, Forwarding
+from taskvm.net.ingress import LOCALHOST, Forward
+from taskvm.opening import Opening
 from taskvm.options import DEFAULT_CPUS, DEFAULT_MEMORY_MIB, SandboxOptions, ignore_progress
 from taskvm.policy import Policy
 from taskvm.pool import WarmPool
-from taskvm.process import Capture, ExecResult, Process, pty_size
+from taskvm.process import KILL_TIMEOUT_S, Capture, ExecResult, Process, pty_size
 from taskvm.secret import Secret
 from taskvm.usage import Statistics, measure
 from taskvm.vm.warm import AcceleratorChoice
@@ -54,32 +57,8 @@ ROOT = Account(uid=0, gid=0, groups=(0,), name="root", home="/root")
 # A variable-length limit of execve(2): the kernel refuses a single string of 128 KiB and more (MAX_ARG_STRLEN).
 MAX_ARGUMENT_BYTES = 128 * 1024 - 1
 
-
-class Starting:
-    """What `Sandbox.create` returns: await it for a running sandbox, or enter it to have it closed again."""
-
-    def __init__(self, options: SandboxOptions) -> None:
-        self._options = options
-        self._sandbox: Sandbox | None = None
-
-    def __await__(self) -> Generator[Any, None, Sandbox]:
-        return self._start().__await__()
-
-    async def __aenter__(self) -> Sandbox:
-        self._sandbox = await self._start()
-        return self._sandbox
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._sandbox is not None:
-            await self._sandbox.close()
-
-    async def _start(self) -> Sandbox:
-        return Sandbox(self._options, await launch(self._options))
+# How much of a command an error repeats, in characters.
+MAX_TOLD = 200
 
 
 class Sandbox:
@@ -124,7 +103,7 @@ class Sandbox:
         pool: WarmPool | None = None,
         on_progress: Callable[[str], None] = ignore_progress,
         **limits: Unpack[LimitArguments],
-    ) -> Starting:
+    ) -> Opening[Sandbox]:
         """Start a sandbox: `await` the result, or use it with `async with`.
 
         mounts: guest path → provider, such as `HostDir(".")`; the path is made when missing.
@@ -164,7 +143,11 @@ class Sandbox:
             limits=Limits(**limits),
             on_progress=on_progress,
         )
-        return Starting(options)
+        return Opening(partial(cls._start, options))
+
+    @classmethod
+    async def _start(cls, options: SandboxOptions) -> Sandbox:
+        return cls(options, await launch(options))
 
     # What it is.
 
@@ -214,21 +197,31 @@ class Sandbox:
         """Run a command to its end and return what it wrote and how it ended.
 
         A list is executed as it is; a str runs in the guest's bash. `cwd` defaults to /workspace when that is
-        mounted, else the user's home. `timeout_s`, or cancelling this call, kills everything that the command
-        started. `user` is an account of the guest by its name, numbers like "1000:1000", or None for the sandbox's
-        user. Up to 64 MiB of each stream are kept.
+        mounted, else the user's home. `timeout_s`, counted from this call, or cancelling it kills everything that
+        the command started. `user` is an account of the guest by its name, numbers like "1000:1000", or None for the
+        sandbox's user. Up to 64 MiB of each stream are kept.
 
         Raises UsageError for an account that is not there, GuestError when the program cannot be started (ENOENT,
         EACCES), CommandError with `check` when it does not exit with 0, SandboxStateError, SandboxLostError.
         """
-        process = await self.spawn(command, cwd=cwd, env=env, user=user)
         capture = Capture()
+        process = None
         try:
-            result = await self._run(process, capture, stdin, timeout_s)
+            async with asyncio.timeout(timeout_s) as deadline:
+                process = await self.spawn(command, cwd=cwd, env=env, user=user)
+                result = await capture.run(process, stdin)
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            result = await self._end_late(process, capture)
+        except BaseExceptionGroup as group:
+            # One stream's failure (the sandbox is lost) is the command's failure.
+            raise group.exceptions[0] from None
         finally:
-            process.abandon()
+            if process is not None:
+                process.abandon()
         if check and not result.ok:
-            raise CommandError(process.command, result)
+            raise CommandError(_told(command), result)
         return result
 
     async def spawn(
@@ -254,16 +247,16 @@ class Sandbox:
         request = self._exec_request(command, cwd, env, merge_output, account)
         if pty is not None:
             request = self._with_terminal(request, pty, env)
-        text = command if isinstance(command, str) else shlex.join(command)
-        call = self._guest.control.open_call(request, f"run {text[:200]!r} in the guest", (1, 2))
+        text = _told(command)
+        call = self._guest.control.open_call(request, f"run {text!r} in the guest", (1, 2))
         try:
             started = await call.answer(Started)
         except BaseException:
             call.forget(errno=125)
             raise
-        return Process(call, text[:200], started.pid)
+        return Process(call, text, started.pid)
 
-    def forward(self, port: int, *, host: str = LOCALHOST, host_port: int = 0) -> Forwarding:
+    def forward(self, port: int, *, host: str = LOCALHOST, host_port: int = 0) -> Opening[Forward]:
         """Make a TCP server in the guest reachable: `await` the result, or use it with `async with`.
 
         It listens on `host`, an address of this host (0.0.0.0 is every network it is in), at `host_port`
@@ -274,7 +267,7 @@ class Sandbox:
         """
         self._require_running(f"forward port {port} of the guest")
         assert self._guest.gateway is not None, "a sandbox's guest is equipped"
-        return Forwarding(self._guest.gateway.ingress, port, host, host_port)
+        return self._guest.gateway.ingress.forward(port, host, host_port)
 
     async def close(self) -> None:
         """End the sandbox and everything in it, and remove what it kept on the host. Idempotent.
@@ -300,24 +293,13 @@ class Sandbox:
 
     # How.
 
-    async def _run(
-        self,
-        process: Process,
-        capture: Capture,
-        stdin: bytes | AsyncIterator[bytes] | None,
-        timeout_s: float | None,
-    ) -> ExecResult:
-        try:
-            async with asyncio.timeout(timeout_s) as deadline:
-                return await capture.run(process, stdin)
-        except TimeoutError:
-            if not deadline.expired():
-                raise
+    async def _end_late(self, process: Process | None, capture: Capture) -> ExecResult:
+        """Kill a command whose time is over. One that has not begun yet is killed by its agent as it begins."""
+        if process is not None:
             await process.kill_all()
             return capture.result(await process.wait(), timed_out=True)
-        except BaseExceptionGroup as group:
-            # One stream's failure (the sandbox is lost) is the command's failure.
-            raise group.exceptions[0] from None
+        await self._guest.control.probe("kill a command that did not begin", KILL_TIMEOUT_S)
+        return ExecResult(exit_code=128 + SIGKILL, signal=SIGKILL, timed_out=True)
 
     def _exec_request(
         self,
@@ -391,3 +373,8 @@ class Sandbox:
         if self._state == "running":
             self._state = "lost"
             self._reason = str(error)
+
+
+def _told(command: Command) -> str:
+    """The command as errors tell it."""
+    return (command if isinstance(command, str) else shlex.join(command))[:MAX_TOLD]

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 # How late activity, or the end of free disk space, may be noticed. 20 idle sandboxes look 20 times a second, about
 # 30 microseconds each.
 TICK_S = 1.0
+# How often a guest that is asked for something must show that it is alive. A command without a time limit would wait
+# for ever for one that is not. An idle guest is left alone.
+HEARTBEAT_S = 10.0
 # Every thread of every exec, those of its nested cgroups and of what outlived it included (cgroup-v2.rst, PID).
 PROCESSES_FILE = b"/sys/fs/cgroup/exec/pids.current"
 MAX_ANSWER = 64  # bytes; a guest's root may have mounted anything there
@@ -66,6 +69,7 @@ class Watch:
                 group.create_task(self._limit_duration())
                 group.create_task(self._limit_disk())
                 group.create_task(self._look_for_idleness())
+                group.create_task(self._look_for_silence())
         except BaseExceptionGroup as failures:
             first: BaseException = failures
             while isinstance(first, BaseExceptionGroup):
@@ -86,6 +90,15 @@ class Watch:
                 check_free_space(self._directory, self._limits.free_disk_mib)
             except HostError as error:
                 raise self._end(error.cause, error.next_step) from error
+
+    async def _look_for_silence(self) -> None:
+        """End a guest that has stopped answering while something waits for it."""
+        control = self._guest.control
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            if control.open_calls > 0:
+                self._own_calls += 1
+                await control.probe(f"run the sandbox {self._guest.id}")
 
     def _end(self, cause: str, next_step: str = "") -> SandboxLostError:
         return SandboxLostError(f"run the sandbox {self._guest.id}", cause, next_step)

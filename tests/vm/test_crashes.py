@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tests.conftest import GUEST
 
-from taskvm import HostError, Sandbox, SandboxLostError, files
+from taskvm import HostError, Sandbox, SandboxLostError, sandbox, watch
 from taskvm.paths import cache_dir
 from taskvm.vm import control, machine
 from taskvm.vm.rundir import run_base
@@ -49,20 +49,50 @@ async def test_a_stopped_qemu_fails_a_request_in_bounded_time(
     vm: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing answers and nothing is closed: the request ends by itself, and so does `close`."""
-    monkeypatch.setattr(control, "REPLY_TIMEOUT_S", 1.5)
-    monkeypatch.setattr(files, "WRITE_TIMEOUT_S", 1.5)
+    monkeypatch.setattr(control, "REPLY_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(control, "PROBE_TIMEOUT_S", 1.5)
     qemu = qemu_of(vm.host_pid)
     os.kill(qemu, signal.SIGSTOP)
 
     begun = time.monotonic()
     with pytest.raises(SandboxLostError, match=r"did not answer within 1\.5 s"):
         await vm.exec(["true"])
+    assert vm.state == "lost"
     with pytest.raises(SandboxLostError, match=r"did not answer within 1\.5 s"):
         await vm.files.stat("/etc/passwd")
     await vm.close()
 
     assert time.monotonic() - begun < 12
     assert ended(qemu)
+
+
+async def test_a_time_limit_holds_for_the_start_of_a_command_too(
+    vm: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest that never says that the command runs is dead, and is found out by the command's own limit."""
+    monkeypatch.setattr(sandbox, "KILL_TIMEOUT_S", 1.0)
+    os.kill(qemu_of(vm.host_pid), signal.SIGSTOP)
+
+    async with asyncio.timeout(10):
+        with pytest.raises(SandboxLostError, match="did not answer within 1 s"):
+            await vm.exec(["true"], timeout_s=0.5)
+
+    assert vm.state == "lost"
+
+
+async def test_a_running_command_notices_that_its_guest_has_stopped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without any limit of its own, too: a guest that something waits for must show that it is alive."""
+    monkeypatch.setattr(watch, "HEARTBEAT_S", 0.3)
+    monkeypatch.setattr(control, "PROBE_TIMEOUT_S", 1.0)
+    async with Sandbox.create(**GUEST) as vm:
+        process = await vm.spawn("sleep 600")
+        os.kill(qemu_of(vm.host_pid), signal.SIGSTOP)
+
+        async with asyncio.timeout(10):
+            with pytest.raises(SandboxLostError, match="did not answer within 1 s"):
+                await process.wait()
 
 
 async def test_a_stopped_qemu_ends_at_its_limit_all_the_same() -> None:

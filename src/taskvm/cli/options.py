@@ -133,7 +133,7 @@ class SandboxArguments:
     cold: bool
     quiet: bool
 
-    def create(self) -> taskvm.Starting:
+    def create(self) -> taskvm.Opening[taskvm.Sandbox]:
         """Return the sandbox, to be started. Raises UsageError."""
         if self.timeout is not None and not self.timeout > 0:  # so that "nan" is refused too
             raise UsageError(

@@ -68,7 +68,7 @@ def _execute(arguments: SandboxArguments, command: tuple[str, ...], *, tty: bool
 
 
 async def _run(
-    starting: taskvm.Starting,
+    starting: taskvm.Opening[taskvm.Sandbox],
     arguments: SandboxArguments,
     command: tuple[str, ...],
     *,

@@ -20,7 +20,6 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Generator
 from types import TracebackType
 from typing import Any, Self
 
@@ -29,6 +28,7 @@ from taskvm.background import Background
 from taskvm.errors import HostError, SandboxLostError, UsageError
 from taskvm.net.auditlog import AuditLog
 from taskvm.net.streams import GuestStream, SocketStream
+from taskvm.opening import Opening
 from taskvm.port import FramePort, Inlet, Outlet, StreamReset
 from taskvm.wire.connect import GUEST_LOOPBACK, ConnectRequest, encode_connect
 from taskvm.wire.control import MAX_ERRNO, AnswerError, Done, Failure, decode
@@ -228,6 +228,14 @@ class Ingress:
         """How many connections into the guest are open."""
         return len(self._connections)
 
+    def forward(self, guest_port: int, host: str, host_port: int) -> Opening[Forward]:
+        """Return what opens a Forward when it is awaited or entered. Raises, then, as `listen`."""
+
+        async def begin() -> Forward:
+            return self.listen(guest_port, host, host_port)
+
+        return Opening(begin)
+
     def listen(self, guest_port: int, host: str = LOCALHOST, host_port: int = 0) -> Forward:
         """Open a listener. Raises UsageError, HostError (the address is in use), SandboxLostError."""
         operation = f"forward {host} port {host_port} to port {guest_port} of the guest"
@@ -326,34 +334,6 @@ class Ingress:
         return self._audit.record(
             "ingress", verdict, address=address, port=port, guest_port=guest_port, **fields
         )
-
-
-class Forwarding:
-    """What `Sandbox.forward` returns: await it for a `Forward`, or enter it to have that closed again."""
-
-    def __init__(self, ingress: Ingress, guest_port: int, host: str, host_port: int) -> None:
-        self._ingress = ingress
-        self._wanted = guest_port, host, host_port
-        self._forward: Forward | None = None
-
-    def __await__(self) -> Generator[Any, None, Forward]:
-        return self._open().__await__()
-
-    async def __aenter__(self) -> Forward:
-        self._forward = await self._open()
-        return self._forward
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._forward is not None:
-            await self._forward.close()
-
-    async def _open(self) -> Forward:
-        return self._ingress.listen(*self._wanted)
 
 
 def _check(operation: str, guest_port: int, host: str, host_port: int) -> None:

@@ -15,8 +15,9 @@ from taskvm.treecopy import CopyLimits
 class Files:
     """The files of one sandbox. Paths are absolute; names that are not UTF-8 appear with surrogate escapes.
 
-    Everything raises GuestError with the guest's errno when the guest refuses, SandboxLostError when it is gone, and
-    UsageError for a path that is not absolute. New files belong to the sandbox's user. Threads may share it.
+    Everything raises GuestError with the guest's errno when the guest refuses (ETIMEDOUT when it does not come to an
+    end), SandboxLostError when it is gone or no longer answers, and UsageError for a path that is not absolute. New
+    files belong to the sandbox's user. Threads may share it.
     """
 
     def __init__(self, bridge: Bridge, files: aio.Files) -> None:

@@ -24,9 +24,13 @@ from taskvm.wire.frames import (
     decode_u32,
 )
 
-# The agent answers a request in well under a millisecond of its own time; a guest that swaps or is starved of CPU
-# by 50 neighbours may take seconds. After this it is taken for dead.
+# How long one operation may take. Most need well under a millisecond of the agent's own time; what runs into this
+# waits for something else, such as a mount that does not answer.
 REPLY_TIMEOUT_S = 60.0
+# The agent answers a ping in its loop's own thread, whatever its operations wait for. A guest that swaps, or is starved
+# of CPU by 50 neighbours, took 14 s; after this it is taken for dead.
+PROBE_TIMEOUT_S = 30.0
+_TIMED_OUT = 110  # ETIMEDOUT in asm-generic/errno.h
 # A reset call may have frames under way; its number is not used again, so they are dropped. More streams than this
 # in flight is our own bug.
 MAX_STREAMS = 4096
@@ -55,18 +59,18 @@ class Call:
     async def answer(self, kind: type[_A], timeout_s: float | None = None) -> _A:
         """Wait for the REPLY, REPLY_TIMEOUT_S if nothing else is said, and return it as `kind`.
 
-        Raises GuestError when the operation failed, SandboxLostError when the guest does not answer or is gone.
+        Raises GuestError when the operation failed, or does not end (ETIMEDOUT) though the guest's agent is well;
+        SandboxLostError when the guest does not answer or is gone.
         """
         timeout_s = REPLY_TIMEOUT_S if timeout_s is None else timeout_s
         try:
             async with asyncio.timeout(timeout_s):
                 payload = await asyncio.shield(self.reply)
         except TimeoutError:
-            self.forget(errno=110)  # ETIMEDOUT
-            raise SandboxLostError(
-                self.operation,
-                f"the guest did not answer within {timeout_s:g} s",
-                "Close the sandbox and start another",
+            self.forget(errno=_TIMED_OUT)
+            await self._control.probe(self.operation)
+            raise GuestError(
+                self.operation, _TIMED_OUT, f"the reply within {timeout_s:g} s"
             ) from None
         except StreamReset as error:
             raise GuestError(self.operation, error.errno or 5, "reset") from error
@@ -167,6 +171,27 @@ class Control:
             return await call.answer(kind, timeout_s)
         finally:
             self.drop(call.stream)
+
+    async def probe(self, operation: str, timeout_s: float | None = None) -> None:
+        """Make sure that the guest answers at all: within PROBE_TIMEOUT_S if nothing else is said, or it is lost.
+
+        Raises SandboxLostError when it does not; the port is closed then, and every call fails with that error.
+        """
+        timeout_s = PROBE_TIMEOUT_S if timeout_s is None else timeout_s
+        call = self.open_call(messages.PingRequest(), operation)
+        # Not asyncio.timeout: after the program itself stood still, the answer is there and counts.
+        await asyncio.wait([call.reply], timeout=timeout_s)
+        if call.reply.done():
+            await call.answer(messages.Done)
+            self.drop(call.stream)
+            return
+        error = SandboxLostError(
+            operation,
+            f"the guest did not answer within {timeout_s:g} s",
+            "Start another sandbox",
+        )
+        self.port.lose(error)
+        raise error
 
     @property
     def open_calls(self) -> int:

@@ -13,7 +13,7 @@ from tests.support.egress_lab import Lab, egress_lab
 
 from taskvm.errors import GuestProtocolError, HostError, SandboxLostError, UsageError
 from taskvm.net import ingress
-from taskvm.net.ingress import Forward, Forwarding
+from taskvm.net.ingress import Forward
 from taskvm.port import Outlet
 from taskvm.wire.frames import (
     GUEST_STREAM_BIT,
@@ -65,7 +65,7 @@ async def forwarded(**options: object) -> AsyncIterator[tuple[Lab, Agent, Forwar
     """A sandbox's network with port 8000 of its guest forwarded."""
     async with egress_lab(**options) as lab:  # type: ignore[arg-type]  # options are the lab's
         agent = Agent(lab)
-        async with Forwarding(lab.gateway.ingress, 8000, "127.0.0.1", 0) as forward:
+        async with lab.gateway.ingress.forward(8000, "127.0.0.1", 0) as forward:
             yield lab, agent, forward
 
 
@@ -299,7 +299,7 @@ async def test_close_ends_the_listener_and_its_connections() -> None:
 async def test_what_cannot_be_recorded_is_not_opened() -> None:
     async with egress_lab(max_log_bytes=10) as lab:
         with pytest.raises(HostError, match="audit log"):
-            await Forwarding(lab.gateway.ingress, 8000, "127.0.0.1", 0)
+            await lab.gateway.ingress.forward(8000, "127.0.0.1", 0)
 
 
 async def test_an_address_in_use_is_an_error_of_the_host() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import socket
 from collections.abc import AsyncIterator
 
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taskvm.errors import GuestError, GuestProtocolError, SandboxLostError
+from taskvm.vm import control as control_module
 from taskvm.vm.control import Control
 from taskvm.wire import control as messages
 from taskvm.wire.frames import Frame, FrameDecoder, FrameType, encode_frame, encode_u32
@@ -156,3 +158,40 @@ def test_random_answers_raise_nothing_but_answer_error(noise: bytes) -> None:
     for kind in (messages.FileStat, messages.Done, messages.Exited, messages.Hello):
         with contextlib.suppress(messages.AnswerError):
             assert isinstance(messages.decode(noise, kind), kind | messages.Failure)
+
+
+async def test_an_operation_that_does_not_end_is_an_error_when_the_agent_is_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The agent answers the ping, not the request: the request is reset, and the sandbox goes on."""
+    monkeypatch.setattr(control_module, "REPLY_TIMEOUT_S", 0.05)
+    async with control_and_guest() as (control, guest), asyncio.TaskGroup() as group:
+        asking = group.create_task(_outcome(control, messages.ReadlinkRequest(path=b"/slow")))
+        opened = await guest.receive()
+        reset = await guest.receive()
+        ping = await guest.receive()
+        await guest.send(FrameType.REPLY, ping.stream, {})
+        error = await asking
+        again = group.create_task(_outcome(control, messages.PingRequest()))
+        await guest.send(FrameType.REPLY, (await guest.receive()).stream, {})
+
+    assert (reset.type, reset.stream) == (FrameType.RESET, opened.stream)
+    assert isinstance(error, GuestError)
+    assert error.errno == errno.ETIMEDOUT
+    assert await again is None
+
+
+async def test_a_guest_that_does_not_answer_a_ping_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call fails with the reason, and so does each that comes later."""
+    monkeypatch.setattr(control_module, "PROBE_TIMEOUT_S", 0.05)
+    lost: list[Exception] = []
+    async with control_and_guest() as (control, _guest), asyncio.TaskGroup() as group:
+        control.on_lost = lost.append
+        waiting = group.create_task(_outcome(control, messages.SyncRequest()))
+        with pytest.raises(SandboxLostError, match=r"did not answer within 0\.05 s"):
+            await control.probe("look after the guest")
+        error = await waiting
+        later = await _outcome(control, messages.SyncRequest())
+
+    assert lost == [error]
+    assert isinstance(later, SandboxLostError)
