@@ -8,6 +8,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -24,6 +25,8 @@
 #define READ_AHEAD_KB "1024"
 /* Pushed contents beyond this are dropped: they are a favour, and the kernel asks for what it lacks. */
 enum { MAX_WAITING_STORES = 8 * 1024 * 1024 };
+/* How long a FORGET waits for company. The host may keep an unlinked file's space for so long. */
+enum { LATEST_FORGET_MS = 20 };
 
 struct notification {
 	struct notification *next;
@@ -123,17 +126,32 @@ static void mount_end(struct fuse_mount *mount)
 
 /* Requests: kernel to host. */
 
+/* Nobody waits for one: it goes along with the request that follows, which spares the host and us a wake-up. */
+static bool is_forget(const uint8_t *message)
+{
+	struct fuse_question head;
+	memcpy(&head, message, sizeof(head));
+	return head.opcode == FUSE_OPCODE_FORGET || head.opcode == FUSE_OPCODE_BATCH_FORGET;
+}
+
 static void *read_requests(void *argument)
 {
 	struct fuse_mount *mount = argument;
+	struct pollfd requests = {.fd = mount->fd, .events = POLLIN};
+	bool late = false;
 	uint8_t *message = malloc(MAX_PAYLOAD);
 	if (!message)
 		fatal("allocate the buffer of mount %u: out of memory", mount->id);
 	for (;;) {
+		if (late && poll(&requests, 1, LATEST_FORGET_MS) == 0) {
+			port_flush(&fs_port);
+			late = false;
+		}
 		ssize_t length = read(mount->fd, message, MAX_PAYLOAD);
-		if (length > 0)
-			port_send_wait(&fs_port, FRAME_FUSE, 0, mount->id, message, (size_t)length);
-		else if (errno != EINTR && errno != EAGAIN && errno != ENOENT) /* ENOENT: interrupted meanwhile */
+		if (length > 0) {
+			late = is_forget(message);
+			(late ? port_send_late : port_send_wait)(&fs_port, FRAME_FUSE, 0, mount->id, message, (size_t)length);
+		} else if (errno != EINTR && errno != EAGAIN && errno != ENOENT) /* ENOENT: interrupted meanwhile */
 			break;
 	}
 	if (errno != ENODEV)

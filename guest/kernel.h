@@ -35,6 +35,11 @@ struct random_pool_info {
 #define RENAME_KEEP_TARGET 1u /* RENAME_NOREPLACE */
 
 /* linux/fuse.h */
+struct fuse_question {
+	uint32_t length, opcode;
+};
+#define FUSE_OPCODE_FORGET 2
+#define FUSE_OPCODE_BATCH_FORGET 42
 struct fuse_answer {
 	uint32_t length;
 	int32_t error; /* of a notification: its code */

@@ -161,14 +161,39 @@ static bool has_room(const struct port *port)
 	return !port->held && !port->late_first && port->used < PORT_HIGH_WATER;
 }
 
+/* Returns with the lock. */
+static void wait_room(struct port *port)
+{
+	pthread_mutex_lock(&port->lock);
+	while (!has_room(port))
+		pthread_cond_wait(&port->space, &port->lock);
+}
+
 void port_send_wait(struct port *port, uint8_t type, uint8_t channel, uint32_t stream, const void *payload, size_t length)
 {
 	uint8_t header[HEADER_SIZE];
 	encode_header(header, type, channel, stream, (uint32_t)length);
-	pthread_mutex_lock(&port->lock);
-	while (!has_room(port))
-		pthread_cond_wait(&port->space, &port->lock);
+	wait_room(port);
 	queue(port, false, header, payload, length);
+	pthread_mutex_unlock(&port->lock);
+}
+
+void port_send_late(struct port *port, uint8_t type, uint8_t channel, uint32_t stream, const void *payload, size_t length)
+{
+	uint8_t header[HEADER_SIZE];
+	encode_header(header, type, channel, stream, (uint32_t)length);
+	wait_room(port); /* below the mark there is room for the largest frame: see port_init */
+	append(port, header, HEADER_SIZE);
+	append(port, payload, length);
+	if (port->used >= PORT_HIGH_WATER / 2)
+		flush(port);
+	pthread_mutex_unlock(&port->lock);
+}
+
+void port_flush(struct port *port)
+{
+	pthread_mutex_lock(&port->lock);
+	flush(port);
 	pthread_mutex_unlock(&port->lock);
 }
 

@@ -50,6 +50,10 @@ void port_send_urgent(struct port *port, uint8_t type, uint8_t channel, uint32_t
 /* The same as port_send from a thread that may wait: until the ring has room and the port is not held. */
 void port_send_wait(struct port *port, uint8_t type, uint8_t channel, uint32_t stream, const void *payload, size_t length);
 
+/* The same, but the frame stays in the ring until the next one is sent, port_flush is called, or there are many. */
+void port_send_late(struct port *port, uint8_t type, uint8_t channel, uint32_t stream, const void *payload, size_t length);
+void port_flush(struct port *port);
+
 /* Lend the payload's place of the next frame in the ring, or NULL when there is no room; the caller fills it without
  * blocking and must commit. A length of 0 takes it back. */
 uint8_t *port_lend(struct port *port, size_t length);

@@ -61,7 +61,6 @@ FLAGS = (
     | InitFlag.BIG_WRITES
     | InitFlag.AUTO_INVAL_DATA
     | InitFlag.DO_READDIRPLUS
-    | InitFlag.READDIRPLUS_AUTO
     | InitFlag.ASYNC_DIO
     | InitFlag.NO_OPEN_SUPPORT
     | InitFlag.PARALLEL_DIROPS
