@@ -5,10 +5,11 @@
 demo: setup
 	@.venv/bin/python examples/demo/run
 
-# pytest is last, so that its own summary is the last line.
+# pytest is last, so that its own summary is the last line. A process for each core: tests share only the cache directory,
+# which is made for that.
 test: setup check
 	@guest/tests/run
-	@.venv/bin/python -m pytest
+	@.venv/bin/python -m pytest -n auto --dist loadfile
 
 setup:
 	@scripts/setup

@@ -19,7 +19,7 @@ def templates() -> dict[str, str]:
     base = cache_dir() / "templates"
     return {
         str(path.relative_to(base)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(base.glob("*/*"))
+        for path in sorted(base.glob("[!.]*/*"))  # one with a dot is being built
         if path.name != "manifest.json"
     }
 
