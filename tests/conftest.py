@@ -15,6 +15,20 @@ import pytest
 if TYPE_CHECKING:
     from taskvm import Sandbox
 
+# What real programs need beyond the default image; built once into the user's cache, in about 90 s. Keep it small.
+PROGRAMS = (
+    "gcc",
+    "libc6-dev",
+    "make",
+    "nodejs",
+    "npm",
+    "python3-pip",
+    "python3-pytest",
+    "rsync",
+    "sqlite3",
+)
+# The first test that asks for the image of programs may have to build it.
+BUILD_TIMEOUT_S = 600
 # What tests start guests with: small, so that several fit; the same for all, so that they share one template.
 GUEST = {"cpus": 1, "memory_mib": 256}
 
@@ -31,6 +45,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A module with BOTH_SURFACES makes each claim about `vm` for taskvm and for taskvm.sync."""
     if "vm" in metafunc.fixturenames and getattr(metafunc.module, "BOTH_SURFACES", False):
         metafunc.parametrize("vm", ["async", "sync"], indirect=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whoever comes first builds the image of programs, within a limit of its own."""
+    for item in items:
+        if "programs_image" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timeout(BUILD_TIMEOUT_S))
+
+
+@pytest.fixture(scope="session")
+def programs_image() -> str:
+    """The digest of an image with compilers and package managers (`PROGRAMS`), for `Sandbox.create(image=…)`."""
+    from taskvm import ImageSpec, ImageStore
+
+    return ImageStore().ensure(ImageSpec(include=PROGRAMS), print).digest
 
 
 @pytest.fixture
