@@ -26,9 +26,9 @@ enum {
 
 static int execs = -1;
 
-static bool write_at(int directory, const char *path, const char *text)
+bool cgroup_write(int group, const char *file, const char *text)
 {
-	int fd = openat(directory, path, O_WRONLY | O_CLOEXEC);
+	int fd = openat(group, file, O_WRONLY | O_CLOEXEC);
 	if (fd < 0)
 		return false;
 	bool written = write(fd, text, strlen(text)) >= 0;
@@ -38,11 +38,20 @@ static bool write_at(int directory, const char *path, const char *text)
 	return written;
 }
 
+void cgroup_read(int group, const char *file, char *text, size_t size)
+{
+	int fd = openat(group, file, O_RDONLY | O_CLOEXEC);
+	ssize_t length = fd < 0 ? -1 : read(fd, text, size - 1);
+	text[length > 0 ? length : 0] = 0;
+	if (fd >= 0)
+		close(fd);
+}
+
 static void enable_controllers(const char *path)
 {
 	static const char *const CONTROLLERS[] = {"+cpu", "+memory", "+io", "+pids"};
 	for (size_t i = 0; i < sizeof(CONTROLLERS) / sizeof(CONTROLLERS[0]); i++)
-		if (!write_at(AT_FDCWD, path, CONTROLLERS[i]))
+		if (!cgroup_write(AT_FDCWD, path, CONTROLLERS[i]))
 			say("enable %s in %s: %s", CONTROLLERS[i], path, strerror(errno));
 }
 
@@ -58,7 +67,7 @@ static void limit_processes(void)
 	int limit = atoi(text);
 	limit = (limit > 0 && limit < MAX_PROCESSES ? limit : MAX_PROCESSES) - AGENT_THREADS;
 	snprintf(text, sizeof(text), "%d", limit);
-	if (!write_at(AT_FDCWD, ROOT "/exec/pids.max", text))
+	if (!cgroup_write(AT_FDCWD, ROOT "/exec/pids.max", text))
 		say("write %s to %s/exec/pids.max: %s", text, ROOT, strerror(errno));
 }
 
@@ -68,7 +77,7 @@ void cgroup_init(void)
 		fatal("mount cgroup2 on %s: %s", ROOT, strerror(errno));
 	if (mkdir(ROOT "/agent", 0755) < 0 || mkdir(ROOT "/exec", 0755) < 0)
 		fatal("make the cgroups agent and exec: %s", strerror(errno));
-	if (!write_at(AT_FDCWD, ROOT "/agent/cgroup.procs", "0"))
+	if (!cgroup_write(AT_FDCWD, ROOT "/agent/cgroup.procs", "0"))
 		fatal("enter the cgroup agent: %s", strerror(errno));
 	enable_controllers(ROOT "/cgroup.subtree_control");
 	enable_controllers(ROOT "/exec/cgroup.subtree_control");
@@ -128,13 +137,13 @@ bool cgroup_remove(uint32_t stream)
 
 void cgroup_kill(int group)
 {
-	if (!write_at(group, "cgroup.kill", "1"))
+	if (!cgroup_write(group, "cgroup.kill", "1"))
 		say("kill an exec: %s", strerror(errno));
 }
 
 void cgroup_kill_all(void)
 {
-	if (!write_at(execs, "cgroup.kill", "1"))
+	if (!cgroup_write(execs, "cgroup.kill", "1"))
 		say("kill all execs: %s", strerror(errno));
 }
 
@@ -171,6 +180,6 @@ bool cgroup_event(int events, const char *line)
 
 void cgroup_freeze_all(bool freeze)
 {
-	if (!write_at(execs, "cgroup.freeze", freeze ? "1" : "0"))
+	if (!cgroup_write(execs, "cgroup.freeze", freeze ? "1" : "0"))
 		say("%s the execs: %s", freeze ? "freeze" : "thaw", strerror(errno));
 }

@@ -3,6 +3,7 @@
 #define TASKVM_CGROUP_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
 
@@ -10,6 +11,10 @@
 void cgroup_init(void);
 /* Make a leaf and return a descriptor of it, or -1 and errno. */
 int cgroup_make(uint32_t stream);
+/* Write one of the group's files; false and errno when the kernel refuses. */
+bool cgroup_write(int group, const char *file, const char *text);
+/* Read the beginning of one of the group's files, as a string; an empty one when it cannot be read. */
+void cgroup_read(int group, const char *file, char *text, size_t size);
 /* Remove the leaf and what was made below it. False while a process lives in it. */
 bool cgroup_remove(uint32_t stream);
 void cgroup_kill(int group);

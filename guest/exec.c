@@ -13,6 +13,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "accounting.h"
 #include "cgroup.h"
 #include "control.h"
 #include "kernel.h"
@@ -35,6 +36,8 @@ struct exec {
 	bool mute;                   /* EXIT was sent, or RESET came: no frame may follow */
 	bool kill_at_start;
 	int status, signal_at_start;
+	struct msgpack_writer exit; /* the map of EXIT, from the main process's end on */
+	uint8_t exit_bytes[256];
 	struct source group_source;
 	int group, group_events;
 };
@@ -113,12 +116,8 @@ static void report_exit(struct exec *exec)
 {
 	if (exec->mute || !exec->exited || !exec->out.ended || !exec->err.ended)
 		return;
-	uint8_t bytes[32];
-	struct msgpack_writer map = {.bytes = bytes, .capacity = sizeof(bytes)};
-	msgpack_write_map(&map, 1);
-	msgpack_write_string(&map, WIFSIGNALED(exec->status) ? "signal" : "code");
-	msgpack_write_integer(&map, WIFSIGNALED(exec->status) ? WTERMSIG(exec->status) : WEXITSTATUS(exec->status));
-	port_send(&control_port, FRAME_EXIT, 0, exec->stream.id, map.bytes, map.length);
+	struct msgpack_writer *map = &exec->exit;
+	port_send(&control_port, FRAME_EXIT, 0, exec->stream.id, map->bytes, map->length);
 	be_mute(exec);
 }
 
@@ -130,9 +129,22 @@ static void advance(struct exec *exec)
 	retire(exec);
 }
 
-/* What is in the pipes now is the main process's last word; what comes later is not waited for. */
+static void write_exit(struct exec *exec)
+{
+	struct msgpack_writer *map = &exec->exit;
+	*map = (struct msgpack_writer){.bytes = exec->exit_bytes, .capacity = sizeof(exec->exit_bytes)};
+	msgpack_write_map(map, 2);
+	msgpack_write_string(map, WIFSIGNALED(exec->status) ? "signal" : "code");
+	msgpack_write_integer(map, WIFSIGNALED(exec->status) ? WTERMSIG(exec->status) : WEXITSTATUS(exec->status));
+	msgpack_write_string(map, "usage");
+	accounting_write(map, exec->group);
+}
+
+/* What is in the pipes now is the main process's last word, and what its cgroup has used now its bill; what comes later is
+ * not waited for. */
 static void finish(struct exec *exec)
 {
+	write_exit(exec);
 	output_limit(&exec->out);
 	output_limit(&exec->err);
 	remove_group(exec);

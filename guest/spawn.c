@@ -18,6 +18,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "accounting.h"
 #include "cgroup.h"
 #include "kernel.h"
 #include "pty.h"
@@ -314,7 +315,7 @@ static bool run(struct spawn *spawn, struct child *child)
 	spawn->cgroup = cgroup_make(request->stream);
 	if (spawn->cgroup < 0)
 		return fail_call(&spawn->failure, errno, "mkdir of a cgroup");
-	return start(spawn, child);
+	return accounting_limit(spawn->cgroup, request, &spawn->failure) && start(spawn, child);
 }
 
 static void run_job(struct job *job)

@@ -3,6 +3,7 @@
  * Every piece of input lies in an allocation of exactly its size, so that the sanitizer sees one byte too many. */
 #include <string.h>
 
+#include "../counters.h"
 #include "../frames.h"
 #include "../msgpack.h"
 #include "check.h"
@@ -35,6 +36,22 @@ static void fuzz_map(const uint8_t *bytes, size_t length)
 		if (msgpack_find(copy, length, KEYS[i], &value) && value.type == MSGPACK_BYTES)
 			CHECK(value.bytes >= copy && value.bytes + value.length <= copy + length);
 	free(copy);
+}
+
+/* A file of the kernel's with broken bytes: a number comes out, and nothing behind the text is read. */
+static void fuzz_counters(void)
+{
+	static const char TEXT[] = "254:0 rbytes=188416 wbytes=99999999999999999999\nuser_usec 152084\noom_kill 0\n";
+	static const char *const NAMES[] = {"rbytes", "wbytes", "user_usec", "oom_kill", ""};
+	size_t length = random_number(sizeof(TEXT));
+	char *text = malloc(length + 1);
+	memcpy(text, TEXT, length);
+	for (uint32_t changes = length ? random_number(4) : 0; changes; changes--)
+		text[random_number((uint32_t)length)] = (char)random_number(256);
+	text[length] = 0;
+	for (size_t i = 0; i < sizeof(NAMES) / sizeof(NAMES[0]); i++)
+		CHECK(counter_sum(text, NAMES[i]) >= 0);
+	free(text);
 }
 
 static size_t mutated_map(uint8_t *bytes, size_t capacity)
@@ -99,6 +116,7 @@ int main(int count, char **arguments)
 		bytes[0] = (uint8_t)(0x80 | random_number(16)); /* random bytes that begin as a map */
 		fuzz_map(bytes, length);
 		fuzz_map(bytes, mutated_map(bytes, sizeof(bytes)));
+		fuzz_counters();
 		fuzz_frames(HEADER_SIZE + 64 + random_number(1024));
 	}
 	printf("ok fuzz: %ld rounds\n", rounds);

@@ -34,6 +34,7 @@ from taskvm.paths import Removed
 from taskvm.policy import Policy
 from taskvm.pool import WarmPool
 from taskvm.process import ByteStream, ExecResult, Process
+from taskvm.resources import ExecLimits, ExecUsage
 from taskvm.sandbox import Sandbox
 from taskvm.secret import Secret
 from taskvm.treecopy import CopyLimits
@@ -47,6 +48,8 @@ __all__ = [
     "HostDir",
     "Secret",
     "ExecResult",
+    "ExecUsage",
+    "ExecLimits",
     "Process",
     "ByteStream",
     "Files",

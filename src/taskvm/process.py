@@ -6,14 +6,15 @@ import asyncio
 import codecs
 import signal as signals
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
 from taskvm.errors import GuestError, SandboxLostError, UsageError
 from taskvm.port import Inlet, StreamReset
+from taskvm.resources import ExecUsage, usage_of
 from taskvm.vm.control import Call
-from taskvm.wire.control import PtySize, ResizeRequest, SignalRequest
+from taskvm.wire.control import Exited, PtySize, ResizeRequest, SignalRequest
 
 # exec() keeps at most this much of each output stream and drops the rest; spawn() streams without a limit.
 MAX_CAPTURED_BYTES = 64 * 1024 * 1024
@@ -44,7 +45,8 @@ class ExecResult:
 
     `exit_code` is its exit status, or 128 + the signal that ended it, which is then in `signal`. `timed_out` says that
     `timeout_s` passed and everything it had started was killed. `truncated` says that more than
-    MAX_CAPTURED_BYTES of a stream were written and the rest was dropped.
+    MAX_CAPTURED_BYTES of a stream were written and the rest was dropped. `usage` is what it cost in the guest; None
+    when it was over before it began.
     """
 
     exit_code: int
@@ -53,6 +55,7 @@ class ExecResult:
     stderr_bytes: bytes = b""
     timed_out: bool = False
     truncated: bool = False
+    usage: ExecUsage | None = None
 
     @property
     def ok(self) -> bool:
@@ -74,6 +77,12 @@ class ExecResult:
         """The ending in words: "exit code 1", "killed by SIGKILL", "timed out"."""
         if self.timed_out:
             return "timed out; everything it had started was killed"
+        if self.usage is not None and self.usage.oom_kills:
+            return f"{self._ending}; out of memory, the kernel killed {self.usage.oom_kills} of its processes"
+        return self._ending
+
+    @property
+    def _ending(self) -> str:
         if self.signal is not None:
             try:
                 return f"killed by {signals.Signals(self.signal).name}"
@@ -164,10 +173,7 @@ class Process:
                 exited = await asyncio.shield(self._call.exited)
             except StreamReset as error:
                 raise GuestError(self._call.operation, error.errno or _IO_ERROR, "reset") from error
-            if exited.signal is not None:
-                self._exit = ExecResult(exit_code=128 + exited.signal, signal=exited.signal)
-            else:
-                self._exit = ExecResult(exit_code=exited.code or 0)
+            self._exit = _result(exited)
         return self._exit
 
     async def kill_all(self) -> None:
@@ -238,9 +244,8 @@ class Capture:
 
     def result(self, ending: ExecResult, *, timed_out: bool = False) -> ExecResult:
         """Return `ending` with the output collected so far."""
-        return ExecResult(
-            exit_code=ending.exit_code,
-            signal=ending.signal,
+        return replace(
+            ending,
             stdout_bytes=bytes(self.stdout),
             stderr_bytes=bytes(self.stderr),
             timed_out=timed_out,
@@ -252,6 +257,13 @@ class Capture:
             room = MAX_CAPTURED_BYTES - len(into)
             self.truncated = self.truncated or len(data) > room
             into += data[: max(room, 0)]
+
+
+def _result(exited: Exited) -> ExecResult:
+    usage = None if exited.usage is None else usage_of(exited.usage)
+    if exited.signal is not None:
+        return ExecResult(exit_code=128 + exited.signal, signal=exited.signal, usage=usage)
+    return ExecResult(exit_code=exited.code or 0, usage=usage)
 
 
 async def _feed(process: Process, stdin: bytes | AsyncIterator[bytes] | None) -> None:

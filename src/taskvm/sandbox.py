@@ -42,6 +42,7 @@ from taskvm.options import DEFAULT_CPUS, DEFAULT_MEMORY_MIB, SandboxOptions, ign
 from taskvm.policy import Policy
 from taskvm.pool import WarmPool
 from taskvm.process import KILL_TIMEOUT_S, Capture, ExecResult, Process, pty_size
+from taskvm.resources import ExecLimits, bounds_of
 from taskvm.secret import Secret
 from taskvm.usage import Statistics, measure
 from taskvm.vm.warm import AcceleratorChoice
@@ -193,13 +194,15 @@ class Sandbox:
         timeout_s: float | None = None,
         check: bool = False,
         user: str | None = None,
+        limits: ExecLimits | None = None,
     ) -> ExecResult:
         """Run a command to its end and return what it wrote and how it ended.
 
         A list is executed as it is; a str runs in the guest's bash. `cwd` defaults to /workspace when that is
         mounted, else the user's home. `timeout_s`, counted from this call, or cancelling it kills everything that
         the command started. `user` is an account of the guest by its name, numbers like "1000:1000", or None for the
-        sandbox's user. Up to 64 MiB of each stream are kept.
+        sandbox's user. Up to 64 MiB of each stream are kept. `limits` bind it and all that it starts, as long as it is
+        not the guest's root, who can leave them.
 
         Raises UsageError for an account that is not there, GuestError when the program cannot be started (ENOENT,
         EACCES), CommandError with `check` when it does not exit with 0, SandboxStateError, SandboxLostError.
@@ -208,7 +211,7 @@ class Sandbox:
         process = None
         try:
             async with asyncio.timeout(timeout_s) as deadline:
-                process = await self.spawn(command, cwd=cwd, env=env, user=user)
+                process = await self.spawn(command, cwd=cwd, env=env, user=user, limits=limits)
                 result = await capture.run(process, stdin)
         except TimeoutError:
             if not deadline.expired():
@@ -233,18 +236,21 @@ class Sandbox:
         merge_output: bool = False,
         pty: tuple[int, int] | None = None,
         user: str | None = None,
+        limits: ExecLimits | None = None,
     ) -> Process:
         """Start a command and return it running, with live streams. Read them: what is not read stops its writer.
 
         With `merge_output` standard error goes down the same pipe as standard output. `pty` is (rows, cols) of a
         terminal that the command gets instead of pipes, as the leader of its session; $TERM is xterm-256color then,
-        unless `env` names another. Raises as `exec`.
+        unless `env` names another. `limits` are those of `exec`, as are the errors.
         """
         self._require_running("start a command")
         account = await self._find_account(user)
         if cwd is None and user not in (None, "root") and "/workspace" not in self._options.mounts:
             cwd = await self._accounts.start_dir(account)
         request = self._exec_request(command, cwd, env, merge_output, account)
+        if limits is not None:
+            request = msgspec.structs.replace(request, limits=bounds_of(limits))
         if pty is not None:
             request = self._with_terminal(request, pty, env)
         text = _told(command)

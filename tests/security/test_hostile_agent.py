@@ -33,6 +33,8 @@ REPLY, DATA, END, RESET, EXIT = (
 )
 STATUS = {"type": "file", "mode": 0o644, "size": 1, "uid": 0, "gid": 0}
 STATUS |= {"nlink": 1, "ino": 1, "mtime_ns": 1}
+COUNTERS = ("user_us", "system_us", "memory_peak", "processes_peak", "read_bytes", "written_bytes")
+BILL = dict.fromkeys((*COUNTERS, "oom_kills"), 1)
 OPENED = (REPLY, {"size": 1, "mode": 0o644, "mtime_ns": 1}, 0)
 STARTED = (REPLY, {"pid": 7}, 0)
 ESCAPES = "\x1b]0;owned\x07\x1b[2J"
@@ -116,6 +118,12 @@ LIES: dict[str, tuple[Callable[[Control], Awaitable[object]], Frames]] = {
     "an exit without an ending": (run, [STARTED, (EXIT, {}, 0)]),
     "an exit with two endings": (run, [STARTED, (EXIT, {"code": 0, "signal": 9}, 0)]),
     "an exit code beyond a byte": (run, [STARTED, (EXIT, {"code": 2**63}, 0)]),
+    "a bill below zero": (run, [STARTED, (EXIT, {"code": 0, "usage": {**BILL, "user_us": -1}}, 0)]),
+    "a bill beyond all time": (
+        run,
+        [STARTED, (EXIT, {"code": 0, "usage": {**BILL, "user_us": 2**63}}, 0)],
+    ),
+    "a bill that lacks a part": (run, [STARTED, (EXIT, {"code": 0, "usage": {"user_us": 1}}, 0)]),
     "a signal that is none": (run, [STARTED, (EXIT, {"signal": -77}, 0)]),
 }
 

@@ -14,6 +14,7 @@ from taskvm.fs.memory import Memory
 from taskvm.fs.provider import Provider
 from taskvm.limits import Limits
 from taskvm.process import ExecResult
+from taskvm.resources import ExecLimits, ExecUsage
 from taskvm.secret import Secret
 from taskvm.sync.files import Files
 from taskvm.sync.forward import Forward
@@ -28,6 +29,8 @@ __all__ = [  # noqa: RUF022  # most important first, as in taskvm
     "HostDir",
     "Secret",
     "ExecResult",
+    "ExecUsage",
+    "ExecLimits",
     "Process",
     "ByteStream",
     "Files",

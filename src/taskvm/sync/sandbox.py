@@ -19,6 +19,7 @@ from taskvm.net import ingress as aio_ingress
 from taskvm.net.ingress import LOCALHOST
 from taskvm.options import DEFAULT_CPUS, DEFAULT_MEMORY_MIB, ignore_progress
 from taskvm.process import ExecResult
+from taskvm.resources import ExecLimits
 from taskvm.sandbox import Command, State
 from taskvm.secret import Secret
 from taskvm.sync.bridge import Bridge, Call
@@ -146,6 +147,7 @@ class Sandbox:
         timeout_s: float | None = None,
         check: bool = False,
         user: str | None = None,
+        limits: ExecLimits | None = None,
     ) -> ExecResult:
         """Run a command to its end and return what it wrote and how it ended.
 
@@ -153,6 +155,7 @@ class Sandbox:
         mounted, else the user's home. `timeout_s`, or Ctrl-C, kills everything that the command started. An iterable
         `stdin` is read in this thread: while it blocks, the call does not return. `user` is an account of the guest by
         its name, numbers like "1000:1000", or None for the sandbox's user. Up to 64 MiB of each stream are kept.
+        `limits` bind it and all that it starts, as long as it is not the guest's root, who can leave them.
 
         Raises UsageError for an account that is not there, GuestError when the program cannot be started (ENOENT,
         EACCES), CommandError with `check` when it does not exit with 0, SandboxStateError, SandboxLostError.
@@ -167,6 +170,7 @@ class Sandbox:
             timeout_s=timeout_s,
             check=check,
             user=user,
+            limits=limits,
         )
 
     def spawn(
@@ -178,12 +182,13 @@ class Sandbox:
         merge_output: bool = False,
         pty: tuple[int, int] | None = None,
         user: str | None = None,
+        limits: ExecLimits | None = None,
     ) -> Process:
         """Start a command and return it running, with live streams. Read them: what is not read stops its writer.
 
         With `merge_output` standard error goes down the same pipe as standard output. `pty` is (rows, cols) of a
         terminal that the command gets instead of pipes, as the leader of its session; $TERM is xterm-256color then,
-        unless `env` names another. Raises as `exec`.
+        unless `env` names another. `limits` are those of `exec`, as are the errors.
         """
         process = self._bridge.call(
             self._sandbox.spawn,
@@ -193,6 +198,7 @@ class Sandbox:
             merge_output=merge_output,
             pty=pty,
             user=user,
+            limits=limits,
         )
         return Process(self._bridge, process)
 

@@ -20,6 +20,7 @@ _MAX_TOLD = 300
 _Errno = Annotated[int, Meta(ge=1, le=MAX_ERRNO)]
 _Mode = Annotated[int, Meta(ge=0, le=0o7777)]
 _Count = Annotated[int, Meta(ge=0)]
+_Total = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 _Owner = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 # It is shown to people: a few words, and nothing that a terminal would act on.
 _CallName = Annotated[str, Meta(max_length=64, pattern=r"\A[ -~]*\Z")]
@@ -60,6 +61,15 @@ class PtySize(msgspec.Struct, frozen=True, kw_only=True):
     cols: int
 
 
+class ExecBounds(msgspec.Struct, frozen=True, kw_only=True):
+    """What an exec's cgroup may use: bytes, processes, a weight, microseconds of processor time in each 100 ms."""
+
+    memory: int | None = None
+    processes: int | None = None
+    cpu_weight: int | None = None
+    cpu_us: int | None = None
+
+
 class ExecRequest(_Request, frozen=True, kw_only=True, tag="exec"):
     """Start a program; `merge` sends standard error down the pipe of standard output, `pty` gives it a terminal."""
 
@@ -71,6 +81,7 @@ class ExecRequest(_Request, frozen=True, kw_only=True, tag="exec"):
     groups: list[int] = []
     merge: bool = False
     pty: PtySize | None = None
+    limits: ExecBounds | None = None
 
 
 class ReadRequest(_Request, frozen=True, kw_only=True, tag="read"):
@@ -263,11 +274,24 @@ class DirEntry(_Answer, frozen=True, kw_only=True):
             raise ValueError("a name is not one path component")
 
 
+class UsageReport(_Answer, frozen=True, kw_only=True):
+    """What an exec's cgroup has used until its main process ended."""
+
+    user_us: _Total
+    system_us: _Total
+    memory_peak: _Total
+    processes_peak: _Total
+    read_bytes: _Total
+    written_bytes: _Total
+    oom_kills: _Total
+
+
 class Exited(_Answer, frozen=True, kw_only=True):
-    """The payload of EXIT: exactly one of the two is set."""
+    """The payload of EXIT: exactly one of `code` and `signal` is set."""
 
     code: Annotated[int, Meta(ge=0, le=255)] | None = None
     signal: Annotated[int, Meta(ge=1, le=127)] | None = None
+    usage: UsageReport | None = None
 
     def __post_init__(self) -> None:
         if (self.code is None) is (self.signal is None):

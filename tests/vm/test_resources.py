@@ -1,0 +1,109 @@
+"""Limits and bill of one command, by the guest's kernel."""
+
+import pytest
+
+from taskvm import ExecLimits, GuestError, Sandbox
+from taskvm.wire.control import ExecBounds, ExecRequest, Started
+
+pytestmark = pytest.mark.vm
+BOTH_SURFACES = True
+
+MIB = 1024 * 1024
+# Takes 100 MiB and touches each page of them.
+TAKE_MEMORY = (
+    "import sys; block = bytearray(100 << 20); block[::4096] = b'x' * 25600; print('taken')"
+)
+
+
+async def test_a_command_is_told_what_it_cost(vm: Sandbox) -> None:
+    """Time, memory, processes and bytes of its disk, those of its children included."""
+    work = await vm.exec(
+        "head -c 3000000 /dev/urandom > /var/tmp/data; sync /var/tmp/data; "
+        "(python3 -c 'b = bytearray(40 << 20); b[::4096] = bytes(10240)'; sleep 0.1) & (sleep 0.2) & wait"
+    )
+    rest = await vm.exec(["true"])
+
+    assert work.ok, work.stderr
+    assert work.usage is not None
+    assert rest.usage is not None
+    assert work.usage.cpu_s > rest.usage.cpu_s > 0
+    assert work.usage.memory_peak_bytes > 40 * MIB > rest.usage.memory_peak_bytes
+    assert work.usage.processes_peak >= 4
+    assert rest.usage.processes_peak == 1
+    assert work.usage.written_bytes >= 3_000_000 > rest.usage.written_bytes
+    assert work.usage.oom_kills == 0
+
+
+async def test_a_command_that_is_killed_at_its_time_limit_has_a_bill_too(vm: Sandbox) -> None:
+    result = await vm.exec("while :; do :; done", timeout_s=1)
+
+    assert result.timed_out
+    assert result.usage is not None
+    assert result.usage.user_s > 0.1
+
+
+async def test_memory_beyond_the_limit_is_refused_and_told(vm: Sandbox) -> None:
+    """The same program runs with room; without, only it is killed."""
+    beside = await vm.spawn("cat")
+    fits = await vm.exec(["python3", "-c", TAKE_MEMORY], limits=ExecLimits(memory_mib=150))
+    killed = await vm.exec(["python3", "-c", TAKE_MEMORY], limits=ExecLimits(memory_mib=50))
+    await beside.write(b"alive")
+    await beside.close_stdin()
+
+    assert fits.stdout == "taken\n", fits.stderr
+    assert killed.exit_code == 137
+    assert "out of memory" in killed.outcome
+    assert killed.usage is not None
+    assert killed.usage.memory_peak_bytes <= 50 * MIB
+    assert await beside.stdout.read() == b"alive"
+
+
+async def test_processes_beyond_the_limit_are_not_made(vm: Sandbox) -> None:
+    """A program that forks without end has as many children as it may; another exec forks on."""
+    count = "import os\ntry:\n for n in range(50): os.fork() or os.pause()\nexcept OSError as e: print(n, e.errno)"
+    program = count.replace("os.pause()", "__import__('signal').pause()")
+
+    forked = await vm.exec(["python3", "-c", program], limits=ExecLimits(processes=5), timeout_s=20)
+
+    assert forked.stdout == "4 11\n", forked.stderr  # EAGAIN
+    assert forked.usage is not None
+    assert forked.usage.processes_peak == 5
+    assert (await vm.exec("echo $(echo forked)")).stdout == "forked\n"
+
+
+async def test_processor_time_is_held_to_its_share(vm: Sandbox) -> None:
+    """A tenth of a processor for two seconds is some 0.2 s, whatever the program wants."""
+    result = await vm.exec(
+        "exec 3>&1; timeout 2 bash -c 'while :; do :; done'",
+        limits=ExecLimits(cpus=0.1, cpu_weight=1),
+    )
+
+    assert result.usage is not None
+    assert 0.05 < result.usage.cpu_s < 0.6
+
+
+async def test_limits_are_the_cgroups_own_before_the_program_runs(vm: Sandbox) -> None:
+    group = "/sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup)"
+    show = f"cd {group}; cat memory.max pids.max cpu.max cpu.weight"
+    limits = ExecLimits(memory_mib=64, processes=9, cpus=1.5, cpu_weight=7)
+
+    bound = await vm.exec(show, limits=limits)
+    free = await vm.exec(show)
+
+    assert bound.stdout.split() == [str(64 * MIB), "9", "150000", "100000", "7"]
+    assert free.stdout.split() == ["max", "max", "max", "100000", "100"]
+
+
+async def test_a_limit_that_the_kernel_refuses_is_an_error_and_leaves_nothing(
+    asynchronous_vm: Sandbox,
+) -> None:
+    """The exec fails with the file's name, and its cgroup is gone."""
+    vm = asynchronous_vm
+    bounds = ExecBounds(processes=2**62)
+    request = ExecRequest(argv=[b"true"], env=[], cwd=b"/", limits=bounds)
+
+    with pytest.raises(GuestError, match=r"pids\.max"):
+        await vm._guest.control.request(request, Started, "run true")
+
+    left = await vm.exec("ls -d /sys/fs/cgroup/exec/*/ | wc -l")
+    assert left.stdout == "1\n"
