@@ -33,7 +33,7 @@ struct port control_port;
 struct loop control_loop;
 
 static struct stream *streams[BUCKETS];
-static struct pool file_pool, identity_pool;
+static struct pool file_pool, identity_pool, sync_pool;
 static struct source freeze_source, deadline_source;
 static int freeze_events = -1, deadline = -1;
 static bool freezing;
@@ -137,7 +137,7 @@ static const struct operation {
 	{"list", files_list},     {"mkdir", files_mkdir},     {"rename", files_rename},
 	{"remove", files_remove}, {"mount", fusepump_mount},  {"unmount", fusepump_unmount},
 	{"chmod", files_chmod},   {"symlink", files_symlink}, {"readlink", files_readlink},
-	{"sync", sync_disks},     {"poweroff", turn_off},
+	{"poweroff", turn_off},
 };
 
 static bool is_named(const struct msgpack_value *value, const char *name)
@@ -151,9 +151,13 @@ static void open_operation(struct request *request, const struct msgpack_value *
 		exec_open(request);
 		return;
 	}
+	/* Pools of their own: file operations may all wait for the port, which is held while these are answered. */
 	if (is_named(name, "identity")) {
-		/* A pool of its own: file operations may all wait for the port, which is held while this is answered. */
 		transfer_open(request, &identity_pool, identity_take, true);
+		return;
+	}
+	if (is_named(name, "sync")) {
+		transfer_open(request, &sync_pool, sync_disks, true);
 		return;
 	}
 	for (size_t i = 0; i < sizeof(OPERATIONS) / sizeof(OPERATIONS[0]); i++)
@@ -223,7 +227,7 @@ static void come_to_rest(void)
 
 static void go_on(void)
 {
-	freezing = false;
+	rest(); /* each QUIESCE has its QUIESCED, also one that the host gave up on */
 	cgroup_freeze_all(false);
 	port_release(&control_port);
 }
@@ -279,6 +283,7 @@ _Noreturn void control_run(int fd, const char *kernel)
 	pool_deliver_to(&control_loop);
 	pool_init(&file_pool, MAX_FILE_OPERATIONS);
 	pool_init(&identity_pool, 1);
+	pool_init(&sync_pool, 1);
 	exec_init();
 	freeze_events = cgroup_open_events(-1);
 	deadline = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);

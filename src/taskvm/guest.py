@@ -11,7 +11,8 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from taskvm.background import Background
@@ -35,6 +36,7 @@ from taskvm.paths import private_dir, state_dir
 from taskvm.port import FramePort
 from taskvm.vm.boot import add_account, wait_hello
 from taskvm.vm.control import Control
+from taskvm.vm.layers import Layers
 from taskvm.vm.machine import Machine
 from taskvm.vm.rundir import RunDir
 from taskvm.watch import Watch
@@ -71,6 +73,9 @@ class Guest:
         self.audit_path: Path = Path()
         self.watch: Watch | None = None
         self.gateway: Gateway | None = None
+        self.layers: Layers = Layers(machine, run_dir.path)
+        self._net: FramePort | None = None
+        self._server: FsServer | None = None
         self._run_dir = run_dir
         self._ca = CertificateAuthority.create()
         self._background = Background(self._fail)
@@ -147,12 +152,14 @@ class Guest:
         self, options: SandboxOptions, bound: Sequence[BoundSecret], *, resumed: bool
     ) -> None:
         """Serve the mounts and mediate the network that `options` name."""
-        net = await FramePort.open(self.machine.take("net"), PORT_NET)
+        net = self._net = await FramePort.open(self.machine.take("net"), PORT_NET)
         self._release.callback(net.close)
         gateway = self.gateway = self._make_gateway(options, bound, net)
         self._release.push_async_callback(gateway.ingress.aclose)  # run may be cancelled unbegun
         self._background.start(gateway.run(), f"egress of {self.id}")
-        server = FsServer(self.machine.take("fs"), on_failure=self._fail_from_thread())
+        server = self._server = FsServer(
+            self.machine.take("fs"), on_failure=self._fail_from_thread()
+        )
         self._release.push_async_callback(asyncio.to_thread, server.close)
         if resumed:
             net.resume()
@@ -206,6 +213,46 @@ class Guest:
             await self.control.request(
                 SyncRequest(), Done, "flush the mounts", FLUSH_TIMEOUT_S, urgent=urgent
             )
+
+    # Rest.
+
+    @asynccontextmanager
+    async def at_rest(self) -> AsyncIterator[None]:
+        """Freeze the guest's programs, write its files back and drain all ports; it goes on at the end.
+
+        Raises SandboxLostError. The watch must be `kept_awake`.
+        """
+        assert self._net is not None, "only an equipped guest comes to rest"
+        ports = (self.control.port, self._net)
+        for port in ports:
+            port.hold()  # what is sent now is neither lost nor half in a saved guest
+        try:
+            await self._quiesce()
+            yield
+        finally:
+            with contextlib.suppress(SandboxLostError):
+                await self._resume()
+            for port in ports:
+                port.release()
+
+    async def _quiesce(self) -> None:
+        """Control first: it freezes what runs, and what waits for a mount freezes only while that is still served."""
+        assert self._net is not None, "only an equipped guest comes to rest"
+        assert self._server is not None, "only an equipped guest comes to rest"
+        await self.control.port.quiesce()
+        await self._ask(SyncRequest(), "write the guest's files back", urgent=True)
+        await self._net.quiesce()
+        try:
+            await asyncio.to_thread(self._server.quiesce)
+        except TimeoutError as error:
+            raise SandboxLostError("bring the mounts to rest", str(error)) from error
+
+    async def _resume(self) -> None:
+        assert self._net is not None, "only an equipped guest comes to rest"
+        assert self._server is not None, "only an equipped guest comes to rest"
+        await asyncio.to_thread(self._server.resume)
+        self._net.resume()
+        self.control.port.resume()
 
     # Ending.
 

@@ -62,7 +62,7 @@ class FramePort(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._writable = asyncio.Event()
         self._writable.set()
-        self._quiesced: asyncio.Future[None] | None = None
+        self._coming_to_rest: deque[asyncio.Future[None]] = deque()  # each QUIESCE is answered
         self._lost: Exception | None = None
         self._loop = asyncio.get_running_loop()
 
@@ -122,12 +122,16 @@ class FramePort(asyncio.Protocol):
             self._transport.writelines(held)
 
     async def quiesce(self) -> None:
-        """Bring the guest's side of the port to rest. Raises SandboxLostError after QUIESCE_TIMEOUT_S."""
-        self._quiesced = asyncio.get_running_loop().create_future()
-        self.send(FrameType.QUIESCE, 0, 0)
+        """Bring the guest's side of the port to rest, also while it is held.
+
+        Raises SandboxLostError after QUIESCE_TIMEOUT_S.
+        """
+        quiesced: asyncio.Future[None] = self._loop.create_future()
+        self.send(FrameType.QUIESCE, 0, 0, urgent=True)
+        self._coming_to_rest.append(quiesced)
         try:
             async with asyncio.timeout(QUIESCE_TIMEOUT_S):
-                await self._quiesced
+                await quiesced
         except TimeoutError:
             raise SandboxLostError(
                 f"bring the guest's port {self.name} to rest",
@@ -136,7 +140,7 @@ class FramePort(asyncio.Protocol):
 
     def resume(self) -> None:
         """Let the guest's side go on after `quiesce` (or after a resume from a template, which is saved at rest)."""
-        self.send(FrameType.RESUME, 0, 0)
+        self.send(FrameType.RESUME, 0, 0, urgent=True)
 
     def close(self) -> None:
         """Close the port. Idempotent; `on_lost` is not called."""
@@ -201,10 +205,10 @@ class FramePort(asyncio.Protocol):
             self._writable.set()
 
     def _at_rest(self) -> None:
-        if self._quiesced is None or self._quiesced.done():
+        if not self._coming_to_rest:
             self.fail("QUIESCED without QUIESCE")
-        else:
-            self._quiesced.set_result(None)
+        elif not (quiesced := self._coming_to_rest.popleft()).done():  # else nobody waits any more
+            quiesced.set_result(None)
 
     def lose(self, reason: Exception) -> None:
         """End the port: every use of it fails with `reason`, and `on_lost` is told. Idempotent."""
@@ -218,9 +222,11 @@ class FramePort(asyncio.Protocol):
 
     def _release_waiters(self) -> None:
         self._writable.set()
-        if self._quiesced is not None and not self._quiesced.done():
-            self._quiesced.set_exception(self._lost or ConnectionError("closed"))
-            self._quiesced.exception()  # retrieved: nobody may be waiting
+        while self._coming_to_rest:
+            quiesced = self._coming_to_rest.popleft()
+            if not quiesced.done():
+                quiesced.set_exception(self._lost or ConnectionError("closed"))
+                quiesced.exception()  # retrieved: nobody may be waiting
 
 
 class Inlet:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,6 +60,8 @@ class Watch:
         self._last_seen = self._movement()
         self._last_active_s = asyncio.get_running_loop().time()
         self._wanted = asyncio.Event()
+        self._pausing = asyncio.Lock()
+        self._needed = 0
         self.paused: bool = False
         guest.control.port.on_held = self._wanted.set
 
@@ -149,6 +152,23 @@ class Watch:
 
     async def _pause(self, timeout_s: float | None) -> None:
         """Stop the virtual CPUs until a request comes, then let them run, with the time of now."""
+        async with self._pausing:
+            if not self._needed:
+                await self._pause_now(timeout_s)
+        self._last_active_s = asyncio.get_running_loop().time()
+
+    @asynccontextmanager
+    async def kept_awake(self) -> AsyncIterator[None]:
+        """Wake the guest if it is paused, and pause it no more until the end."""
+        self._needed += 1
+        self._wanted.set()
+        try:
+            async with self._pausing:
+                yield
+        finally:
+            self._needed -= 1
+
+    async def _pause_now(self, timeout_s: float | None) -> None:
         port = self._guest.control.port
         self._wanted.clear()
         port.hold()
@@ -162,7 +182,6 @@ class Watch:
                 self.paused = False
         finally:
             port.release()
-        self._last_active_s = asyncio.get_running_loop().time()
 
     async def _flush(self) -> bool:
         """Bring the mounts on the host up to date: a paused guest writes nothing back."""

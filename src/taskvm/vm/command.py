@@ -5,6 +5,8 @@ Pure: values in, argument lists out. Descriptors are numbers that the caller wil
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -82,12 +84,24 @@ class Boot:
     initrd: Path
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disk:
+    """The root disk: qcow2 `layers` from the top, which is written, down; beneath them the raw image `base`.
+
+    Without layers and base it is a disk of `size_bytes` that holds nothing, for a machine that never runs.
+    """
+
+    layers: tuple[Path, ...] = ()
+    base: Path | None = None
+    size_bytes: int = 0
+
+
 def qemu_command(
     qemu: Path,
     shape: MachineShape,
     *,
     boot: Boot,
-    disk: Path,
+    disk: Disk,
     memory: Path | None,
     share_memory: bool,
     incoming: bool,
@@ -137,13 +151,13 @@ _BARE = (
 )
 
 
-def _devices(disk: Path, descriptors: Descriptors) -> list[str]:
+def _devices(disk: Disk, descriptors: Descriptors) -> list[str]:
     return [
-        # cache=unsafe: the overlay is thrown away with the sandbox, so nothing is worth an fsync on the host.
-        "-drive",
-        _root_drive(disk),
+        "-blockdev",
+        json.dumps(_root_node(disk)),
+        # The default stops the machine when the host's disk is full, and nobody would let it run on: it gets EIO.
         "-device",
-        "virtio-blk-pci,drive=root",
+        f"virtio-blk-pci,drive={layer_node(0)},werror=report,rerror=report",
         "-device",
         "virtio-serial-pci,id=ports,max_ports=4",
         *_port("control", descriptors.control),
@@ -210,11 +224,42 @@ def _memory_backend(shape: MachineShape, memory: Path | None, share: bool) -> st
     )
 
 
-def _root_drive(disk: Path) -> str:
-    file = f"if=none,id=root,file={_escaped(disk)},format=qcow2"
-    # The default stops the machine when the host's disk is full, and nobody would let it run on: the guest gets EIO.
-    file += ",werror=report,rerror=report"
-    return f"{file},cache=unsafe,discard=unmap,detect-zeroes=unmap"
+def layer_node(number: int) -> str:
+    """The name of the layer that is written: 0 at the start, one more after each cut."""
+    return f"disk{number}"
+
+
+def top_layer(number: int, path: str) -> dict[str, object]:
+    """Return the block node of a layer that is written, without what lies beneath it."""
+    # no-flush: the overlay is thrown away with the sandbox, so nothing is worth an fsync on the host.
+    cache = {"direct": False, "no-flush": True}
+    return {
+        "driver": "qcow2",
+        "node-name": layer_node(number),
+        "file": {"driver": "file", "filename": path, "discard": "unmap", "cache": cache},
+        "discard": "unmap",
+        "detect-zeroes": "unmap",
+        "cache": cache,
+    }
+
+
+def disk_beneath(layers: Sequence[Path], base: Path) -> dict[str, object]:
+    """Return the block node of what is only read: every file and format named here, none taken from a file's header."""
+    node: dict[str, object] = {"driver": "raw", "file": _file(base)}
+    for path in reversed(layers):
+        node = {"driver": "qcow2", "file": _file(path), "backing": node}
+    return node
+
+
+def _root_node(disk: Disk) -> dict[str, object]:
+    if disk.base is None:
+        return {"driver": "null-co", "node-name": layer_node(0), "size": disk.size_bytes}
+    top, *others = disk.layers
+    return {**top_layer(0, str(top)), "backing": disk_beneath(others, disk.base)}
+
+
+def _file(path: Path) -> dict[str, object]:
+    return {"driver": "file", "filename": str(path)}
 
 
 def _port(name: str, descriptor: int) -> list[str]:

@@ -16,6 +16,7 @@ import os
 import socket
 import subprocess
 from array import array
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,7 +24,14 @@ from typing import Literal
 from qemu.qmp import ConnectError, EventListener, ExecuteError, Message, QMPClient, QMPError
 
 from taskvm.errors import HostError, SandboxLostError, UnavailableError
-from taskvm.vm.command import Boot, Descriptors, MachineShape, confine_command, qemu_command
+from taskvm.vm.command import (
+    Boot,
+    Descriptors,
+    Disk,
+    MachineShape,
+    confine_command,
+    qemu_command,
+)
 from taskvm.vm.native import confine_binary
 from taskvm.vm.qemu import Qemu
 
@@ -42,18 +50,19 @@ logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineFiles:
-    """The files of one machine. `backing` are the images under `disk`, read-only.
+    """The files of one machine. Of `disk` only the top layer is written.
 
     `memory` is None for anonymous memory; `share_memory` writes it (a template being made). `state` is device state
-    to resume from. `disk_limit_bytes` is how far a file may grow; QEMU gets EFBIG beyond it, the guest an I/O error.
+    to resume from; `receiving` waits for that of a running machine. `disk_limit_bytes` is how far a file may grow;
+    QEMU gets EFBIG beyond it, the guest an I/O error.
     """
 
     boot: Boot
-    disk: Path
-    backing: tuple[Path, ...]
+    disk: Disk
     memory: Path | None = None
     share_memory: bool = False
     state: Path | None = None
+    receiving: bool = False
     disk_limit_bytes: int = DISK_LIMIT_BYTES
 
 
@@ -83,10 +92,12 @@ class Machine:
     def __init__(
         self,
         shape: MachineShape,
+        files: MachineFiles,
         process: subprocess.Popen[bytes],
         sockets: dict[str, socket.socket],
     ) -> None:
         self.shape = shape
+        self.files = files
         self._process = process
         self._qmp = QMPClient("taskvm")
         # The library keeps every event for a listener of its own, without a limit. A guest's root makes QEMU send
@@ -100,6 +111,7 @@ class Machine:
         self._console_socket = sockets.pop("console")
         self._sockets = sockets
         self._ending = asyncio.Lock()
+        self._giving = asyncio.Lock()
         self._released = False
         self.console: Tail = Tail()
         self.stderr: Tail = Tail()
@@ -148,30 +160,67 @@ class Machine:
                 f"ask QEMU for {command}", f"{str(error) or 'no answer'}{self.last_words()}"
             ) from error
 
+    async def give(self, command: str, descriptor: int, **arguments: object) -> object:
+        """Run a QMP command that takes a descriptor (getfd, add-fd). Raises as `execute`."""
+        async with self._giving:
+            # It travels with a byte that QMP's JSON parser skips (qmp-spec, getfd).
+            self._qmp_socket.sendmsg(
+                [b" "], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [descriptor]))]
+            )
+            return await self.execute(command, **arguments)
+
+    def listen(self, *events: str) -> AbstractContextManager[EventListener]:
+        """Collect QEMU's `events`; none is kept while nobody listens."""
+        return self._qmp.listener(events)
+
     async def load_state(self) -> None:
         """Load the device state given at the start. The guest is then paused: `execute("cont")` lets it run."""
-        with self._qmp.listener("MIGRATION") as events:
-            await self._set_capabilities()
+        with self.listen("MIGRATION") as events:
+            await self.set_capabilities("x-ignore-shared")
             await self.execute("migrate-incoming", uri=f"fd:{self._state_fd}")
-            await self._migrated(events, "load the saved state")
+            await self.wait_migration(events, "completed", "load the saved state")
         self._close_state()
 
     async def save_state(self, path: Path) -> None:
         """Write the device state of a stopped machine to the new file `path`; its RAM is in the memory file."""
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            # The descriptor travels with a byte that QMP's JSON parser skips (qmp-spec, getfd).
-            self._qmp_socket.sendmsg(
-                [b" "], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [descriptor]))]
-            )
-            await self.execute("getfd", fdname="state")
-            with self._qmp.listener("MIGRATION") as events:
-                await self._set_capabilities()
+            await self.give("getfd", descriptor, fdname="state")
+            with self.listen("MIGRATION") as events:
+                await self.set_capabilities("x-ignore-shared")
                 await self.execute("migrate", uri="fd:state")
-                await self._migrated(events, "save the state")
+                await self.wait_migration(events, "completed", "save the state")
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+    async def set_capabilities(self, *names: str) -> None:
+        """Set how the next migration goes: with the capabilities `names`, and none of the others that we use.
+
+        x-ignore-shared leaves RAM that is a shared file out of the stream; pause-before-switchover stops the machine
+        and waits before its devices are sent.
+        """
+        wanted = {
+            name: name in names for name in ("x-ignore-shared", "pause-before-switchover")
+        } | {"events": True}  # events spare us polling
+        await self.execute(
+            "migrate-set-capabilities",
+            capabilities=[{"capability": name, "state": on} for name, on in wanted.items()],
+        )
+
+    async def wait_migration(self, events: EventListener, wanted: str, operation: str) -> None:
+        """Wait until a migration is `wanted`, such as "completed". Raises SandboxLostError when it fails."""
+        try:
+            async with asyncio.timeout(MIGRATION_TIMEOUT_S):
+                while (status := _status(await events.get())) != wanted:
+                    if status in ("failed", "cancelled"):
+                        raise SandboxLostError(
+                            operation, f"QEMU reports {status}{self.last_words()}"
+                        )
+        except TimeoutError as error:
+            raise SandboxLostError(
+                operation, f"not done after {MIGRATION_TIMEOUT_S:.0f} s{self.last_words()}"
+            ) from error
 
     async def kill(self) -> int:
         """End the process at once and wait for it; close every descriptor. Idempotent. Returns the exit status."""
@@ -243,34 +292,7 @@ class Machine:
         if not self.exited.done():
             self.exited.set_result(status)
 
-    # State.
-
-    async def _set_capabilities(self) -> None:
-        # x-ignore-shared leaves RAM that is a shared file out of the stream; events spare us polling.
-        await self.execute(
-            "migrate-set-capabilities",
-            capabilities=[
-                {"capability": "x-ignore-shared", "state": True},
-                {"capability": "events", "state": True},
-            ],
-        )
-
-    async def _migrated(self, events: EventListener, operation: str) -> None:
-        try:
-            async with asyncio.timeout(MIGRATION_TIMEOUT_S):
-                while True:
-                    event = await events.get()
-                    status = _status(event)
-                    if status == "completed":
-                        return
-                    if status in ("failed", "cancelled"):
-                        raise SandboxLostError(
-                            operation, f"QEMU reports {status}{self.last_words()}"
-                        )
-        except TimeoutError as error:
-            raise SandboxLostError(
-                operation, f"not done after {MIGRATION_TIMEOUT_S:.0f} s{self.last_words()}"
-            ) from error
+    # Ending.
 
     def _release_lifeline(self) -> None:
         if self._lifeline is not None:
@@ -319,7 +341,7 @@ def _spawn(qemu: Qemu, shape: MachineShape, files: MachineFiles) -> Machine:
         except OSError as error:
             os.close(lifeline_write)
             raise HostError(f"start {command[0]}", error.strerror or str(error)) from error
-    machine = Machine(shape, process, ours)
+    machine = Machine(shape, files, process, ours)
     machine._lifeline = lifeline_write
     machine._state_fd = state_fd
     return machine
@@ -335,10 +357,11 @@ def _commands(
         disk=files.disk,
         memory=files.memory,
         share_memory=files.share_memory,
-        incoming=files.state is not None,
+        incoming=files.receiving or files.state is not None,
         descriptors=descriptors,
     )
-    writable = [files.disk]
+    disk = files.disk
+    writable = [*disk.layers[:1]]
     copy_on_write = None
     if files.memory is not None and files.share_memory:
         writable.append(files.memory)
@@ -347,7 +370,12 @@ def _commands(
     return confine_command(
         confine_binary(),
         program,
-        read=[files.boot.kernel, files.boot.initrd, *files.backing],
+        read=[
+            files.boot.kernel,
+            files.boot.initrd,
+            *disk.layers[1:],
+            *([disk.base] if disk.base else []),
+        ],
         write=writable,
         copy_on_write=copy_on_write,
         file_size_bytes=files.disk_limit_bytes,

@@ -5,7 +5,6 @@ A template is a directory named by the digest of everything its state depends on
     ram            the guest's memory; mapped copy-on-write by every fork, never opened writable again
     state          QEMU's device state
     disk.qcow2     the disk as the booted guest left it, above the image's root file system
-    overlay.qcow2  an empty overlay above disk.qcow2, copied for each fork
     manifest.json  the inputs, and size, inode and times of the files above
 
 Rule 1: nothing of a user's runs before a template is saved, and nothing unique is in it.
@@ -31,14 +30,14 @@ from taskvm.errors import HostError, SandboxLostError, UnavailableError
 from taskvm.identity import GuestUser
 from taskvm.paths import cache_dir, private_dir, replace_file, seized
 from taskvm.vm.boot import quiesce_ports, reach_ready
-from taskvm.vm.command import Boot, MachineShape
-from taskvm.vm.disk import copy_overlay, create_overlay
+from taskvm.vm.command import Boot, Disk, MachineShape
+from taskvm.vm.disk import create_layer
 from taskvm.vm.machine import DISK_LIMIT_BYTES, Machine, MachineFiles
 from taskvm.vm.qemu import Qemu
 
 # Part of every key: raise it when qemu_command's devices change or a template holds something else.
-LAYOUT = 2
-FILES = ("ram", "state", "disk.qcow2", "overlay.qcow2")
+LAYOUT = 3
+FILES = ("ram", "state", "disk.qcow2")
 # Of the most recently used. Each new agent, image, size or QEMU makes another; a running one keeps its open files.
 KEPT_TEMPLATES = 8
 # With less free a build that failed is taken to have failed for it: pages and tables come in clusters of 64 KiB.
@@ -49,11 +48,19 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuestFiles:
-    """What a guest boots from: kernel, initial file system, root disk (raw ext4), and the digest of all three."""
+    """What a guest boots from: kernel, initial file system, root disk, and the digest of all.
+
+    The root disk is raw ext4 with, above it, the qcow2 `layers` of a disk checkpoint, from the top down.
+    """
 
     boot: Boot
     rootfs: Path
     digest: str
+    layers: tuple[Path, ...] = ()
+
+    def disk(self, *above: Path) -> Disk:
+        """Return this disk with the layers `above`, the topmost first."""
+        return Disk(layers=(*above, *self.layers), base=self.rootfs)
 
 
 class TemplateInputs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -110,11 +117,10 @@ class Template:
         Its ports are at rest (QUIESCED): send an identity, then RESUME. Raises UnavailableError or SandboxLostError.
         """
         disk = run_dir / "disk.qcow2"
-        copy_overlay(self.path / "overlay.qcow2", disk)
+        create_layer(disk, self.guest.disk(self.path / "disk.qcow2"))
         files = MachineFiles(
             boot=self.guest.boot,
-            disk=disk,
-            backing=(self.path / "disk.qcow2", self.guest.rootfs),
+            disk=self.guest.disk(disk, self.path / "disk.qcow2"),
             memory=self.path / "ram",
             state=self.path / "state",
             disk_limit_bytes=disk_limit_bytes,
@@ -177,13 +183,6 @@ async def _build(template: Template, inputs: TemplateInputs, base: Path) -> None
     private_dir(staging)
     try:
         await _boot_and_save(template, staging)
-        await create_overlay(
-            template.qemu,
-            staging / "overlay.qcow2",
-            template.path / "disk.qcow2",
-            "qcow2",
-            size_bytes=template.guest.rootfs.stat().st_size,
-        )
         marks = {name: _seal(staging / name) for name in FILES}
         replace_file(
             staging / "manifest.json", msgspec.json.encode(Manifest(inputs=inputs, files=marks))
@@ -212,12 +211,10 @@ def _no_room(template: Template, cause: str) -> HostError:
 async def _boot_and_save(template: Template, staging: Path) -> None:
     guest = template.guest
     disk = staging / "disk.qcow2"
-    await create_overlay(template.qemu, disk, guest.rootfs, "raw")
+    create_layer(disk, guest.disk())
     memory = staging / "ram"
-    _reserve(memory, template.shape.memory_mib)
-    files = MachineFiles(
-        boot=guest.boot, disk=disk, backing=(guest.rootfs,), memory=memory, share_memory=True
-    )
+    reserve_memory(memory, template.shape.memory_mib)
+    files = MachineFiles(boot=guest.boot, disk=guest.disk(disk), memory=memory, share_memory=True)
     machine = await Machine.start(template.qemu, template.shape, files)
     try:
         ports = await reach_ready(machine, template.user)
@@ -241,7 +238,7 @@ def _remove_old(base: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _reserve(memory: Path, memory_mib: int) -> None:
+def reserve_memory(memory: Path, memory_mib: int) -> None:
     """Make the memory file, refusing early when the disk cannot hold it: a full disk would be SIGBUS in QEMU."""
     needed = memory_mib * 1024 * 1024
     free = shutil.disk_usage(memory.parent).free

@@ -14,7 +14,7 @@ from taskvm.paths import hold
 from taskvm.vm.accel import PROOF_TIMEOUT_S, kvm_obstacle, recall_verdict, remember_verdict
 from taskvm.vm.command import Accelerator, MachineShape
 from taskvm.vm.control import Control
-from taskvm.vm.disk import create_overlay
+from taskvm.vm.disk import create_layer
 from taskvm.vm.machine import DISK_LIMIT_BYTES, Machine, MachineFiles
 from taskvm.vm.qemu import Qemu
 from taskvm.vm.rundir import RunDir
@@ -84,11 +84,10 @@ async def boot_cold(
     """Return a machine that has begun to boot, with its disk in `run_dir`. Raises as `prepare`."""
     accelerator = await choose_accelerator(wanted)
     disk = run_dir / "disk.qcow2"
-    await create_overlay(wanted.qemu, disk, wanted.guest.rootfs, "raw")
+    create_layer(disk, wanted.guest.disk())
     files = MachineFiles(
         boot=wanted.guest.boot,
-        disk=disk,
-        backing=(wanted.guest.rootfs,),
+        disk=wanted.guest.disk(disk),
         disk_limit_bytes=disk_limit_bytes,
     )
     return await Machine.start(wanted.qemu, wanted.shape(accelerator), files)

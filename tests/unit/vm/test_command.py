@@ -1,6 +1,7 @@
 """The command lines: what QEMU is given, and what the supervisor lets it touch."""
 
 import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from taskvm.vm.command import (
     Boot,
     Descriptors,
+    Disk,
     MachineShape,
     confine_command,
     qemu_command,
@@ -15,13 +17,16 @@ from taskvm.vm.command import (
 
 SHAPE = MachineShape(arch="x86_64", machine="pc-q35-7.2", accelerator="tcg", cpus=2, memory_mib=512)
 BOOT = Boot(kernel=Path("/i/vmlinuz"), initrd=Path("/i/initrd"))
+DISK = Disk(
+    layers=(Path("/run/a,readonly=on/disk.qcow2"), Path("/t/disk.qcow2")), base=Path("/i/r")
+)
 DESCRIPTORS = Descriptors(qmp=10, console=11, control=12, fs=13, net=14)
 
 
 def command(shape: MachineShape = SHAPE, **changes: object) -> list[str]:
     options = {
         "boot": BOOT,
-        "disk": Path("/run/disk.qcow2"),
+        "disk": DISK,
         "memory": Path("/t/ram"),
         "share_memory": False,
         "incoming": True,
@@ -63,18 +68,27 @@ def test_a_template_being_made_shares_its_memory_and_boots() -> None:
     assert "-incoming" not in words
 
 
-def test_the_disk_format_is_never_guessed() -> None:
-    """A guest that writes a qcow2 header into its disk gains nothing."""
+def test_every_file_and_format_of_the_disk_is_named() -> None:
+    """What a layer's header says of the file beneath it is never asked, nor what a guest writes at a disk's start."""
     words = command()
+    top = json.loads(words[words.index("-blockdev") + 1])
 
-    assert "format=qcow2" in words[words.index("-drive") + 1]
+    chain = [top, top["backing"], top["backing"]["backing"]]
+    assert [node["driver"] for node in chain] == ["qcow2", "qcow2", "raw"]
+    assert [node["file"]["filename"] for node in chain] == [
+        "/run/a,readonly=on/disk.qcow2",
+        "/t/disk.qcow2",
+        "/i/r",
+    ]
+    assert {node["file"]["driver"] for node in chain} == {"file"}
 
 
-def test_a_comma_in_a_path_stays_in_the_path() -> None:
-    """QEMU splits options at commas; a doubled comma is one."""
-    words = command(disk=Path("/run/a,readonly=on/disk.qcow2"))
+def test_a_machine_that_never_runs_has_a_disk_of_nothing() -> None:
+    """It receives another machine's memory; that one's disk stays its own."""
+    words = command(disk=Disk(size_bytes=1 << 30))
 
-    assert "file=/run/a,,readonly=on/disk.qcow2,format" in words[words.index("-drive") + 1]
+    node = json.loads(words[words.index("-blockdev") + 1])
+    assert (node["driver"], node["size"]) == ("null-co", 1 << 30)
 
 
 @pytest.mark.parametrize(

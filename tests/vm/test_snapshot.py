@@ -1,0 +1,84 @@
+"""Running machines whose disk and memory are saved at one instant.
+
+Covers taskvm.vm.snapshot, taskvm.vm.layers and taskvm.vm.disk.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from tests.conftest import GUEST
+
+from taskvm import Sandbox
+from taskvm.vm.disk import flatten, read_header
+from taskvm.vm.qemu import find_qemu, host_arch
+from taskvm.vm.snapshot import save_disk, save_machine
+
+pytestmark = pytest.mark.vm
+
+
+async def test_a_disk_is_cut_and_its_layers_merged_again(tmp_path: Path) -> None:
+    """Three times: the guest runs on, its disk keeps all, and has no more layers than at first."""
+    async with Sandbox.create(**GUEST) as vm:
+        guest = vm._guest
+        before = guest.layers.disk
+        for number in range(3):
+            await vm.exec(f"echo {number} >> /root/log")
+            async with guest.watch.kept_awake():
+                cut = await save_disk(guest.machine, guest.layers, guest.at_rest)
+                await flatten(find_qemu(host_arch()), cut.disk, tmp_path / f"{number}.qcow2")
+                await guest.layers.merge()
+        log = await vm.exec("cat /root/log; sync; echo 3 > /proc/sys/vm/drop_caches; cat /root/log")
+
+    assert log.stdout == "0\n1\n2\n" * 2
+    assert guest.layers.disk == before
+    assert b"0\n1\n2\n" in (tmp_path / "2.qcow2").read_bytes()
+    assert b"0\n1\n2\n" not in (tmp_path / "1.qcow2").read_bytes()
+    assert not read_header(tmp_path / "2.qcow2").names_backing
+
+
+@pytest.mark.parametrize(
+    "load", ["true", "while :; do head -c 40M /dev/urandom > /dev/shm/x; done"]
+)
+async def test_a_machine_is_saved_while_it_runs(tmp_path: Path, load: str) -> None:
+    """An idle guest, and one that dirties memory all the time: both are saved, and run on."""
+    async with Sandbox.create(**GUEST) as vm:
+        guest = vm._guest
+        process = await vm.spawn(load)
+        async with guest.watch.kept_awake():
+            cut = await save_machine(
+                find_qemu(host_arch()), guest.machine, guest.layers, guest.at_rest, tmp_path
+            )
+        answer = await vm.exec(["echo", "still here"])
+        await process.kill_all()
+
+    assert answer.stdout == "still here\n"
+    assert (tmp_path / "ram").stat().st_size == GUEST["memory_mib"] << 20
+    assert (tmp_path / "state").stat().st_size > 100_000
+    assert cut.disk.layers[0].name == "disk.qcow2"
+
+
+async def test_a_machine_that_stops_too_early_is_saved_at_the_second_attempt(
+    tmp_path: Path,
+) -> None:
+    """All was sent before the guest was at rest: it goes on, comes to rest, and is sent again."""
+    rests: list[int] = []
+    async with Sandbox.create(**GUEST) as vm:
+        guest = vm._guest
+
+        @asynccontextmanager
+        async def at_rest() -> AsyncIterator[None]:
+            rests.append(1)
+            await asyncio.sleep(1 if len(rests) == 1 else 0)
+            async with guest.at_rest():
+                yield
+
+        async with guest.watch.kept_awake():
+            await save_machine(
+                find_qemu(host_arch()), guest.machine, guest.layers, at_rest, tmp_path
+            )
+        answer = await vm.exec(["echo", "still here"])
+
+    assert (len(rests), answer.stdout) == (2, "still here\n")
