@@ -21,7 +21,8 @@ from typing import Literal
 from urllib.parse import unquote_to_bytes
 
 from taskvm.errors import UsageError
-from taskvm.policy import HostPattern, Policy
+from taskvm.hostpattern import HostPattern
+from taskvm.policy import Policy
 from taskvm.secret import Secret
 
 PLACEHOLDER_ENTROPY = 24  # bytes: not to be guessed, and never a part of another text by chance
