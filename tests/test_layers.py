@@ -24,7 +24,7 @@ PURE = (
     "taskvm.policyfile",
     "taskvm.hostpattern",
     "taskvm.pathpattern",
-    "taskvm.explain",
+    "taskvm.explanation",
     "taskvm.identity",
     "taskvm.injection",
     "taskvm.wire.*",

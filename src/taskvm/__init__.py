@@ -21,6 +21,7 @@ from taskvm.errors import (
     UpstreamError,
     UsageError,
 )
+from taskvm.explanation import Explanation, Step, explain
 from taskvm.files import FileInfo, Files
 from taskvm.fs.hostdir import HostDir
 from taskvm.fs.memory import Memory
@@ -31,7 +32,7 @@ from taskvm.limits import Limits
 from taskvm.net.ingress import Forward
 from taskvm.opening import Opening
 from taskvm.paths import Removed
-from taskvm.policy import Policy
+from taskvm.policy import Decision, Policy
 from taskvm.pool import WarmPool
 from taskvm.process import ByteStream, ExecResult, Process
 from taskvm.resources import ExecLimits, ExecUsage
@@ -56,6 +57,10 @@ __all__ = [
     "FileInfo",
     "CopyLimits",
     "Policy",
+    "Decision",
+    "explain",
+    "Explanation",
+    "Step",
     "WarmPool",
     "Limits",
     "Statistics",

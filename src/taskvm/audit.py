@@ -50,6 +50,7 @@ class AuditEvent(
     address: str = ""  # what was connected to, or asked for by number; ingress: who connected
     port: int = 0
     guest_port: int = 0  # of ingress: the server's in the guest
+    scheme: str = ""  # of a request
     method: str = ""
     path: str = ""  # without the query
     status: int = 0
@@ -76,6 +77,7 @@ def render_event(event: AuditEvent) -> bytes:
         reason=_clean(event.reason, MAX_TEXT),
         host=_clean(event.host, MAX_TEXT),
         address=_clean(event.address, MAX_TEXT),
+        scheme=_clean(event.scheme, 32),
         method=_clean(event.method, 32),
         path=_clean(event.path.partition("?")[0], MAX_PATH),
         secrets=tuple(_clean(name, MAX_TEXT) for name in event.secrets[:MAX_NAMES]),

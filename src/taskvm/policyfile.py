@@ -30,15 +30,16 @@ KeyPath = tuple[str | int, ...]
 _HEADER = re.compile(r"\s*\[(\[?)\s*([^\]]+?)\s*\]")
 _MISTAKE = re.compile(r"(.*) - at `\$(.*)`\Z")
 _STEP = re.compile(r"\.(\w+)|\[(\d+)\]")
+_TOKEN = re.compile(r"\"(?:[^\"\\\n]|\\.)*\"|'[^'\n]*'|\]")
 _SPACE = re.compile(r"\s*")
 
 
 class RuleTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One `[[rules]]` table."""
 
+    name: str = ""
     action: Literal["allow", "deny"]
     hosts: tuple[str, ...]
-    name: str = ""
     scheme: Literal["http", "https"] | None = None
     methods: tuple[str, ...] = ()
     paths: tuple[str, ...] = ()
@@ -169,7 +170,9 @@ def _is_key(line: str, key: str) -> bool:
 def _find_entry(text: str, offset: int, numbers: list[int]) -> int:
     if not numbers:
         return offset
-    entries = re.finditer(r"\"(?:[^\"\\\n]|\\.)*\"|'[^'\n]*'", text[text.index("=", offset) :])
-    start = text.index("=", offset)
-    found = [start + entry.start() for entry in entries]
-    return found[numbers[0]] if numbers[0] < len(found) else offset
+    entries = []
+    for token in _TOKEN.finditer(text, text.index("=", offset)):
+        if token[0] == "]":
+            break
+        entries.append(token.start())
+    return entries[numbers[0]] if numbers[0] < len(entries) else offset

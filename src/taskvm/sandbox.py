@@ -91,6 +91,7 @@ class Sandbox:
         mounts: Mapping[str, Provider] | None = None,
         allow: Sequence[str] = (),
         allow_addresses: Sequence[str] = (),
+        policy: Policy | None = None,
         secrets: Sequence[Secret] = (),
         env: Mapping[str, str] | None = None,
         resolve: Mapping[str, str] | None = None,
@@ -112,6 +113,7 @@ class Sandbox:
         `:port`. None: nothing.
         allow_addresses: addresses or networks that are otherwise refused (loopback, private, metadata), such as
             `127.0.0.1:8443`. The name must be allowed as well.
+        policy: rules with methods and paths, such as `Policy.from_file`; they come before `allow`.
         secrets: values that the guest never sees; it finds a placeholder in the variable of the secret's name.
         env: further variables for every command. resolve: name → address, instead of the host's resolver.
         extra_ca_files: PEM files that upstream certificates are verified with, besides the host's own.
@@ -129,21 +131,16 @@ class Sandbox:
         """
         options = SandboxOptions(
             mounts=dict(mounts or {}),
-            policy=Policy.parse(allow=allow, allow_addresses=allow_addresses),
+            policy=(policy or Policy()).joined(Policy.parse(allow, allow_addresses)),
             secrets=tuple(secrets),
             env=dict(env or {}),
             resolve=dict(resolve or {}),
             extra_ca_files=tuple(Path(path) for path in extra_ca_files),
             audit_path=None if audit_path is None else Path(audit_path),
-            image=image,
-            cpus=cpus,
-            memory_mib=memory_mib,
-            accel=accel,
-            warm=warm,
-            pool=pool,
+            image=image, cpus=cpus, memory_mib=memory_mib, accel=accel, warm=warm, pool=pool,
             limits=Limits(**limits),
             on_progress=on_progress,
-        )
+        )  # fmt: skip
         return Opening(partial(cls._start, options))
 
     @classmethod

@@ -281,12 +281,13 @@ async def egress_lab(
     *,
     allow: Sequence[str] = (),
     allow_addresses: Sequence[str] = (),
+    rules: str = "",
     hosts: dict[str, Sequence[str]] | None = None,
     secrets: Sequence[Secret] = (),
     max_log_bytes: int = 10_000_000,
 ) -> AsyncIterator[Lab]:
-    """Run a gateway for a policy; `hosts` is what the host's resolver knows."""
-    policy = Policy.parse(allow, allow_addresses)
+    """Run a gateway for a policy (`rules` is a policy file's text); `hosts` is what the host's resolver knows."""
+    policy = Policy.from_text(rules).joined(Policy.parse(allow, allow_addresses))
     bound = bind_secrets(policy, secrets, os.urandom)
     lines: list[bytes] = []
     audit = AuditLog(lines.append, "box", max_bytes=max_log_bytes)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from taskvm.cli import doctor, image, run
+from taskvm.cli import doctor, image, policy, run
 from taskvm.cli.group import main
 
 __all__ = ["main"]
 
-for _command in (run.run, run.shell, image.image, doctor.doctor):
+for _command in (run.run, run.shell, image.image, doctor.doctor, policy.policy):
     main.add_command(_command)

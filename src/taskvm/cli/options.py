@@ -11,27 +11,18 @@ from typing import Concatenate, ParamSpec
 import click
 
 import taskvm
-from taskvm import HostDir, Sandbox, Secret, UsageError
+from taskvm import HostDir, Policy, Sandbox, Secret, UsageError
 from taskvm.cli.group import progress, silent
 
 P = ParamSpec("P")
 
-SANDBOX_OPTIONS = (
+# What may leave: the same for commands that only ask about it.
+POLICY_OPTIONS = (
     click.option(
-        "--image",
-        metavar="NAME",
-        help="Image of the store (name or digest). [default: the standard image]",
-    ),
-    click.option("--cpus", default=2, show_default=True, help="Virtual CPUs."),
-    click.option(
-        "--memory", default=512, show_default=True, metavar="MIB", help="Guest memory in MiB."
-    ),
-    click.option(
-        "--mount",
-        "mounts",
-        multiple=True,
-        metavar="HOST:GUEST[:ro]",
-        help="Mount a host directory, read-write or read-only.",
+        "--policy",
+        "policy_file",
+        metavar="FILE",
+        help="Rules with hosts, methods and paths (TOML or JSON); those of --allow come after them.",
     ),
     click.option(
         "--allow",
@@ -52,6 +43,26 @@ SANDBOX_OPTIONS = (
         metavar="HOST=ADDRESS",
         help="Use ADDRESS for HOST instead of looking it up.",
     ),
+)
+
+SANDBOX_OPTIONS = (
+    click.option(
+        "--image",
+        metavar="NAME",
+        help="Image of the store (name or digest). [default: the standard image]",
+    ),
+    click.option("--cpus", default=2, show_default=True, help="Virtual CPUs."),
+    click.option(
+        "--memory", default=512, show_default=True, metavar="MIB", help="Guest memory in MiB."
+    ),
+    click.option(
+        "--mount",
+        "mounts",
+        multiple=True,
+        metavar="HOST:GUEST[:ro]",
+        help="Mount a host directory, read-write or read-only.",
+    ),
+    *POLICY_OPTIONS,
     click.option(
         "--secret",
         "secrets",
@@ -117,6 +128,7 @@ class SandboxArguments:
     cpus: int
     memory: int
     mounts: tuple[str, ...]
+    policy_file: str | None
     allow: tuple[str, ...]
     allow_addresses: tuple[str, ...]
     resolve: tuple[str, ...]
@@ -141,9 +153,8 @@ class SandboxArguments:
             )
         return Sandbox.create(
             mounts=dict(_mount(text) for text in self.mounts),
-            allow=self.allow,
-            allow_addresses=self.allow_addresses,
-            resolve=dict(pair(text, "--resolve", "HOST=ADDRESS") for text in self.resolve),
+            policy=read_policy(self.policy_file, self.allow, self.allow_addresses),
+            resolve=read_table(self.resolve),
             secrets=[*map(_secret, self.secrets), *map(_secret_file, self.secret_files)],
             extra_ca_files=[Path(path) for path in self.ca_files],
             env=dict(pair(text, "--env", "K=V") for text in self.env),
@@ -171,6 +182,19 @@ def sandbox_options(
     for option in reversed(SANDBOX_OPTIONS):
         collect = option(collect)
     return collect
+
+
+def read_policy(
+    policy_file: str | None, allow: Iterable[str], allow_addresses: Iterable[str]
+) -> Policy:
+    """Return what the options of a policy mean together."""
+    rules = Policy.from_file(policy_file) if policy_file else Policy()
+    return rules.joined(Policy.parse(allow, allow_addresses))
+
+
+def read_table(resolve: Iterable[str]) -> dict[str, str]:
+    """Return the table of names that --resolve gives."""
+    return dict(pair(text, "--resolve", "HOST=ADDRESS") for text in resolve)
 
 
 def _mount(text: str) -> tuple[str, HostDir]:

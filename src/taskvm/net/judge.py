@@ -12,7 +12,7 @@ import h11
 
 from taskvm.injection import InjectionRefused
 from taskvm.net.egress import UNRECORDED, Refusal, Session
-from taskvm.policy import decide_name
+from taskvm.policy import Intent, decide_request
 from taskvm.wire.http1 import (
     Header,
     HttpRefused,
@@ -21,6 +21,9 @@ from taskvm.wire.http1 import (
     may_have_trailer,
     trailer_headers,
 )
+
+# What frameworks take for the method instead of the one in the request line.
+_METHOD_OVERRIDES = frozenset({b"x-http-method-override", b"x-http-method", b"x-method-override"})
 
 
 class Judge:
@@ -77,7 +80,11 @@ class Judge:
         except HttpRefused as error:
             kind = "egress_denied" if error.status == 403 else "bad_request"
             raise Refusal(error.status, kind, "http", error.reason) from error
-        decision = decide_name(self._session.egress.policy, origin.host, origin.port)
+        intent = Intent(
+            origin.scheme, origin.host, origin.port, head.method.decode("ascii"), head.target,
+            overrides_method=any(name.lower() in _METHOD_OVERRIDES for name, _ in head.headers),
+        )  # fmt: skip
+        decision = decide_request(self._session.egress.policy, intent)
         if not decision.allowed:
             raise Refusal.of(decision)
         try:
@@ -102,6 +109,7 @@ class Judge:
         except InjectionRefused:
             return {}
         return {
+            "scheme": self._session.origin.scheme,
             "method": request.method.decode("ascii"),
             "path": request.target.partition(b"?")[0].decode("ascii"),
         }

@@ -18,6 +18,7 @@ from taskvm.limits import LimitArguments
 from taskvm.net import ingress as aio_ingress
 from taskvm.net.ingress import LOCALHOST
 from taskvm.options import DEFAULT_CPUS, DEFAULT_MEMORY_MIB, ignore_progress
+from taskvm.policy import Policy
 from taskvm.process import ExecResult
 from taskvm.resources import ExecLimits
 from taskvm.sandbox import Command, State
@@ -51,6 +52,7 @@ class Sandbox:
         mounts: Mapping[str, Provider] | None = None,
         allow: Sequence[str] = (),
         allow_addresses: Sequence[str] = (),
+        policy: Policy | None = None,
         secrets: Sequence[Secret] = (),
         env: Mapping[str, str] | None = None,
         resolve: Mapping[str, str] | None = None,
@@ -78,6 +80,7 @@ class Sandbox:
             mounts=mounts,
             allow=allow,
             allow_addresses=allow_addresses,
+            policy=policy,
             secrets=secrets,
             env=env,
             resolve=resolve,
