@@ -6,7 +6,7 @@ The template is built once and kept in the user's cache; a sandbox then costs te
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,6 +83,18 @@ async def asynchronous_vm() -> AsyncIterator[Sandbox]:
 
     async with Sandbox.create(**GUEST) as sandbox:
         yield sandbox
+
+
+@pytest.fixture(scope="module")
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The place of a supervisor of this module's own, which ends with it."""
+    from taskvm.supervisor import Supervisor
+
+    directory = tmp_path_factory.mktemp("runtime")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TASKVM_RUNTIME", str(directory))
+        yield directory
+        asyncio.run(Supervisor().shut_down())
 
 
 @pytest.fixture

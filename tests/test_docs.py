@@ -21,6 +21,7 @@ from taskfactory.runner import Summary
 from taskfactory.sandboxconfig import SWITCH_VARIABLE, SandboxConfig, SandboxSecret
 from taskfactory.settings import HOME_VARIABLE
 from taskvm.audit import AuditEvent
+from taskvm.supervisor.place import RUNTIME_VARIABLE
 
 PAGE = (Path(__file__).parent.parent / "docs" / "configuration.md").read_text(encoding="utf-8")
 # "## Heading" to its text.
@@ -109,7 +110,9 @@ def test_every_field_of_the_audit_log_is_named() -> None:
 
 
 def test_every_variable_is_named() -> None:
-    assert {HOME_VARIABLE, SWITCH_VARIABLE, "TASKVM_CACHE"} <= _code(_section("Environment"))
+    assert {HOME_VARIABLE, SWITCH_VARIABLE, RUNTIME_VARIABLE, "TASKVM_CACHE"} <= _code(
+        _section("Environment")
+    )
 
 
 @pytest.mark.vm

@@ -27,6 +27,7 @@ PURE = (
     "taskvm.explanation",
     "taskvm.identity",
     "taskvm.injection",
+    "taskvm.ring",
     "taskvm.wire.*",
 )
 IO = (*PURE, "taskvm.port", "taskvm.background", "taskvm.opening", "taskvm.paths")
@@ -59,7 +60,14 @@ RULES = (
     (("taskvm.image", "taskvm.image.*"), (*IO, "taskvm.image.*"), SCREEN),
     (
         ("taskvm.cli", "taskvm.cli.*"),
-        ("taskvm", "taskvm.doctor", "taskvm.terminal", "taskvm.cli", "taskvm.cli.*"),
+        (
+            "taskvm",
+            "taskvm.doctor",
+            "taskvm.supervisor",
+            "taskvm.terminal",
+            "taskvm.cli",
+            "taskvm.cli.*",
+        ),
         (),
     ),
     (("taskvm", "taskvm.*"), ("taskvm", "taskvm.*"), SCREEN),

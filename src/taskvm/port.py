@@ -92,9 +92,7 @@ class FramePort(asyncio.Protocol):
         Raises SandboxLostError when the port is gone.
         """
         if self._transport is None or self._lost is not None:
-            raise SandboxLostError(
-                f"write to the guest's port {self.name}", str(self._lost or "it is closed")
-            )
+            raise self.make_lost_error("write to", str(self._lost or "it is closed"))
         self.frames += 1
         header = encode_header(kind, channel, stream, len(payload))
         if self._held is not None and not urgent:
@@ -142,16 +140,29 @@ class FramePort(asyncio.Protocol):
         """Let the guest's side go on after `quiesce` (or after a resume from a template, which is saved at rest)."""
         self.send(FrameType.RESUME, 0, 0, urgent=True)
 
-    def close(self) -> None:
-        """Close the port. Idempotent; `on_lost` is not called."""
-        self._lost = self._lost or SandboxLostError(f"use the guest's port {self.name}", "closed")
+    def close(self, *, linger_s: float = 0.0) -> None:
+        """Close the port; within `linger_s` what was sent still goes out. Idempotent; `on_lost` is not called."""
+        self._lost = self._lost or self.make_lost_error("use", "closed")
         self._release_waiters()
-        if self._transport is not None:
+        if self._transport is not None and linger_s:
+            self._transport.close()
+            self._loop.call_later(linger_s, self._transport.abort)
+        elif self._transport is not None:
             self._transport.abort()
 
     def fail(self, reason: str) -> None:
         """End the port because the guest broke the protocol; `on_lost` gets the GuestProtocolError."""
-        self.lose(GuestProtocolError(self.name, reason))
+        self.lose(self.make_protocol_error(reason))
+
+    # What its end is called: another peer than a guest speaks the same frames (taskvm.supervisor.ports).
+
+    def make_protocol_error(self, reason: str) -> Exception:
+        """Return what a peer that broke the protocol raises."""
+        return GuestProtocolError(self.name, reason)
+
+    def make_lost_error(self, attempt: str, reason: str) -> Exception:
+        """Return what use of a port whose peer is gone raises; `attempt` is a few words, such as "write to"."""
+        return SandboxLostError(f"{attempt} the guest's port {self.name}", reason)
 
     # Called by the event loop.
 
@@ -190,12 +201,8 @@ class FramePort(asyncio.Protocol):
             self._transport.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.lose(
-            SandboxLostError(
-                f"read from the guest's port {self.name}",
-                f"the virtual machine ended ({exc or 'end of file'})",
-            )
-        )
+        reason = f"the virtual machine ended ({exc or 'end of file'})"
+        self.lose(self.make_lost_error("read from", reason))
 
     def pause_writing(self) -> None:
         self._writable.clear()
@@ -335,7 +342,7 @@ class Inlet:
         owed, self._owed = self._owed, 0
         try:
             self._port.send(FrameType.CREDIT, self._channel, self._stream, encode_u32(owed))
-        except SandboxLostError as error:
+        except (SandboxLostError, ConnectionError) as error:
             self.fail(error)
 
 

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from taskvm.cli import doctor, image, policy, run
+from taskvm.cli import attached, doctor, image, policy, run, sandboxes, supervisor
 from taskvm.cli.group import main
 
 __all__ = ["main"]
 
-for _command in (run.run, run.shell, image.image, doctor.doctor, policy.policy):
+for _command in (
+    run.run,
+    attached.shell,
+    sandboxes.start,
+    sandboxes.ps,
+    attached.attach,
+    attached.exec_,
+    sandboxes.logs,
+    sandboxes.cp,
+    sandboxes.stop,
+    supervisor.supervisor,
+    image.image,
+    policy.policy,
+    doctor.doctor,
+):
     main.add_command(_command)

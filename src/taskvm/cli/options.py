@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Concatenate, ParamSpec
 
 import click
+import msgspec
 
 import taskvm
 from taskvm import HostDir, Policy, Sandbox, Secret, UsageError
@@ -91,6 +92,11 @@ SANDBOX_OPTIONS = (
         help="Working directory in the guest. [default: /workspace if mounted]",
     ),
     click.option(
+        "--user",
+        metavar="USER",
+        help="Account of the guest that runs the command: a name, or UID:GID.",
+    ),
+    click.option(
         "--timeout",
         type=float,
         metavar="S",
@@ -98,6 +104,12 @@ SANDBOX_OPTIONS = (
     ),
     click.option(
         "--max-duration", type=float, metavar="S", help="End the whole sandbox after S seconds."
+    ),
+    click.option(
+        "--idle-timeout",
+        type=float,
+        metavar="S",
+        help="End the sandbox when nothing has happened in it for S seconds (shell, start, run --detach).",
     ),
     click.option(
         "--publish",
@@ -139,23 +151,71 @@ class SandboxArguments:
     cwd: str | None
     timeout: float | None
     max_duration: float | None
+    idle_timeout: float | None
+    user: str | None
     publish: tuple[str, ...]
     audit: str | None
     accel: str
     cold: bool
     quiet: bool
 
-    def create(self) -> taskvm.Opening[taskvm.Sandbox]:
-        """Return the sandbox, to be started. Raises UsageError."""
-        if self.timeout is not None and not self.timeout > 0:  # so that "nan" is refused too
-            raise UsageError(
-                f"use --timeout {self.timeout:g}", "it is not a positive number of seconds"
-            )
+    @classmethod
+    def of(cls, options: Mapping[str, object]) -> SandboxArguments:
+        """Return the arguments that these options are, by their names; the others have their defaults.
+
+        Raises UsageError for one that does not exist, or is of another type.
+        """
+        blank = click.command()(sandbox_options(_ignore))
+        known = blank.make_context("options", []).params
+        try:
+            if unknown := options.keys() - known.keys():
+                raise msgspec.ValidationError(f"there is no option {min(unknown)!r}")
+            return msgspec.convert({**known, **options}, cls)
+        except msgspec.ValidationError as error:
+            raise UsageError("read the options of a sandbox", str(error)) from error
+
+    def portable(self) -> dict[str, object]:
+        """Return the options as another process with another working directory understands them (`of`)."""
+        absolute = replace(
+            self,
+            mounts=tuple(_absolute_mount(text) for text in self.mounts),
+            policy_file=_absolute(self.policy_file),
+            ca_files=tuple(str(Path(path).absolute()) for path in self.ca_files),
+            audit=_absolute(self.audit),
+        )
+        return {item.name: getattr(absolute, item.name) for item in fields(self)}
+
+    def variables(self) -> dict[str, str]:
+        """Return the values of all secrets, by name, from this process's environment and files. Raises UsageError."""
+        return {secret.name: secret.reveal() for secret in self._secrets(None)}
+
+    @property
+    def on_progress(self) -> Callable[[str], None]:
+        return silent if self.quiet else progress
+
+    def check(self) -> None:
+        """Raise UsageError for what does not concern the sandbox but its command."""
+        for option, value in (("timeout", self.timeout), ("idle-timeout", self.idle_timeout)):
+            if value is not None and not value > 0:  # so that "nan" is refused too
+                raise UsageError(
+                    f"use --{option} {value:g}", "it is not a positive number of seconds"
+                )
+
+    def create(
+        self,
+        variables: Mapping[str, str] | None = None,
+        on_progress: Callable[[str], None] | None = None,
+    ) -> taskvm.Opening[taskvm.Sandbox]:
+        """Return the sandbox, to be started. Raises UsageError.
+
+        `variables` has the values of its secrets when another process has read them.
+        """
+        self.check()
         return Sandbox.create(
             mounts=dict(_mount(text) for text in self.mounts),
             policy=read_policy(self.policy_file, self.allow, self.allow_addresses),
             resolve=read_table(self.resolve),
-            secrets=[*map(_secret, self.secrets), *map(_secret_file, self.secret_files)],
+            secrets=self._secrets(variables),
             extra_ca_files=[Path(path) for path in self.ca_files],
             env=dict(pair(text, "--env", "K=V") for text in self.env),
             audit_path=self.audit,
@@ -165,8 +225,14 @@ class SandboxArguments:
             accel=self.accel,  # type: ignore[arg-type]  # click.Choice has checked it
             warm=not self.cold,
             max_duration_s=self.max_duration,
-            on_progress=silent if self.quiet else progress,
+            on_progress=on_progress or self.on_progress,
         )
+
+    def _secrets(self, variables: Mapping[str, str] | None) -> list[Secret]:
+        return [
+            *(_secret(text, variables) for text in self.secrets),
+            *(_secret_file(text, variables) for text in self.secret_files),
+        ]
 
 
 def sandbox_options(
@@ -197,6 +263,19 @@ def read_table(resolve: Iterable[str]) -> dict[str, str]:
     return dict(pair(text, "--resolve", "HOST=ADDRESS") for text in resolve)
 
 
+def _ignore(arguments: SandboxArguments) -> None:
+    """For a command that is only parsed."""
+
+
+def _absolute_mount(text: str) -> str:
+    host, colon, rest = text.partition(":")
+    return f"{Path(host or '.').absolute()}{colon}{rest}"
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).absolute())
+
+
 def _mount(text: str) -> tuple[str, HostDir]:
     parts = text.split(":")
     if len(parts) == 3 and parts[2] in ("ro", "rw"):
@@ -223,7 +302,7 @@ def published(text: str) -> tuple[int, int]:
     return int(host_port) if separator else 0, int(guest_port)
 
 
-def _secret(text: str) -> Secret:
+def _secret(text: str, variables: Mapping[str, str] | None) -> Secret:
     name, separator, hosts = text.partition("@")
     if "=" in text:
         # The text may hold the value itself: it is not repeated.
@@ -234,14 +313,18 @@ def _secret(text: str) -> Secret:
         )
     if not separator:
         raise UsageError(f"read --secret {text}", "it is not NAME@HOST[,HOST…]")
+    if variables is not None:
+        return Secret.from_value(name, variables.get(name, ""), hosts=_hosts(hosts))
     return Secret.from_env(name, hosts=_hosts(hosts))
 
 
-def _secret_file(text: str) -> Secret:
+def _secret_file(text: str, variables: Mapping[str, str] | None) -> Secret:
     name, equals, rest = text.partition("=")
     path, separator, hosts = rest.rpartition("@")
     if not (name and equals and path and separator):
         raise UsageError(f"read --secret-file {text}", "it is not NAME=FILE@HOST[,HOST…]")
+    if variables is not None:
+        return Secret.from_value(name, variables.get(name, ""), hosts=_hosts(hosts))
     return Secret.from_file(path, name=name, hosts=_hosts(hosts))
 
 

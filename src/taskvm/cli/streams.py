@@ -6,26 +6,36 @@ import asyncio
 import os
 import select
 import signal
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from typing import Any, Protocol
 
-from taskvm import ByteStream, HostError, Process, SandboxLostError
+from taskvm import ByteStream, ExecResult, HostError, SandboxLostError
+from taskvm.cli.detach import DetachKeys
 from taskvm.terminal import Terminal
 
 STDIN, STDOUT, STDERR = range(3)
 
 
-async def until_signal(work: Coroutine[Any, Any, int]) -> int:
-    """Do the work; SIGTERM and SIGHUP cancel it as Ctrl-C does, so that the sandbox is released."""
+async def until_signal(
+    work: Coroutine[Any, Any, int],
+    *,
+    numbers: Sequence[int] = (signal.SIGTERM, signal.SIGHUP),
+    on_signal: Callable[[int], Awaitable[None]] | None = None,
+) -> int:
+    """Do the work; the signals cancel it as Ctrl-C does, so that the sandbox is released.
+
+    `on_signal` is awaited when the work has been left so, with the signal.
+    """
     task, loop = asyncio.current_task(), asyncio.get_running_loop()
     assert task is not None, "this is a coroutine of asyncio.run"
     received: list[int] = []
 
     def end(number: int) -> None:
         received.append(number)
-        task.cancel()
+        if on_signal is None or len(received) == 1:
+            task.cancel()
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in numbers:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup(1) ignores SIGHUP
             loop.add_signal_handler(number, end, number)
     try:
@@ -33,6 +43,8 @@ async def until_signal(work: Coroutine[Any, Any, int]) -> int:
     except asyncio.CancelledError:
         if not received:
             raise
+        if on_signal is not None:
+            await on_signal(received[0])
         return 128 + received[0]
 
 
@@ -40,15 +52,41 @@ class NoReaderError(Exception):
     """Whoever read our output has gone, as `head` does when it has seen enough."""
 
 
-async def relay(process: Process, terminal: Terminal | None) -> int:
+class DetachedError(Exception):
+    """The user has typed the detach keys."""
+
+
+class Program(Protocol):
+    """What has the streams: a `Process`, or an `Attachment` to one."""
+
+    stdout: ByteStream
+    stderr: ByteStream
+
+    async def write(self, data: bytes) -> None: ...
+    async def close_stdin(self) -> None: ...
+    async def resize(self, rows: int, cols: int) -> None: ...
+    async def wait(self) -> ExecResult: ...
+
+
+async def relay(
+    process: Program,
+    terminal: Terminal | None,
+    *,
+    keys: DetachKeys | None = None,
+    owns_input: bool = True,
+) -> ExecResult:
+    """Give the standard streams to `process` until it ends. With `owns_input` their end is its input's end.
+
+    Raises DetachedError when `keys` are typed.
+    """
     try:
         async with asyncio.TaskGroup() as group:
-            endless = [group.create_task(_feed(process))]
+            endless = [group.create_task(_feed(process, keys, owns_input))]
             if terminal is not None:
                 endless.append(group.create_task(terminal.follow(process.resize)))
             outputs = [
-                group.create_task(_copy(process.stdout, STDOUT)),
-                group.create_task(_copy(process.stderr, STDERR)),
+                group.create_task(copy_stream(process.stdout, STDOUT)),
+                group.create_task(copy_stream(process.stderr, STDERR)),
             ]
             result = await process.wait()
             await asyncio.wait(outputs)
@@ -56,10 +94,11 @@ async def relay(process: Process, terminal: Terminal | None) -> int:
                 task.cancel()
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from None  # the others say the same, or follow from it
-    return result.exit_code
+    return result
 
 
-async def _copy(stream: ByteStream, descriptor: int) -> None:
+async def copy_stream(stream: ByteStream, descriptor: int) -> None:
+    """Write what comes to one of the standard streams. Raises NoReaderError, HostError."""
     async for data in stream:
         await asyncio.to_thread(_write_all, descriptor, data)
 
@@ -87,13 +126,17 @@ def occupy_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
 
 
-async def _feed(process: Process) -> None:
+async def _feed(process: Program, keys: DetachKeys | None, owns_input: bool) -> None:
     """Pass standard input on. Nothing is read ahead of what the guest takes."""
     read = _read_ready if _is_pollable(STDIN) else _read_file
     try:
         while data := await read(STDIN):
-            await process.write(data)
-        await process.close_stdin()
+            passed, detached = keys.feed(data) if keys else (data, False)
+            await process.write(passed)
+            if detached:
+                raise DetachedError
+        if owns_input:
+            await process.close_stdin()
     except (OSError, SandboxLostError):
         return  # the process has ended, or reads no more
 
@@ -122,3 +165,9 @@ async def _read_ready(descriptor: int) -> bytes:
 
 async def _read_file(descriptor: int) -> bytes:
     return await asyncio.to_thread(os.read, descriptor, 65536)
+
+
+def terminal_environment(env: Iterable[str]) -> dict[str, str]:
+    """Tell the guest which terminal this is, unless the user said another."""
+    said = any(text.startswith("TERM=") for text in env)
+    return {} if said or "TERM" not in os.environ else {"TERM": os.environ["TERM"]}

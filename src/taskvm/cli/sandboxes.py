@@ -1,0 +1,178 @@
+"""`taskvm start`, `ps`, `stop`, `logs` and `cp`: the sandboxes that the supervisor holds."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+import click
+import msgspec
+
+from taskvm import TaskvmError, UsageError
+from taskvm.cli.attached import name_option, start_held
+from taskvm.cli.group import EXIT_FAILURE, EXIT_NO_READER
+from taskvm.cli.options import SandboxArguments, sandbox_options
+from taskvm.cli.streams import STDERR, STDOUT, NoReaderError, copy_stream, until_signal
+from taskvm.supervisor import SandboxStatus, Supervisor
+
+_COLUMNS = ("ID", "NAME", "IMAGE", "STATE", "AGE", "CPU", "MEMORY", "DISK", "ENDS IN", "COMMANDS")
+
+
+@click.command(short_help="Start a sandbox that runs until it is stopped.")
+@sandbox_options
+@name_option
+def start(arguments: SandboxArguments, name: str | None) -> None:
+    """Start a sandbox without a command, print its id, and leave it running: `taskvm exec` uses it."""
+
+    async def work() -> int:
+        click.echo((await start_held(arguments, None, name)).id)
+        return 0
+
+    sys.exit(asyncio.run(until_signal(work())))
+
+
+@click.command(short_help="List the sandboxes that outlive their command line.")
+@click.option("--all", "-a", "ended", is_flag=True, help="Also those that have ended.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+@click.option("--quiet", "-q", is_flag=True, help="Print ids only.")
+def ps(ended: bool, as_json: bool, quiet: bool) -> None:
+    """List the sandboxes of the supervisor, and what they use of this host."""
+    found = asyncio.run(Supervisor().list(ended=ended))
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(found)))
+    elif quiet:
+        click.echo("".join(f"{each.id}\n" for each in found), nl=False)
+    else:
+        click.echo(_table([_COLUMNS, *map(_row, found)]))
+
+
+@click.command(short_help="End sandboxes.")
+@click.option("--all", "-a", "everything", is_flag=True, help="All that run.")
+@click.argument("sandboxes", nargs=-1, metavar="[SANDBOX]...")
+def stop(everything: bool, sandboxes: tuple[str, ...]) -> None:
+    """End sandboxes and everything in them, and print their ids. Exits with 125 when one could not be ended."""
+    if bool(sandboxes) is everything:
+        raise UsageError("stop sandboxes", "name some of them, or say --all")
+    sys.exit(asyncio.run(_stop(sandboxes)))
+
+
+@click.command(short_help="Print what a command has written.")
+@click.option("--follow", "-f", is_flag=True, help="Go on with what comes, until it ends.")
+@click.argument("sandbox")
+@click.argument("number", required=False, type=int, metavar="[EXEC]")
+def logs(follow: bool, sandbox: str, number: int | None) -> None:
+    """Print the last output of the main command of SANDBOX, or of that with the number EXEC: 256 KiB of each stream."""
+
+    async def work() -> int:
+        attaching = Supervisor().attach(sandbox, number, follow=follow)
+        async with await attaching as attached, asyncio.TaskGroup() as group:
+            group.create_task(copy_stream(attached.stdout, STDOUT))
+            group.create_task(copy_stream(attached.stderr, STDERR))
+        return 0
+
+    try:
+        status = asyncio.run(until_signal(work()))
+    except* NoReaderError:
+        status = EXIT_NO_READER
+    sys.exit(status)
+
+
+@click.command(short_help="Copy files between host and a sandbox.")
+@click.argument("source", metavar="[SANDBOX:]SOURCE")
+@click.argument("target", metavar="[SANDBOX:]TARGET")
+def cp(source: str, target: str) -> None:
+    """Copy a file or a tree into a running sandbox (`taskvm cp src work:/tmp`), or out of it (`taskvm cp work:/out .`).
+
+    Guest paths are absolute. Into a directory that is there, the copy goes under its own name, as with cp(1). Links are
+    copied as links; what comes out appears whole or not at all, and replaces nothing.
+    """
+    here, there = _split(source), _split(target)
+    if (here is None) is (there is None):
+        raise UsageError(
+            f"copy {source} to {target}", "one of them is SANDBOX:PATH, and the other a host path"
+        )
+    if here is not None:
+        path = Path(target)
+        asyncio.run(_copy_out(here, path / Path(here[1]).name if path.is_dir() else path))
+    elif there is not None:
+        asyncio.run(_copy_in(source, there))
+
+
+async def _stop(sandboxes: tuple[str, ...]) -> int:
+    supervisor = Supervisor()
+    names = sandboxes or [each.id for each in await supervisor.list()]
+    outcomes = await asyncio.gather(*map(supervisor.stop, names), return_exceptions=True)
+    status = 0
+    for outcome in outcomes:
+        if isinstance(outcome, SandboxStatus):
+            click.echo(outcome.id)
+        elif isinstance(outcome, TaskvmError):
+            click.echo(f"taskvm: {outcome}", err=True)
+            status = EXIT_FAILURE
+        else:
+            raise outcome
+    return status
+
+
+async def _copy_in(source: str, target: tuple[str, str]) -> None:
+    await Supervisor().copy_in(target[0], source, target[1], into=True)
+
+
+async def _copy_out(source: tuple[str, str], target: Path) -> None:
+    await Supervisor().copy_out(source[0], source[1], target)
+
+
+def _split(text: str) -> tuple[str, str] | None:
+    """Return sandbox and path; None for a path of the host, which `./` or `/` tells from a name with a colon."""
+    sandbox, colon, path = text.partition(":")
+    return (sandbox, path) if colon and sandbox and not sandbox.startswith((".", "/")) else None
+
+
+# The table.
+
+
+def _row(status: SandboxStatus) -> tuple[str, ...]:
+    left = [each for each in (status.idle_left_s, status.life_left_s) if each is not None]
+    running = status.state != "ended"
+    return (
+        status.id,
+        status.name or "",
+        status.image or "default",
+        status.state,
+        _span(status.age_s),
+        f"{status.cpu_s:.1f} s",
+        _size(status.memory_bytes),
+        _size(status.disk_bytes),
+        _span(min(left)) if left and running else "",
+        _commands(status) if running else status.outcome,
+    )
+
+
+def _commands(status: SandboxStatus) -> str:
+    running = [each for each in status.execs if each.exit_code is None]
+    return "; ".join(
+        f"{each.number}: {each.command[:40]}{' (attached)' if each.attached else ''}"
+        for each in running
+    )
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def _span(seconds: float) -> str:
+    whole = int(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    if whole < 7200:
+        return f"{whole // 60} min"
+    return f"{whole // 3600} h" if whole < 172800 else f"{whole // 86400} d"
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 1024**2:.0f} MiB"

@@ -1,0 +1,248 @@
+"""The supervisor as a program talks to it: each call is a connection of its own, so that none waits for another."""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import os
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import taskvm
+from taskvm.errors import HostError, SandboxLostError, UsageError
+from taskvm.files import GuestPath
+from taskvm.options import ignore_progress
+from taskvm.supervisor.attachment import Attachment
+from taskvm.supervisor.operations import ANY_VERSION
+from taskvm.supervisor.place import Place
+from taskvm.supervisor.ports import Caller
+from taskvm.supervisor.spawn import START_TIMEOUT_S, spawn
+from taskvm.wire import supervision as messages
+from taskvm.wire.supervision import ExecStatus, Launch, Notice, SandboxStatus, SupervisorStatus
+
+_T = TypeVar("_T")
+
+
+class Supervisor:
+    """The process that holds this user's sandboxes. The first `start` starts it; everything else only finds it.
+
+    A sandbox is named by its name, its id or the beginning of its id. Everything raises UsageError for one that is not
+    there, HostError when the supervisor does not answer or is of another version, and what the operation raises.
+    """
+
+    def __init__(self) -> None:
+        self._place = Place.of_user()
+
+    # Sandboxes.
+
+    async def start(
+        self,
+        options: Mapping[str, object],
+        *,
+        launch: Launch | None = None,
+        name: str | None = None,
+        variables: Mapping[str, str] | None = None,
+        on_progress: Callable[[str], None] = ignore_progress,
+    ) -> SandboxStatus:
+        """Start a sandbox that outlives this program.
+
+        options: those of `taskvm run` by their long names with `_` for `-`, as texts: `{"mounts": [".:/workspace"]}`.
+        launch: its main command: it ends with it. None: it lives until it is stopped, or a limit ends it.
+        variables: the values that `secrets` of `options` name.
+
+        Cancelling this, or this program's end, before it returns ends what was started.
+        """
+        request = messages.StartRequest(
+            options=dict(options), variables=dict(variables or {}), name=name, launch=launch
+        )
+        async with self._calling(request.op, starts=True) as caller:
+            caller.on_notice = lambda notice: _report(notice, on_progress)
+            return await caller.ask(request, SandboxStatus)
+
+    async def list(self, *, ended: bool = False) -> builtins.list[SandboxStatus]:
+        """Return the sandboxes that run; with `ended` also those that have ended within the last hour."""
+        if not self._runs():
+            return []
+        request = messages.ListRequest(ended=ended)
+        return await self._ask(request, builtins.list[SandboxStatus])
+
+    async def stop(self, sandbox: str) -> SandboxStatus:
+        """End a sandbox and return what it was, when all of it is released."""
+        return await self._ask(messages.StopRequest(sandbox=sandbox), SandboxStatus)
+
+    async def copy_in(
+        self,
+        sandbox: str,
+        host_path: str | os.PathLike[str],
+        guest_path: GuestPath,
+        *,
+        into: bool = False,
+    ) -> None:
+        """Copy a file or a tree of the host to `guest_path`, as `Files.copy_in`.
+
+        With `into`, where that is a directory, the copy goes into it under its own name, as with cp(1).
+        """
+        await self._copy("in", sandbox, host_path, guest_path, into)
+
+    async def copy_out(
+        self, sandbox: str, guest_path: GuestPath, host_path: str | os.PathLike[str]
+    ) -> None:
+        """Copy a file or a tree of the guest to `host_path`, where nothing may be yet, as `Files.copy_out`."""
+        await self._copy("out", sandbox, host_path, guest_path, into=False)
+
+    # Commands.
+
+    async def exec(
+        self,
+        sandbox: str,
+        command: Sequence[str],
+        *,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        user: str | None = None,
+        pty: tuple[int, int] | None = None,
+        timeout_s: float | None = None,
+    ) -> Attachment:
+        """Start a command in a sandbox and return it attached; the arguments are those of `Sandbox.spawn`.
+
+        Nothing of its output is skipped without a terminal: it waits for this program, until that detaches.
+        """
+        launch = Launch(
+            command=[*command],
+            cwd=cwd,
+            env=dict(env or {}),
+            user=user,
+            pty=pty,
+            timeout_s=timeout_s,
+        )
+        return await self._attach(messages.ExecRequest(sandbox=sandbox, launch=launch))
+
+    async def attach(
+        self,
+        sandbox: str,
+        number: int | None = None,
+        *,
+        size: tuple[int, int] | None = None,
+        follow: bool = True,
+    ) -> Attachment:
+        """Attach to a command of a sandbox: the main one, or the last that runs, unless `number` names another.
+
+        What is kept of its past output comes first. `size` is (rows, cols) of the terminal it is shown on. Without
+        `follow` only the past output comes. A command that has ended is there for as long as its sandbox is listed.
+        """
+        request = messages.AttachRequest(sandbox=sandbox, exec=number, size=size, follow=follow)
+        return await self._attach(request)
+
+    # The supervisor itself.
+
+    async def status(self) -> SupervisorStatus | None:
+        """Return what the supervisor is, of whatever version; None when none runs."""
+        return await self._ask(messages.StatusRequest(), SupervisorStatus) if self._runs() else None
+
+    async def shut_down(self) -> bool:
+        """End all sandboxes and the supervisor, of whatever version. Returns whether one was running."""
+        if not self._runs():
+            return False
+        await self._ask(messages.ShutdownRequest(), type(None))
+        return True
+
+    # How.
+
+    async def _copy(
+        self,
+        direction: messages.Direction,
+        sandbox: str,
+        host_path: str | os.PathLike[str],
+        guest_path: GuestPath,
+        into: bool,
+    ) -> None:
+        request = messages.CopyRequest(
+            sandbox=sandbox,
+            into=into,
+            direction=direction,
+            host=_absolute(host_path),
+            guest=str(guest_path),
+        )
+        await self._ask(request, type(None))
+
+    async def _attach(self, request: messages.ExecRequest | messages.AttachRequest) -> Attachment:
+        caller = await self._connect(request.op, starts=False)
+        try:
+            return Attachment(caller, await caller.ask(request, ExecStatus))
+        except BaseException:
+            caller.close()
+            raise
+
+    async def _ask(self, request: messages.Request, kind: type[_T]) -> _T:
+        async with self._calling(request.op, starts=False) as caller:
+            return await caller.ask(request, kind)
+
+    @asynccontextmanager
+    async def _calling(self, operation: str, *, starts: bool) -> AsyncIterator[Caller]:
+        caller = await self._connect(operation, starts=starts)
+        try:
+            yield caller
+        finally:
+            caller.close()
+
+    def _runs(self) -> bool:
+        lock = self._place.lock()
+        if lock is not None:
+            os.close(lock)
+        return lock is None
+
+    async def _connect(self, operation: str, *, starts: bool) -> Caller:
+        """Return a connection to a supervisor of this version that has greeted; `starts` one where none runs."""
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                while (caller := await self._try_connect()) is None:
+                    if starts:
+                        await spawn(self._place)
+                    elif self._runs():
+                        await asyncio.sleep(0.05)
+                    else:
+                        raise UsageError(
+                            f"{operation} a sandbox",
+                            "none runs: there is no supervisor",
+                            "`taskvm start`, or `taskvm run --detach`, starts one",
+                        )
+        except TimeoutError:
+            raise HostError(
+                f"connect to the supervisor in {self._place.directory}",
+                f"it does not answer within {START_TIMEOUT_S:g} s",
+                f"See {self._place.log}, or kill it: its sandboxes end with it",
+            ) from None
+        theirs = caller.greeting.result()
+        if theirs.version != taskvm.__version__ and operation not in ANY_VERSION:
+            caller.close()
+            raise HostError(
+                f"{operation} with taskvm {taskvm.__version__}",
+                f"the supervisor that runs is of version {theirs.version} (process {theirs.pid})",
+                "`taskvm supervisor stop` ends it and its sandboxes; the next command starts a new one",
+            )
+        return caller
+
+    async def _try_connect(self) -> Caller | None:
+        sock = self._place.connect()
+        if sock is None:
+            return None
+        caller = await Caller.open(sock)
+        try:
+            await asyncio.shield(caller.greeting)
+        except SandboxLostError:
+            return None  # it was about to end
+        except BaseException:
+            caller.close()
+            raise
+        return caller
+
+
+def _absolute(path: str | os.PathLike[str]) -> str:
+    return str(Path(path).absolute())  # the supervisor has another working directory
+
+
+def _report(notice: Notice, on_progress: Callable[[str], None]) -> None:
+    if notice.progress is not None:
+        on_progress(notice.progress)

@@ -1,0 +1,334 @@
+"""Sandboxes that outlive the command line, as a person uses them: real supervisors in directories of their own.
+
+taskvm.supervisor.client, taskvm.supervisor.server, taskvm.supervisor.holding, taskvm.supervisor.job,
+taskvm.supervisor.attachment, taskvm.supervisor.spawn, taskvm.supervisor.place, taskvm.supervisor.roster,
+taskvm.cli.sandboxes, taskvm.cli.supervisor.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support.screen import PROMPT, SMALL, TASKVM, Screen
+
+from taskvm.vm.rundir import run_base
+
+pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("runtime")]
+PATIENCE_S = 20
+
+
+def taskvm(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [TASKVM, *arguments], **{"capture_output": True, "text": True, "timeout": 120, **options}
+    )
+
+
+def listed(*options: str) -> dict[str, dict[str, Any]]:
+    return {each["name"]: each for each in json.loads(taskvm("ps", "--json", *options).stdout)}
+
+
+def wait_until(true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not true():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+
+
+def supervisor_pid() -> int:
+    return int(taskvm("supervisor", "status").stdout.partition("process ")[2].partition(",")[0])
+
+
+@pytest.fixture(scope="module")
+def work(runtime: Path) -> Iterator[str]:
+    """A sandbox of this name that runs."""
+    started = taskvm("start", *SMALL, "--name", "work")
+    assert started.returncode == 0, started.stderr
+    yield "work"
+    taskvm("stop", "work")
+
+
+# Running.
+
+
+def test_a_command_of_a_held_sandbox_is_like_one_of_run(work: str) -> None:
+    """Input, both outputs, status, account, directory and variables are the command's."""
+    script = "cat; id -u; pwd; echo $K; echo err >&2; exit 9"
+    options = ["--user", "root", "--cwd", "/tmp", "--env", "K=v"]
+
+    done = taskvm("exec", *options, work, "--", "sh", "-c", script, input="in\n")
+
+    assert (done.stdout, done.stderr, done.returncode) == ("in\n0\n/tmp\nv\n", "err\n", 9)
+
+
+def test_output_of_a_pipe_is_whole_however_slowly_it_is_read(work: str) -> None:
+    """More than a ring: the command waits for its reader, and nothing is skipped."""
+    command = [TASKVM, "exec", work, "seq", "300000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as producer:
+        assert producer.stdout is not None
+        time.sleep(1)
+
+        assert producer.stdout.read() == "".join(f"{number}\n" for number in range(1, 300001))
+        assert producer.wait(PATIENCE_S) == 0
+
+
+def test_a_command_beyond_its_timeout_is_killed(work: str) -> None:
+    done = taskvm("exec", "--timeout", "0.5", work, "sleep", "60")
+
+    assert (done.returncode, listed()[work]["execs"][-1]["exit_code"]) == (124, 137)
+
+
+def test_ctrl_c_ends_what_exec_has_started(work: str) -> None:
+    process = subprocess.Popen(
+        [TASKVM, "exec", work, "sh", "-c", "echo up; exec sleep 600"], stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"up\n"
+
+    process.send_signal(signal.SIGINT)
+
+    assert process.wait(PATIENCE_S) == 130
+    wait_until(lambda: listed()[work]["execs"][-1]["exit_code"] is not None)
+    process.stdout.close()
+
+
+def test_what_is_listed_says_what_it_uses(work: str) -> None:
+    """`ps` has the figures of the sandbox, as a table and as JSON."""
+    status, table = listed()[work], taskvm("ps").stdout.splitlines()
+
+    assert status["state"] in ("running", "paused")
+    assert status["memory_bytes"] > 10 << 20
+    assert status["cpu_s"] > 0
+    assert table[0].split()[:4] == ["ID", "NAME", "IMAGE", "STATE"]
+    assert any(line.startswith(f"{status['id']}  work ") for line in table)
+
+
+@pytest.mark.parametrize("start", ["sandbox-{}", "{}", "{:.6}"])
+def test_an_id_or_its_beginning_names_a_sandbox(work: str, start: str) -> None:
+    digits = listed()[work]["id"].removeprefix("sandbox-")
+
+    assert taskvm("exec", start.format(digits), "echo", "here").stdout == "here\n"
+
+
+def test_a_tree_goes_in_and_comes_out(work: str, tmp_path: Path) -> None:
+    """Into a directory under its own name; out whole, links as links, and over nothing."""
+    tree = tmp_path / "tree"
+    (tree / "deep").mkdir(parents=True)
+    (tree / "deep" / "file").write_bytes(bytes(range(256)) * 4096)
+    (tree / "link").symlink_to("/etc/passwd")
+
+    into = taskvm("cp", str(tree), f"{work}:/tmp/")
+    out = taskvm("cp", f"{work}:/tmp/tree", "back", cwd=tmp_path)
+    again = taskvm("cp", f"{work}:/tmp/tree", "back/deep/../..", cwd=tmp_path)
+
+    assert (into.returncode, out.returncode) == (0, 0), into.stderr + out.stderr
+    assert (tmp_path / "back" / "deep" / "file").read_bytes() == bytes(range(256)) * 4096
+    assert (tmp_path / "back" / "link").readlink() == Path("/etc/passwd")
+    assert again.returncode == 2
+    assert "exists" in again.stderr
+
+
+# Outliving.
+
+
+def test_a_detached_command_runs_to_its_end_and_is_remembered(runtime: Path) -> None:
+    """Its output and its status are there after both ends; the sandbox has ended with it."""
+    script = "echo out; echo err >&2; sleep 1; echo last; exit 4"
+    started = taskvm("run", "-d", *SMALL, "--name", "job", "--", "sh", "-c", script)
+    followed = taskvm("logs", "-f", "job")
+    status = taskvm("attach", "job").returncode
+
+    assert started.stdout == f"{listed('--all')['job']['id']}\n"
+    assert (followed.stdout, followed.stderr) == ("out\nlast\n", "err\n")
+    assert status == 4
+    assert listed("--all")["job"]["outcome"] == "its command ended with 4"
+    assert "job" not in listed()
+    assert not (run_base() / started.stdout.strip()).exists()
+
+
+def test_output_beyond_the_ring_is_gone_and_the_last_is_kept(work: str) -> None:
+    """`logs` has the last 256 KiB; the command was not held by nobody's reading."""
+    process = subprocess.Popen(
+        [TASKVM, "exec", "-t", work, "sh", "-c", "read x; seq 60000 | cat; echo done; sleep 600"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    wait_until(lambda: listed()[work]["execs"][-1]["attached"])
+    number = str(listed()[work]["execs"][-1]["number"])
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(b"\n")
+    process.stdin.flush()
+    wait_until(lambda: b"done" in process.stdout.read1())
+    process.kill()  # a client that dies leaves its command
+    process.communicate()
+
+    kept = subprocess.run([TASKVM, "logs", work, number], stdout=subprocess.PIPE).stdout
+
+    assert len(kept) == 256 * 1024
+    assert kept.endswith(b"59999\r\n60000\r\ndone\r\n")
+    wait_until(lambda: listed()[work]["execs"][-1]["attached"] == 0)
+    assert listed()[work]["execs"][-1]["exit_code"] is None
+
+
+def test_a_shell_is_left_and_found_again_with_its_job(runtime: Path) -> None:
+    """Ctrl-P Ctrl-Q gives the terminal back; attach shows the past, and two may be there at once."""
+    first = Screen("shell", *SMALL, "--name", "left")
+    first.wait_for(PROMPT)
+    first.type(b"sh -c 'echo job; while ! test -e /tmp/go; do sleep 0.1; done; echo went' &\r")
+    first.wait_for(b"job\r\n")
+    first.type(b"\x10\x11")
+    assert first.end() == 0
+    assert first.settings == first.before
+    first.close()
+
+    second, third = Screen("attach", "left", size=(40, 100)), Screen("attach", "left")
+    for screen in (second, third):
+        screen.wait_for(b"job\r\n")
+    assert taskvm("exec", "left", "touch", "/tmp/go").returncode == 0
+    for screen in (second, third):
+        screen.wait_for(b"went\r\n")
+    second.type(b"echo from-$((1 + 1))\r")
+    third.wait_for(b"from-2\r\n")
+    third.type(b"exit 6\r")
+
+    assert (second.end(), third.end()) == (6, 6)
+    assert "left" not in listed()
+    for screen in (second, third):
+        screen.close()
+
+
+def test_a_terminal_that_hangs_up_leaves_the_shell_running(runtime: Path) -> None:
+    screen = Screen("shell", *SMALL, "--name", "hung")
+    screen.wait_for(PROMPT)
+
+    screen.process.send_signal(signal.SIGHUP)
+
+    assert screen.end() == 129
+    screen.close()
+    assert listed()["hung"]["execs"][0]["exit_code"] is None
+    assert taskvm("stop", "hung").returncode == 0
+    assert "hung" not in listed()
+
+
+# Ending.
+
+
+def test_an_idle_sandbox_ends(runtime: Path) -> None:
+    """Also one whose shell waits at its prompt, as nobody is there."""
+    started = taskvm("run", "-dt", *SMALL, "--name", "idle", "--idle-timeout", "1.5", "--", "bash")
+    assert started.returncode == 0
+    assert 0 < listed()["idle"]["idle_left_s"] <= 1.5
+
+    wait_until(lambda: "idle" not in listed())
+
+    assert "nothing happened" in listed("--all")["idle"]["outcome"]
+
+
+def test_a_life_that_is_over_ends_a_held_sandbox(runtime: Path) -> None:
+    taskvm("start", *SMALL, "--name", "short", "--max-duration", "1")
+
+    wait_until(lambda: "short" not in listed())
+
+    assert "max_duration" in listed("--all")["short"]["outcome"]
+
+
+def test_stopping_tells_who_is_attached(runtime: Path) -> None:
+    """And releases what the sandbox had on the host."""
+    started = taskvm("run", "-d", *SMALL, "--name", "stopped", "--", "sleep", "600")
+    client = subprocess.Popen([TASKVM, "attach", "stopped"], stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: listed()["stopped"]["execs"][0]["attached"])
+
+    stopped = taskvm("stop", "stopped")
+    _, said = client.communicate(timeout=PATIENCE_S)
+
+    assert (stopped.returncode, stopped.stdout) == (0, started.stdout)
+    assert client.returncode == 125
+    assert "it was stopped" in said
+    assert not (run_base() / started.stdout.strip()).exists()
+
+
+# Names and errors.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["exec", "nobody", "true"], "there is none"),
+        (["stop"], "--all"),
+        (["attach", "work", "999"], "no command 999"),
+        (["cp", "/etc/passwd", "/tmp/x"], "SANDBOX:PATH"),
+        (["start", *SMALL, "--name", "work"], "has this name"),
+        (["start", *SMALL, "--name", "-x"], "a name has"),
+        (["start", *SMALL, "--idle-timeout", "nan"], "--idle-timeout nan"),
+        (["run", *SMALL, "--name", "x", "--", "true"], "--detach"),
+        (["exec", "--user", "nosuch", "work", "true"], "nosuch"),
+        (["shell", "--detach-keys", "ctrl-"], "not a terminal"),
+    ],
+    ids=lambda each: " ".join(each)[:40] if isinstance(each, list) else "",
+)
+def test_a_wrong_use_is_one_line(work: str, arguments: list[str], said: str) -> None:
+    done = taskvm(*arguments, stdin=subprocess.DEVNULL)
+
+    assert done.returncode in (2, 125)
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+# The process.
+
+
+def test_concurrent_first_commands_start_one_supervisor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A supervisor of its own for this test; all its sandboxes end with `supervisor stop`."""
+    monkeypatch.setenv("TASKVM_RUNTIME", str(tmp_path / "place"))
+    clients = [
+        subprocess.Popen([TASKVM, "start", *SMALL], stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    ids = {client.communicate(timeout=60)[0].strip() for client in clients}
+
+    assert len(ids) == 3
+    assert set(taskvm("ps", "-q").stdout.split()) == ids
+    assert (tmp_path / "place").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "place" / "socket").stat().st_mode & 0o777 == 0o600
+    assert taskvm("supervisor", "stop").stdout == "stopped\n"
+    assert taskvm("supervisor", "status").returncode == 1
+    assert [name for name in ids if (run_base() / name).exists()] == []
+
+
+def test_a_supervisor_that_is_killed_leaves_nothing_and_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its clients learn it at once, its machines die with it, and the next command starts another."""
+    monkeypatch.setenv("TASKVM_RUNTIME", str(tmp_path))
+    started = taskvm("run", "-d", *SMALL, "--name", "doomed", "--", "sleep", "600")
+    client = subprocess.Popen([TASKVM, "attach", "doomed"], stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: listed()["doomed"]["execs"][0]["attached"])
+    machines = _descendants(supervisor_pid())
+    assert machines
+
+    os.kill(supervisor_pid(), signal.SIGKILL)
+    _, said = client.communicate(timeout=PATIENCE_S)
+
+    assert client.returncode == 125
+    assert "it has ended, and they with it" in said
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in machines))
+    assert listed() == {}
+    assert taskvm("run", "-d", *SMALL, "--name", "doomed", "--", "true").returncode == 0
+    assert not (run_base() / started.stdout.strip()).exists()
+    taskvm("supervisor", "stop")
+
+
+def _descendants(pid: int) -> list[int]:
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in map(int, (task / "children").read_text().split()):
+            found += [child, *_descendants(child)]
+    return found
