@@ -36,6 +36,7 @@ from taskvm.guest import Guest
 from taskvm.identity import guest_environment
 from taskvm.launch import launch
 from taskvm.limits import LimitArguments, Limits
+from taskvm.net.gateway import Gateway
 from taskvm.net.ingress import LOCALHOST, Forward
 from taskvm.opening import Opening
 from taskvm.options import DEFAULT_CPUS, DEFAULT_MEMORY_MIB, SandboxOptions, ignore_progress
@@ -160,6 +161,20 @@ class Sandbox:
         return dict(self._guest.placeholders)
 
     @property
+    def policy(self) -> Policy:
+        """What it may reach now."""
+        return self._gateway.policy
+
+    def change_policy(self, policy: Policy) -> None:
+        """Judge by `policy` from now on, such as `vm.policy.allowing("example.com")`.
+
+        Connections to hosts whose rules are not the same, or the same with more after them, are cut at
+        once. Raises SandboxStateError, SandboxLostError when it does not run.
+        """
+        self._require_running("change a sandbox's policy")
+        self._gateway.change_policy(policy)
+
+    @property
     def audit_path(self) -> Path:
         """The file of egress decisions, one JSON object in a line."""
         return self._guest.audit_path
@@ -269,8 +284,7 @@ class Sandbox:
         Raises UsageError, HostError when the address is in use, SandboxStateError, SandboxLostError.
         """
         self._require_running(f"forward port {port} of the guest")
-        assert self._guest.gateway is not None, "a sandbox's guest is equipped"
-        return self._guest.gateway.ingress.forward(port, host, host_port)
+        return self._gateway.ingress.forward(port, host, host_port)
 
     async def close(self) -> None:
         """End the sandbox and everything in it, and remove what it kept on the host. Idempotent.
@@ -363,6 +377,11 @@ class Sandbox:
     def _default_cwd(self) -> PurePosixPath:
         workspace = "/workspace" in self._options.mounts
         return PurePosixPath("/workspace" if workspace else self._guest.user.home)
+
+    @property
+    def _gateway(self) -> Gateway:
+        assert self._guest.gateway is not None, "a sandbox's guest is equipped"
+        return self._guest.gateway
 
     def _require_running(self, operation: str) -> None:
         if self._state == "lost":

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Iterator
 
 import pytest
-from tests.support.egress_lab import HttpServer, egress_lab, http_server
+from tests.support.egress_lab import HttpServer, Lab, egress_lab, http_server, scripted_server
+
+from taskvm.policy import Policy
+from taskvm.port import StreamReset
 
 RULES = """
 [[rules]]
@@ -83,3 +88,79 @@ async def test_no_spelling_goes_around_a_rule(canary: HttpServer, line: bytes, r
 
     assert canary.connections == 0
     assert (status, decided) == (403, rule)
+
+
+# Changing a policy while it is used.
+
+EXCHANGE = b"GET / HTTP/1.1\r\nHost: %s:%d\r\n\r\n"
+NAMES = {"api.test": ["127.0.0.1"], "other.test": ["127.0.0.1"]}
+
+
+async def test_a_narrower_policy_cuts_what_is_open_and_nothing_else(canary: HttpServer) -> None:
+    address = f"127.0.0.1:{canary.port}"
+    async with egress_lab(allow=list(NAMES), allow_addresses=[address], hosts=NAMES) as lab:
+        idle = await lab.connect("api.test", canary.port)
+        kept = await lab.connect("other.test", canary.port)
+        for sock, name in ((idle, b"api.test"), (kept, b"other.test")):
+            await sock.write(EXCHANGE % (name, canary.port))
+            assert b"200" in await sock.read_response()
+
+        lab.gateway.change_policy(lab.policy.denying("api.test"))
+
+        with pytest.raises(StreamReset):
+            await idle.read()
+        await kept.write(EXCHANGE % (b"other.test", canary.port))
+        assert b"200" in await kept.read_response()
+        assert await lab.guest.resolve("api.test") == (3, None)
+        assert [event.rule for event in lab.denials("connect")] == ["policy-changed"]
+    assert len(canary.requests) == 3
+
+
+async def test_a_narrower_policy_cuts_a_response_in_the_middle() -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nthe first bytes"
+    async with scripted_server(head, close=False) as server:
+        address = f"127.0.0.1:{server.port}"
+        async with egress_lab(allow=list(NAMES), allow_addresses=[address], hosts=NAMES) as lab:
+            sock = await lab.connect("api.test", server.port)
+            await sock.write(EXCHANGE % (b"api.test", server.port))
+            assert b"the first bytes" in await sock.read()
+
+            lab.gateway.change_policy(Policy())
+
+            with pytest.raises(StreamReset):
+                await sock.read_all()
+
+
+async def test_a_wider_policy_holds_for_the_next_connection(canary: HttpServer) -> None:
+    address = f"127.0.0.1:{canary.port}"
+    async with egress_lab(allow_addresses=[address], hosts=NAMES) as lab:
+        before = await lab.guest.resolve("api.test")
+        lab.gateway.change_policy(lab.policy.allowing("api.test"))
+        sock = await lab.connect("api.test", canary.port)
+        await sock.write(EXCHANGE % (b"api.test", canary.port))
+
+        assert before == (3, None)
+        assert b"200" in await sock.read_response()
+
+
+async def test_a_change_while_a_request_is_under_way_lets_nothing_denied_through(
+    canary: HttpServer,
+) -> None:
+    """Whatever the moment of the change: after it, no request of the denied host arrives."""
+    address = f"127.0.0.1:{canary.port}"
+    async with egress_lab(allow=list(NAMES), allow_addresses=[address], hosts=NAMES) as lab:
+        for turns in range(12):
+            await _change_after(lab, canary, turns)
+
+
+async def _change_after(lab: Lab, canary: HttpServer, turns: int) -> None:
+    lab.gateway.change_policy(lab.policy)
+    sock = await lab.connect("api.test", canary.port)
+    await sock.write(EXCHANGE % (b"api.test", canary.port))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    lab.gateway.change_policy(lab.policy.denying("api.test"))
+    with contextlib.suppress(StreamReset):
+        await sock.write(EXCHANGE.replace(b"/", b"/late", 1) % (b"api.test", canary.port))
+        await sock.read_all()
+    assert "/late" not in [seen.path for seen in canary.requests]

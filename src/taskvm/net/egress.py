@@ -11,13 +11,16 @@ from taskvm.net.auditlog import AuditLog
 from taskvm.net.certs import CertificateAuthority
 from taskvm.net.names import SyntheticNames
 from taskvm.net.upstream import Dialer
-from taskvm.policy import Decision, Policy
+from taskvm.policy import Decision, Policy, decide_name
 from taskvm.wire.http1 import Origin
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Egress:
-    """The parts that decide about, and carry, what leaves one sandbox."""
+    """The parts that decide about, and carry, what leaves one sandbox.
+
+    `policy` and `injector` are replaced while it runs: who decides asks here, at that moment.
+    """
 
     policy: Policy
     injector: Injector
@@ -25,6 +28,14 @@ class Egress:
     ca: CertificateAuthority
     dialer: Dialer
     names: SyntheticNames
+
+    def judge_name(self, host: str, port: int | None = None) -> Decision:
+        """Judge a canonical name or literal before anything is looked up; without a port, for DNS."""
+        return decide_name(self.policy, host, port)
+
+    def change_policy(self, policy: Policy) -> None:
+        """Judge by `policy` from now on. Connections that are open are not touched."""
+        self.policy = self.dialer.policy = policy
 
 
 @dataclass(frozen=True, slots=True)

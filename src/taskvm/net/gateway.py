@@ -48,9 +48,10 @@ _logger = logging.getLogger(__name__)
 
 
 class _Stream:
-    """An open stream: its two flows and the task that serves it."""
+    """An open stream: where it goes, its two flows and the task that serves it."""
 
-    def __init__(self, port: FramePort, number: int) -> None:
+    def __init__(self, port: FramePort, number: int, destination: Destination) -> None:
+        self.destination = destination
         self.inlet = Inlet(port, number, 0)
         self.outlet = Outlet(port, number, 0)
         self.task: asyncio.Task[None] | None = None
@@ -79,7 +80,7 @@ class Gateway:
         self.names: SyntheticNames = names if names is not None else SyntheticNames()
         dialer = Dialer(policy, resolver, extra_ca_files)
         self._egress = Egress(policy, Injector(secrets), audit, ca, dialer, self.names)
-        self._nameserver = NameServer(policy, self.names, audit)
+        self._nameserver = NameServer(self._egress.judge_name, self.names, audit)
         self._audit = audit
         self._port = port
         self._streams: dict[int, _Stream] = {}
@@ -118,6 +119,25 @@ class Gateway:
     def connections(self) -> int:
         """How many connections are open, the guest's and those into it."""
         return len(self._streams) + self.ingress.connections
+
+    @property
+    def policy(self) -> Policy:
+        """What it judges by now."""
+        return self._egress.policy
+
+    def change_policy(self, policy: Policy) -> None:
+        """Judge by `policy` from now on, and cut what it might not have allowed, before anything else runs."""
+        before = self._egress.policy
+        self._egress.change_policy(policy)
+        for number, stream in self._streams.items():
+            address, port = stream.destination.address, stream.destination.port
+            host = self.names.name_at(address) or str(address)
+            if not before.keeps(policy, host, port) and stream.task is not None:
+                self._audit.record(
+                    "connect", "deny", rule="policy-changed", connection=number, host=host, port=port,
+                    reason="the policy was changed while the connection was open",
+                )  # fmt: skip
+                stream.task.cancel()
 
     # Frames of the guest.
 
@@ -179,7 +199,7 @@ class Gateway:
         if len(self._streams) >= MAX_CONNECTIONS:
             self._refuse(number, destination)
             return
-        stream = self._streams[number] = _Stream(self._port, number)
+        stream = self._streams[number] = _Stream(self._port, number, destination)
         stream.task = self._tasks.create_task(
             self._serve(number, stream, destination), name=f"egress {number:#x}"
         )

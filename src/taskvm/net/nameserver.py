@@ -1,17 +1,27 @@
 """Answering the guest's DNS queries: every answer is made here, none is asked for anywhere.
 
-An allowed name gets its synthetic address, a denied one NXDOMAIN. Nothing else exists.
+An allowed name gets its synthetic address, a denied one NXDOMAIN. An address that was given has its
+name. Nothing else exists.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 from taskvm.audit import Verdict
 from taskvm.net.auditlog import AuditLog
 from taskvm.net.names import SyntheticNames
-from taskvm.policy import Policy, decide_name
-from taskvm.wire.dns import DnsError, QType, Query, RCode, build_answer, parse_query
+from taskvm.policy import Decision
+from taskvm.wire.dns import (
+    DnsError,
+    QType,
+    Query,
+    RCode,
+    build_answer,
+    parse_query,
+    pointed_address,
+)
 
 # A name is recorded when it is first asked for; of this many it is remembered that it was.
 MAX_REMEMBERED = 4096
@@ -20,10 +30,12 @@ _KNOWN_TYPES = frozenset(QType)
 
 
 class NameServer:
-    """The DNS of one sandbox."""
+    """The DNS of one sandbox. `judge` says of a canonical name whether it exists, at that moment."""
 
-    def __init__(self, policy: Policy, names: SyntheticNames, audit: AuditLog) -> None:
-        self._policy = policy
+    def __init__(
+        self, judge: Callable[[str], Decision], names: SyntheticNames, audit: AuditLog
+    ) -> None:
+        self._judge = judge
         self._names = names
         self._audit = audit
         self._recorded: OrderedDict[tuple[str, Verdict], None] = OrderedDict()
@@ -37,10 +49,10 @@ class NameServer:
             return error.reply
         if query.qtype not in _KNOWN_TYPES:
             return build_answer(query, RCode.REFUSED)
-        return self._answer_name(query)
+        return self._answer_pointer(query) if query.qtype == QType.PTR else self._answer_name(query)
 
     def _answer_name(self, query: Query) -> bytes:
-        decision = decide_name(self._policy, query.name, None)
+        decision = self._judge(query.name)
         if not decision.allowed:
             self._record(query.name, "deny", decision.rule, decision.reason)
             return build_answer(query, RCode.NXDOMAIN)
@@ -53,6 +65,14 @@ class NameServer:
         if not self._record(query.name, "allow", decision.rule, decision.reason):
             return build_answer(query, RCode.SERVFAIL)
         return build_answer(query, RCode.NOERROR, address)
+
+    def _answer_pointer(self, query: Query) -> bytes:
+        address = pointed_address(query.name)
+        name = None if address is None else self._names.name_at(address)
+        if name is None:
+            self._record(query.name, "deny", "unknown-address", "this sandbox was not given it")
+            return build_answer(query, RCode.NXDOMAIN)
+        return build_answer(query, RCode.NOERROR, name)
 
     def _record(self, name: str, verdict: Verdict, rule: str, reason: str) -> bool:
         key = (name or reason, verdict)

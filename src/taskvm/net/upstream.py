@@ -59,7 +59,7 @@ class Upstream:
 
 
 class Dialer:
-    """Opens connections to servers for one sandbox."""
+    """Opens connections to servers for one sandbox. `policy` judges addresses; it may be replaced."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Dialer:
         extra_ca_files: Iterable[str | os.PathLike[str]] = (),
     ) -> None:
         """Raises UsageError for a CA file that cannot be read."""
-        self._policy = policy
+        self.policy = policy
         self._resolver = resolver
         self._ca_files = tuple(extra_ca_files)
         _load(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), self._ca_files)
@@ -102,7 +102,7 @@ class Dialer:
         allowed: list[tuple[IPAddress, str]] = []
         refusal: AddressRefused | None = None
         for address in found:
-            decision = decide_address(self._policy, origin.host, address, origin.port)
+            decision = decide_address(self.policy, origin.host, address, origin.port)
             if decision.allowed and decision.rule == "public" and is_own_address(address):
                 decision = Decision(
                     False, "special-address", "the host's address is the sandbox host's own",

@@ -116,6 +116,23 @@ class Sandbox:
         return self._sandbox.placeholders
 
     @property
+    def policy(self) -> Policy:
+        """What it may reach now."""
+        return self._sandbox.policy
+
+    def change_policy(self, policy: Policy) -> None:
+        """Judge by `policy` from now on, such as `vm.policy.allowing("example.com")`.
+
+        Connections to hosts whose rules are not the same, or the same with more after them, are cut at
+        once. Raises SandboxStateError, SandboxLostError when it does not run.
+        """
+
+        async def change() -> None:
+            self._sandbox.change_policy(policy)
+
+        self._bridge.call(change)
+
+    @property
     def audit_path(self) -> Path:
         """The file of egress decisions, one JSON object in a line."""
         return self._sandbox.audit_path

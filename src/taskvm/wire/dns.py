@@ -19,11 +19,12 @@ MAX_QUERY = 512  # bytes; a query with one question is at most 271, the rest is 
 
 _HEADER = struct.Struct(">HHHHHH")
 _QUESTION = struct.Struct(">HH")
-_ANSWER = struct.Struct(">HHHIH4s")
+_ANSWER = struct.Struct(">HHHIH")
 
 _QR, _OPCODE, _TC, _RD, _RA = 0x8000, 0x7800, 0x0200, 0x0100, 0x0080
 _CLASS_IN = 1
 _TYPE_OPT = 41
+_REVERSE = ".in-addr.arpa"
 _POINTER_TO_QUESTION = 0xC000 | _HEADER.size
 
 
@@ -39,9 +40,10 @@ class RCode(enum.IntEnum):
 
 
 class QType(enum.IntEnum):
-    """The types that are answered; a host has an A record and nothing else."""
+    """The types that are answered: a host has an A record and nothing else, its address a PTR record."""
 
     A = 1
+    PTR = 12
     AAAA = 28
     SVCB = 64
     HTTPS = 65
@@ -102,14 +104,39 @@ def parse_query(data: bytes) -> Query:
     return Query(identity, name, qtype, bool(flags & _RD), data[_HEADER.size : end])
 
 
-def build_answer(query: Query, rcode: RCode, address: ipaddress.IPv4Address | None = None) -> bytes:
-    """Return the answer to `query`: `rcode`, and the A record of `address` where there is one."""
+def build_answer(
+    query: Query, rcode: RCode, data: ipaddress.IPv4Address | str | None = None
+) -> bytes:
+    """Return the answer to `query`: `rcode`, and a record where there is data.
+
+    An address is an A record, a canonical name a PTR record.
+    """
     flags = _QR | _RA | (_RD if query.recursion_desired else 0) | rcode
-    header = _HEADER.pack(query.id, flags, 1, 0 if address is None else 1, 0, 0)
-    if address is None:
+    header = _HEADER.pack(query.id, flags, 1, 0 if data is None else 1, 0, 0)
+    if data is None:
         return header + query.question
-    record = _ANSWER.pack(_POINTER_TO_QUESTION, QType.A, _CLASS_IN, TTL_S, 4, address.packed)
-    return header + query.question + record
+    if isinstance(data, str):
+        qtype, content = QType.PTR, _encode_name(data)
+    else:
+        qtype, content = QType.A, data.packed
+    record = _ANSWER.pack(_POINTER_TO_QUESTION, qtype, _CLASS_IN, TTL_S, len(content))
+    return header + query.question + record + content
+
+
+def pointed_address(name: str) -> ipaddress.IPv4Address | None:
+    """Return the address that a name below in-addr.arpa asks for the name of (RFC 1035 section 3.5)."""
+    numbers = name.removesuffix(_REVERSE).split(".")
+    if not name.endswith(_REVERSE) or len(numbers) != 4:
+        return None
+    try:
+        return ipaddress.IPv4Address(".".join(reversed(numbers)))
+    except ValueError:
+        return None
+
+
+def _encode_name(name: str) -> bytes:
+    labels = name.encode("ascii").split(b".")
+    return b"".join(bytes([len(label)]) + label for label in labels) + b"\0"
 
 
 def _read_name(data: bytes) -> tuple[str, int]:

@@ -8,7 +8,7 @@ from taskvm.audit import parse_event
 from taskvm.net.auditlog import AuditLog
 from taskvm.net.names import SyntheticNames
 from taskvm.net.nameserver import NameServer
-from taskvm.policy import Policy
+from taskvm.policy import Policy, decide_name
 from taskvm.wire.dns import RCode
 
 
@@ -16,7 +16,8 @@ def server(max_names: int = 100) -> tuple[NameServer, SyntheticNames, list[bytes
     lines: list[bytes] = []
     names = SyntheticNames(max_names=max_names)
     policy = Policy.parse(["*.api.test", "port.test:8443"])
-    return NameServer(policy, names, AuditLog(lines.append, "box")), names, lines
+    log = AuditLog(lines.append, "box")
+    return NameServer(lambda name: decide_name(policy, name, None), names, log), names, lines
 
 
 def rcode(answer: bytes) -> int:
@@ -59,6 +60,26 @@ def test_a_name_that_is_asked_for_again_makes_no_second_line() -> None:
 def test_what_cannot_be_recorded_is_not_answered() -> None:
     names = SyntheticNames()
     log = AuditLog(lambda line: None, "box", max_bytes=0)
-    dns = NameServer(Policy.parse(["*.api.test"]), names, log)
+    policy = Policy.parse(["*.api.test"])
+    dns = NameServer(lambda name: decide_name(policy, name, None), names, log)
 
     assert rcode(dns.answer(dns_query("a.api.test"))) == RCode.SERVFAIL
+
+
+def test_an_address_that_was_given_has_its_name_and_no_other_has_one() -> None:
+    dns, names, lines = server()
+    address = names.address_of("a.api.test")
+    assert address is not None
+
+    answer = dns.answer(dns_query(address.reverse_pointer, 12))
+    others = [
+        "1.0.0.127.in-addr.arpa",
+        "99.0.18.198.in-addr.arpa",
+        "b.api.test",
+        "1.2.in-addr.arpa",
+    ]
+    refused = [dns.answer(dns_query(name, 12)) for name in others]
+
+    assert answer.endswith(b"\x01a\x03api\x04test\x00")
+    assert {rcode(each) for each in refused} == {RCode.NXDOMAIN}
+    assert len(lines) == len(others)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taskvm.wire.dns import DnsError, Query, RCode, build_answer, parse_query
+from taskvm.wire.dns import DnsError, Query, RCode, build_answer, parse_query, pointed_address
 
 HEADER = struct.pack(">HHHHHH", 0x1234, 0x0100, 1, 0, 0, 0)
 QUESTION = b"\x03Api\x04test\x00" + struct.pack(">HH", 1, 1)
@@ -105,3 +105,21 @@ def test_a_damaged_query_raises_nothing_else(position: int, byte: int) -> None:
             parse_query(bytes(message[:cut]))
         except DnsError:
             continue
+
+
+@pytest.mark.parametrize(
+    ("name", "address"),
+    [
+        ("16.0.18.198.in-addr.arpa", "198.18.0.16"),
+        ("0.18.198.in-addr.arpa", None),
+        ("1.2.3.4.5.in-addr.arpa", None),
+        ("256.0.18.198.in-addr.arpa", None),
+        ("x.0.18.198.in-addr.arpa", None),
+        ("16.0.18.198.in-addr.arpa.evil.test", None),
+        ("in-addr.arpa", None),
+    ],
+)
+def test_the_name_of_an_address_is_asked_for_in_one_form(name: str, address: str | None) -> None:
+    found = pointed_address(name)
+
+    assert (None if found is None else str(found)) == address
