@@ -326,9 +326,7 @@ async def test_what_is_neither_http_nor_tls_is_refused(canary: HttpServer, first
     ("line", "headers", "status"),
     [
         ("CONNECT api.test:{port} HTTP/1.1", [], 403),
-        ("GET / HTTP/1.1", ["Connection: Upgrade", "Upgrade: websocket"], 501),
-        ("GET / HTTP/1.1", ["Connection: Upgrade", "Upgrade: h2c", "HTTP2-Settings: x"], 501),
-        ("GET / HTTP/1.1", ["HTTP2-Settings: x"], 501),
+        ("GET / HTTP/1.1", ["Connection: Upgrade", "Upgrade: websocket"], 400),
         ("TRACE / HTTP/1.1", [], 501),
         ("POST / HTTP/1.1", ["Content-Length: 5", "Transfer-Encoding: chunked"], 400),
         ("POST / HTTP/1.1", ["Content-Length: 5", "Content-Length: 6"], 400),
@@ -357,6 +355,25 @@ async def test_what_two_parsers_could_read_differently_is_refused(
         assert status_of(answer) == status
         assert lab.denials("request")
     assert canary.connections == 0
+
+
+async def test_another_upgrade_is_answered_as_the_plain_request_that_it_is(
+    canary: HttpServer,
+) -> None:
+    """Java and `curl --http2` offer h2c with every request in clear: nothing of it goes on."""
+    offers = [
+        ["Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABk"],
+        ["HTTP2-Settings: AAMAAABk"],
+        ["Connection: upgrade", "Upgrade: TLS/1.0, HTTP/2.0"],
+    ]
+    async with lab_for(canary) as lab:
+        for offer in offers:
+            sock = await lab.connect("api.test", canary.port)
+            await sock.write(request(f"api.test:{canary.port}", *offer))
+            assert status_of(await sock.read_response()) == 200
+
+    names = {name.lower() for seen in canary.requests for name, _ in seen.headers}
+    assert names == {"host"}
 
 
 async def test_a_pipelined_request_does_not_ride_along(canary: HttpServer) -> None:

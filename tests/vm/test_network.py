@@ -19,6 +19,11 @@ def audit_of(vm: Sandbox) -> list[dict[str, object]]:
     return [json.loads(line) for line in vm.audit_path.read_text().splitlines()]
 
 
+def _lower(headers: dict[str, str]) -> dict[str, str]:
+    # curl speaks HTTP/2 to the gateway, whose names are in lower case.
+    return {name.lower(): value for name, value in headers.items()}
+
+
 def reaching(port: int, ca_file: Path | None = None) -> dict[str, object]:
     """Options that let api.test, and nothing else, reach a server of the test's."""
     return {
@@ -70,7 +75,7 @@ async def test_a_secret_reaches_its_host_and_not_the_guest(
 
     assert called.stdout == '{"user": "me"}\n', called.stderr
     assert python.stdout == "200\n", python.stderr
-    sent = [headers["Authorization"] for _, _, headers, _ in seen.requests]
+    sent = [_lower(headers)["authorization"] for _, _, headers, _ in seen.requests]
     assert sent == [f"Bearer {CANARY}"] * 2
     assert CANARY not in searched.stdout + searched.stderr + called.stdout + audit
     assert '"API_TOKEN"' in audit

@@ -4,6 +4,9 @@ Rule 1: the destination is a synthetic address that this sandbox was given, or a
         rule names.
 Rule 2: the name that the connection claims (SNI, Host) is the name that its address was given for.
 Rule 3: what is neither HTTP/1 nor TLS is refused: there is nothing to judge it by.
+Rule 4: an encrypted server name (ECH) is never read: what counts is the outer one, which the
+        certificate that we show has. We have no keys of ECH, so GREASE (browsers send it always) and
+        the real thing both continue as if it had not been sent (RFC 9849 section 7).
 """
 
 from __future__ import annotations
@@ -17,13 +20,16 @@ from dataclasses import dataclass
 
 from taskvm.audit import Kind, Verdict
 from taskvm.net.egress import UNRECORDED, Egress, Refusal, Session
+from taskvm.net.http1guest import Http1Guest
+from taskvm.net.http2guest import Http2Guest
 from taskvm.net.names import SYNTHETIC_NETWORK
-from taskvm.net.relay import HttpRelay
 from taskvm.net.streams import ByteStream, GuestStream
 from taskvm.net.tlsstream import TlsStream
+from taskvm.net.upstream import H1, H2
 from taskvm.policy import Decision, decide_name
 from taskvm.wire.hostname import parse_address
-from taskvm.wire.http1 import Origin, Scheme, looks_like_request
+from taskvm.wire.http1 import looks_like_request
+from taskvm.wire.message import Origin, Scheme
 from taskvm.wire.tls import MAX_CLIENT_HELLO, ClientHello, TlsError, is_tls, parse_client_hello
 
 SNIFF_TIMEOUT_S = 10.0
@@ -34,7 +40,7 @@ HANDSHAKE_TIMEOUT_S = 15.0
 LINGER_S = 2.0
 LINGER_BYTES = 1024 * 1024
 
-_HTTP_ALPN = frozenset({b"http/1.1", b"http/1.0"})
+_HTTP_ALPN = frozenset({H2.encode(), H1.encode(), b"http/1.0"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,16 +142,14 @@ class GuestConnection:
     def _judge_hello(self, hello: ClientHello) -> Refusal | None:
         is_literal = parse_address(self._host) is not None
         reason = ""
-        if hello.encrypted:
-            reason = "the server name is encrypted (ECH)"
-        elif is_literal and hello.server_name is not None:
+        if is_literal and hello.server_name is not None:
             reason = "the connection was made to an address, and names a server"
         elif not is_literal and hello.server_name is None:
             reason = "the TLS handshake names no server (SNI)"
         elif not is_literal and hello.server_name != self._host:
             reason = "the TLS handshake names another server than the connection was made to"
         elif hello.alpn and not _HTTP_ALPN.intersection(hello.alpn):
-            reason = "the client speaks no HTTP/1.1"
+            reason = "the client speaks no HTTP"
         if not reason:
             return None
         self._record("tls", "deny", rule="tls", reason=reason)
@@ -157,9 +161,11 @@ class GuestConnection:
         self, scheme: Scheme, stream: ByteStream, host: str, denied: Refusal | None
     ) -> None:
         origin = Origin(scheme, host, self._destination.port)
-        relay = HttpRelay(Session(self._egress, origin, self._number), stream, denied)
+        session = Session(self._egress, origin, self._number)
+        speaks_http2 = isinstance(stream, TlsStream) and stream.protocol == H2
+        serving = (Http2Guest if speaks_http2 else Http1Guest)(session, stream, denied)
         try:
-            await relay.run()
+            await serving.run()
             async with asyncio.timeout(LINGER_S):
                 await stream.end()
         except (ssl.SSLError, TimeoutError):

@@ -12,7 +12,7 @@ from taskvm.net.certs import CertificateAuthority
 from taskvm.net.names import SyntheticNames
 from taskvm.net.upstream import Dialer
 from taskvm.policy import Decision, Policy, decide_name
-from taskvm.wire.http1 import Origin
+from taskvm.wire.message import Origin
 
 
 @dataclass(slots=True)

@@ -8,19 +8,12 @@ Rule 2: secrets come last, after every decision, so nothing that decides or reco
 
 from __future__ import annotations
 
-import h11
+from dataclasses import replace
 
 from taskvm.injection import InjectionRefused
 from taskvm.net.egress import UNRECORDED, Refusal, Session
 from taskvm.policy import Intent, decide_request
-from taskvm.wire.http1 import (
-    Header,
-    HttpRefused,
-    RequestHead,
-    check_request,
-    may_have_trailer,
-    trailer_headers,
-)
+from taskvm.wire.message import Asked, Header, HttpRefused, RequestHead, ResponseHead
 
 # What frameworks take for the method instead of the one in the request line.
 _METHOD_OVERRIDES = frozenset({b"x-http-method-override", b"x-http-method", b"x-method-override"})
@@ -34,12 +27,12 @@ class Judge:
         self._injector = session.egress.injector
         self._denied = denied
 
-    def admit(self, request: h11.Request) -> RequestHead:
+    async def admit(self, asked: Asked) -> RequestHead:
         """Return the head to send, secrets in it. Raises Refusal; either way it is recorded."""
-        seen = self._describe(request)
+        seen = self._describe(asked)
         record = self._session.record
         try:
-            rule, head, secrets = self._decide(request)
+            rule, head, secrets = self._decide(asked)
         except Refusal as refusal:
             record("request", "deny", rule=refusal.rule, reason=refusal.reason, **seen)
             raise
@@ -50,14 +43,16 @@ class Judge:
             raise Refusal.of(UNRECORDED)
         return head
 
-    def admit_trailer(self, head: RequestHead, end: h11.EndOfMessage) -> list[Header]:
+    async def admit_response(self, request: RequestHead, response: ResponseHead) -> ResponseHead:
+        """Return the head of the answer to an admitted request, as the guest gets it."""
+        del request
+        return response
+
+    def admit_trailer(self, fields: list[Header]) -> list[Header]:
         """Return the trailer to send after a body.
 
         Raises Refusal when a secret's trace is in it.
         """
-        if not may_have_trailer(head.headers):
-            return []
-        fields = trailer_headers(end.headers.raw_items())
         try:
             for name, value in fields:
                 self._injector.refuse_traces(name + b":" + value, "the trailer")
@@ -67,19 +62,17 @@ class Judge:
 
     def refuse_unread(self, status: int) -> Refusal:
         """Record bytes that are no request; return the refusal that answers them."""
-        reason = "the request is not valid HTTP/1.1"
+        reason = "the request is not valid HTTP"
         self._session.record("request", "deny", rule="http", reason=reason)
         return Refusal(status, "bad_request", "http", reason)
 
-    def _decide(self, request: h11.Request) -> tuple[str, RequestHead, tuple[str, ...]]:
+    def _decide(self, asked: Asked) -> tuple[str, RequestHead, tuple[str, ...]]:
         if self._denied is not None:
             raise self._denied
-        origin = self._session.origin
-        try:
-            head = check_request(request, origin)
-        except HttpRefused as error:
-            kind = "egress_denied" if error.status == 403 else "bad_request"
-            raise Refusal(error.status, kind, "http", error.reason) from error
+        origin, head = self._session.origin, asked.head
+        if isinstance(head, HttpRefused):
+            kind = "egress_denied" if head.status == 403 else "bad_request"
+            raise Refusal(head.status, kind, "http", head.reason) from head
         intent = Intent(
             origin.scheme, origin.host, origin.port, head.method.decode("ascii"), head.target,
             overrides_method=any(name.lower() in _METHOD_OVERRIDES for name, _ in head.headers),
@@ -94,22 +87,21 @@ class Judge:
             )
         except InjectionRefused as error:
             raise self._refuse_secret(error) from error
-        sent = RequestHead(head.method, head.target, injected.headers)
-        return decision.rule, sent, injected.used
+        return decision.rule, replace(head, headers=injected.headers), injected.used
 
     def _refuse_secret(self, error: InjectionRefused) -> Refusal:
         self._session.record("secret", "deny", reason=error.reason, secrets=(error.secret,))
         return Refusal(403, "egress_denied", "secret", error.reason, error.hint)
 
-    def _describe(self, request: h11.Request) -> dict[str, str]:
+    def _describe(self, asked: Asked) -> dict[str, str]:
         """Return what the record says of a request: nothing, where a secret's trace is in it."""
         try:
-            for text in (request.method, request.target):
+            for text in (asked.method, asked.target):
                 self._injector.refuse_traces(text, "the request line")
         except InjectionRefused:
             return {}
         return {
             "scheme": self._session.origin.scheme,
-            "method": request.method.decode("ascii"),
-            "path": request.target.partition(b"?")[0].decode("ascii"),
+            "method": asked.method.decode("latin-1"),
+            "path": asked.target.partition(b"?")[0].decode("latin-1"),
         }

@@ -50,6 +50,11 @@ class TlsStream:
         """The protocol that was agreed on, such as TLSv1.3."""
         return self._tls.version() or ""
 
+    @property
+    def protocol(self) -> str:
+        """What ALPN agreed on, such as h2; empty when nothing was."""
+        return self._tls.selected_alpn_protocol() or ""
+
     async def read(self, max_bytes: int = READ_SIZE) -> bytes:
         try:
             return await self._drive(lambda: self._tls.read(max_bytes))

@@ -21,11 +21,15 @@ from taskvm.net.streams import ByteStream, SocketStream
 from taskvm.net.tlsstream import TlsStream
 from taskvm.policy import Decision, Policy, decide_address
 from taskvm.wire.hostname import IPAddress, parse_address
-from taskvm.wire.http1 import Origin
+from taskvm.wire.message import Origin
 
 CONNECT_TIMEOUT_S = 10.0  # for one address
 HANDSHAKE_TIMEOUT_S = 15.0
 MAX_ADDRESSES = 8  # tried at most, of those that a name has
+
+# What ALPN calls the versions of HTTP (RFC 7301, RFC 9113 section 3.1).
+H1 = "http/1.1"
+H2 = "h2"
 
 
 class AddressRefused(Exception):  # noqa: N818 - a decision, not a fault
@@ -43,10 +47,13 @@ class AddressRefused(Exception):  # noqa: N818 - a decision, not a fault
 class Upstream:
     """An open connection to a server."""
 
-    def __init__(self, stream: ByteStream, wire: SocketStream, address: str, rule: str) -> None:
+    def __init__(
+        self, stream: ByteStream, wire: SocketStream, address: str, rule: str, protocol: str = H1
+    ) -> None:
         self.stream = stream
         self.address = address
         self.rule = rule
+        self.protocol = protocol
         self._wire = wire
 
     def is_quiet(self) -> bool:
@@ -72,10 +79,18 @@ class Dialer:
         self._resolver = resolver
         self._ca_files = tuple(extra_ca_files)
         _load(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), self._ca_files)
-        self._tls: ssl.SSLContext | None = None
+        self._tls: dict[tuple[str, ...], ssl.SSLContext] = {}
 
-    async def connect(self, origin: Origin) -> Upstream:
+    async def connect(self, origin: Origin, protocols: tuple[str, ...] = (H1,)) -> Upstream:
         """Open a connection to `origin`, which the policy has allowed.
+
+        The server chooses among `protocols` by ALPN. Raises AddressRefused, UpstreamError.
+        """
+        sock, address, rule = await self.reach(origin)
+        return await self._secure(origin, sock, address, rule, protocols)
+
+    async def reach(self, origin: Origin) -> tuple[socket.socket, str, str]:
+        """Return a connected socket, its address, and the rule that let it be dialled.
 
         Raises AddressRefused, UpstreamError.
         """
@@ -93,7 +108,7 @@ class Dialer:
                 # asyncio puts the address into the text: the guest must not learn it.
                 failure = os.strerror(error.errno) if error.errno else "no answer in time"
                 continue
-            return await self._secure(origin, sock, str(address), rule)
+            return sock, str(address), rule
         raise UpstreamError(f"connect to {origin.authority}", failure)
 
     def _judge(
@@ -115,13 +130,15 @@ class Dialer:
         return allowed, refusal
 
     async def _secure(
-        self, origin: Origin, sock: socket.socket, address: str, rule: str
-    ) -> Upstream:
+        self, origin: Origin, sock: socket.socket, address: str, rule: str,
+        protocols: tuple[str, ...],
+    ) -> Upstream:  # fmt: skip
         wire = SocketStream(sock)
         if origin.scheme == "http":
             return Upstream(wire, wire, address, rule)
         try:
-            stream = TlsStream(wire, await self._context(), server_hostname=origin.host)
+            context = await self._context(protocols)
+            stream = TlsStream(wire, context, server_hostname=origin.host)
             async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
                 await stream.handshake()
         except BaseException as error:
@@ -129,23 +146,27 @@ class Dialer:
             if isinstance(error, OSError):  # ssl.SSLError and TimeoutError are
                 raise UpstreamError(f"connect to {origin.authority}", _say(error)) from error
             raise
-        return Upstream(stream, wire, address, rule)
+        return Upstream(stream, wire, address, rule, stream.protocol or H1)
 
-    async def _context(self) -> ssl.SSLContext:
+    async def _context(self, protocols: tuple[str, ...]) -> ssl.SSLContext:
         # Reading the host's trust store costs 20 ms: not at every sandbox's start, not on the loop.
-        if self._tls is None:
-            self._tls = await asyncio.to_thread(client_context, self._ca_files)
-        return self._tls
+        if protocols not in self._tls:
+            self._tls[protocols] = await asyncio.to_thread(
+                client_context, self._ca_files, protocols
+            )
+        return self._tls[protocols]
 
 
-def client_context(extra_ca_files: Iterable[str | os.PathLike[str]] = ()) -> ssl.SSLContext:
+def client_context(
+    extra_ca_files: Iterable[str | os.PathLike[str]] = (), protocols: Iterable[str] = (H1,)
+) -> ssl.SSLContext:
     """Return the context that servers are verified with: the host's trust store, and these files.
 
     Raises UsageError for a file that cannot be read.
     """
     context = ssl.create_default_context()
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(["http/1.1"])
+    context.set_alpn_protocols(protocols)
     _load(context, extra_ca_files)
     return context
 

@@ -1,81 +1,36 @@
-"""What an HTTP/1.1 relay checks and changes in a message h11 has parsed (RFC 9110, RFC 9112).
+"""HTTP/1.1 to and from the relay's own messages, over what h11 has parsed (RFC 9112).
 
 Rule 1: a message whose length two parsers could read differently is refused, not repaired.
-Rule 2: the authority of a request is the one of its connection, in every place where it is written.
-Rule 3: hop-by-hop headers end here; h11 writes the framing anew.
+Rule 2: hop-by-hop fields end here; h11 writes the framing anew.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Literal
 
 import h11
-import msgspec
 
-from taskvm.wire.hostname import HostNameError, parse_authority, render_authority
-
-MAX_HEAD = 64 * 1024  # bytes of a request's or a response's head; servers refuse from 8 to 64 KiB
-
-Header = tuple[bytes, bytes]
-Scheme = Literal["http", "https"]
-DEFAULT_PORTS: dict[Scheme, int] = {"http": 80, "https": 443}
-
-# RFC 9110 section 7.6.1, and the two that intermediaries invented.
-_HOP_BY_HOP = frozenset(
-    {
-        b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization",
-        b"proxy-connection", b"te", b"transfer-encoding", b"upgrade",
-    }
-)  # fmt: skip
-# Answers that would lead the guest around the relay (HTTP/3 on UDP).
-_DROPPED_FROM_RESPONSES = frozenset({b"alt-svc"})
+from taskvm.wire.message import (
+    Asked,
+    Header,
+    HttpRefused,
+    Origin,
+    RequestHead,
+    ResponseHead,
+    check_authority,
+    check_expectation,
+    check_method,
+    check_size,
+    check_target,
+    end_to_end,
+    field_values,
+    response_fields,
+)
+from taskvm.wire.websocket import asks_for_websocket, check_acceptance, check_opening
 
 _REQUEST_START = re.compile(rb"(?:CONNECT [^ ]|[A-Z][A-Z-]{0,31} (?:[/*]|[hH][tT][tT][pP]:))")
 _MAX_REQUEST_START = 40
-_PREFACE = b"PRI * HTTP/2"  # RFC 9113 section 3.4
-
-
-class HttpRefused(Exception):  # noqa: N818 - an outcome, not a fault of ours
-    """Raised for a message that is not relayed.
-
-    `status` answers it, where an answer is possible.
-    """
-
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
-        self.reason = reason
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where the requests of one guest connection may go: scheme, canonical host, port."""
-
-    scheme: Scheme
-    host: str
-    port: int
-
-    @property
-    def authority(self) -> str:
-        """The text of the Host header."""
-        return render_authority(self.host, self.port, DEFAULT_PORTS[self.scheme])
-
-
-@dataclass(frozen=True, slots=True)
-class RequestHead:
-    """A request as it will be sent: origin-form target, canonical Host, end-to-end headers only."""
-
-    method: bytes
-    target: bytes
-    headers: list[Header] = field(repr=False)  # secrets' values are put into them
-
-    @property
-    def path(self) -> str:
-        """The target without its query."""
-        return self.target.partition(b"?")[0].decode("ascii")
+_PREFACE = b"PRI * HTTP/2"  # RFC 9113 section 3.4: HTTP/2 in clear is not spoken here
 
 
 def looks_like_request(data: bytes) -> bool | None:
@@ -90,128 +45,118 @@ def looks_like_request(data: bytes) -> bool | None:
     return None if re.match(rb"[A-Z][A-Z-]{0,31}( ([hH][tT]{0,2}[pP]?)?)?\Z", data) else False
 
 
+# Requests.
+
+
+def read_request(request: h11.Request, origin: Origin) -> Asked:
+    """Return what was asked of `origin`, checked."""
+    head: RequestHead | HttpRefused
+    try:
+        head = check_request(request, origin)
+    except HttpRefused as refused:
+        head = refused
+    return Asked(request.method, request.target, head)
+
+
 def check_request(request: h11.Request, origin: Origin) -> RequestHead:
     """Return the request as it may be forwarded to `origin`. Raises HttpRefused."""
     if request.http_version not in (b"1.0", b"1.1"):
         raise HttpRefused(505, f"HTTP/{request.http_version.decode('ascii')} is not spoken here")
-    if _size(request.headers) + len(request.target) > MAX_HEAD:
-        raise HttpRefused(431, "the request's head is too long")
-    if request.method == b"CONNECT":
-        raise HttpRefused(403, "CONNECT is refused: connections need no proxy here")
-    if request.method in (b"TRACE", b"TRACK"):  # the answer would show the guest our headers
-        raise HttpRefused(501, "TRACE is refused: its answer repeats what was sent, secrets too")
-    if _values(request.headers, b"upgrade") or _values(request.headers, b"http2-settings"):
-        raise HttpRefused(501, "Upgrade is not supported")
-    chunked = _check_framing(request)
-    if any(value.lower() != b"100-continue" for value in _values(request.headers, b"expect")):
-        raise HttpRefused(417, "only 100-continue can be expected")
-    target = _check_target(request, origin)
-    _check_authority(_only_host(request), origin, "the Host header")
-    headers = [(b"Host", origin.authority.encode("ascii"))]
-    headers += [item for item in _end_to_end(request) if item[0].lower() != b"host"]
-    if chunked:
+    fields = list(request.headers)
+    check_size(fields, request.target)
+    check_method(request.method)
+    has_body = _check_framing(request)
+    check_expectation(fields)
+    target = check_target(request.method, request.target, origin)
+    check_authority(_only_host(fields), origin, "the Host header")
+    # Before HTTP/1.1 there is no upgrade (RFC 9110 section 7.8).
+    websocket = request.http_version == b"1.1" and asks_for_websocket(fields)
+    if websocket:
+        check_opening(request.method, fields, has_body=has_body)
+    headers = [item for item in _kept(request) if item[0].lower() != b"host"]
+    return RequestHead(request.method, target, headers, has_body, websocket)
+
+
+def render_request(head: RequestHead, origin: Origin) -> h11.Request:
+    """Return the request for h11 to write. Raises HttpRefused."""
+    headers = [(b"Host", origin.authority.encode("ascii")), *end_to_end(head.headers)]
+    if head.has_body and not any(name.lower() == b"content-length" for name, _ in headers):
         headers.append((b"Transfer-Encoding", b"chunked"))
-    return RequestHead(request.method, target, headers)
+    if head.websocket:
+        headers += [(b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")]
+    try:
+        return h11.Request(method=head.method, target=head.target, headers=headers)
+    except h11.LocalProtocolError:
+        # `from None`: h11 quotes the header, and a secret's value may stand in it.
+        raise HttpRefused(400, "a header cannot be sent") from None
 
 
-def response_headers(response: h11.Response | h11.InformationalResponse) -> list[Header]:
-    """Return the headers of a response for the guest. Raises HttpRefused for two lengths."""
-    chunked = _values(response.headers, b"transfer-encoding")
-    if chunked and _values(response.headers, b"content-length"):
+# Responses.
+
+
+def read_response(
+    response: h11.Response | h11.InformationalResponse, request: RequestHead
+) -> ResponseHead:
+    """Return a response for the guest. Raises HttpRefused for one that is not to be trusted."""
+    status = response.status_code
+    if status == 101:
+        check_acceptance(request.headers, response.headers)
+    fields = list(response.headers)
+    lengths = field_values(fields, b"content-length")
+    if lengths and field_values(fields, b"transfer-encoding"):
         raise HttpRefused(502, "the server's response has two lengths")
-    if _size(response.headers) > MAX_HEAD:
-        raise HttpRefused(502, "the server's response has a head that is too long")
-    return [
-        item for item in _end_to_end(response) if item[0].lower() not in _DROPPED_FROM_RESPONSES
-    ]
+    ended = request.method == b"HEAD" or status in (204, 304) or lengths == [b"0"]
+    return ResponseHead(status, response_fields(*_with_named(response)), response.reason, ended)
 
 
-def trailer_headers(headers: Iterable[Header]) -> list[Header]:
-    """Return the fields of a trailer that may stand there (RFC 9110 section 6.5.1)."""
-    banned = _HOP_BY_HOP | {b"host", b"content-length", b"authorization", b"cookie", b"trailer"}
-    return [(name, value) for name, value in headers if name.lower() not in banned]
+def render_informational(head: ResponseHead) -> h11.InformationalResponse:
+    """Return a 1xx response for h11 to write; a 101 with the fields that make it one."""
+    headers = list(head.headers)
+    if head.status == 101:
+        headers += [(b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")]
+    return h11.InformationalResponse(status_code=head.status, headers=headers, reason=head.reason)
 
 
-def may_have_trailer(headers: Iterable[Header]) -> bool:
-    """Say whether a message with these headers is chunked, so that a trailer can follow it."""
-    return any(name.lower() == b"transfer-encoding" for name, _ in headers)
+def render_response(head: ResponseHead, *, close: bool) -> h11.Response:
+    """Return a final response for h11 to write, which adds what its framing needs."""
+    headers = list(head.headers)
+    if close:
+        headers.append((b"Connection", b"close"))
+    return h11.Response(status_code=head.status, headers=headers, reason=head.reason)
 
 
-def render_refusal(kind: str, host: str, rule: str, reason: str, hint: str = "") -> bytes:
-    """Return the JSON body that tells a program in the guest why it got no answer."""
-    error = {"type": kind, "host": host, "rule": rule, "reason": reason, "hint": hint}
-    return (
-        msgspec.json.encode({"error": {key: text for key, text in error.items() if text}}) + b"\n"
-    )
+# Fields.
 
 
 def _check_framing(request: h11.Request) -> bool:
-    """Refuse what smuggling is made of (RFC 9112 section 6.1); say whether the body is chunked."""
-    encodings = _values(request.headers, b"transfer-encoding")
+    """Refuse what smuggling is made of (RFC 9112 section 6.1); say whether a body follows."""
+    fields = list(request.headers)
+    encodings = field_values(fields, b"transfer-encoding")
+    lengths = field_values(fields, b"content-length")
     if not encodings:
-        return False
-    if request.http_version == b"1.0" or _values(request.headers, b"content-length"):
+        return bool(lengths) and lengths != [b"0"]
+    if request.http_version == b"1.0" or lengths:
         raise HttpRefused(400, "the request has two lengths")
     if [value.lower() for value in encodings] != [b"chunked"]:
         raise HttpRefused(501, "only the transfer encoding chunked is supported")
     return True
 
 
-def _check_target(request: h11.Request, origin: Origin) -> bytes:
-    target = request.target
-    if b"#" in target or b"\\" in target:
-        raise HttpRefused(400, "the request's target has a character that URLs do not have")
-    if target.startswith(b"/"):
-        return target
-    if target == b"*" and request.method == b"OPTIONS":
-        return target
-    scheme, separator, rest = target.partition(b"://")
-    if not separator or scheme.lower() != origin.scheme.encode("ascii"):
-        raise HttpRefused(
-            400, "the request's target is neither a path nor a URL of this connection"
-        )
-    end = min((rest.find(mark) for mark in (b"/", b"?") if mark in rest), default=len(rest))
-    _check_authority(rest[:end], origin, "the request's target")
-    path = rest[end:]
-    return path if path.startswith(b"/") else b"/" + path
-
-
-def _only_host(request: h11.Request) -> bytes:
-    hosts = [value for name, value in request.headers if name == b"host"]
+def _only_host(headers: list[Header]) -> bytes:
+    hosts = [value for name, value in headers if name == b"host"]
     if len(hosts) != 1:
         raise HttpRefused(400, "the request does not have exactly one Host header")
     return hosts[0]
 
 
-def _check_authority(text: bytes, origin: Origin, place: str) -> None:
-    try:
-        authority = parse_authority(text.decode("latin-1"), DEFAULT_PORTS[origin.scheme])
-    except HostNameError as error:
-        raise HttpRefused(400, f"{place} is refused: {error}") from error
-    if authority != (origin.host, origin.port):
-        raise HttpRefused(
-            403, f"{place} names another host or port than the connection was made to"
-        )
+def _kept(message: h11.Request) -> list[Header]:
+    return end_to_end(*_with_named(message))
 
 
-def _values(headers: Iterable[Header], name: bytes) -> list[bytes]:
-    return [
-        item.strip()
-        for key, value in headers
-        if key == name
-        for item in value.split(b",")
-        if item.strip()
-    ]
-
-
-def _size(headers: Iterable[Header]) -> int:
-    # h11 bounds a head that is incomplete; one that arrives whole in two reads it takes.
-    return sum(len(name) + len(value) + 4 for name, value in headers)
-
-
-def _end_to_end(message: h11.Request | h11.Response | h11.InformationalResponse) -> list[Header]:
-    """Return the headers, spelled as they came, without hop-by-hop ones and those Connection names."""
-    named = {item.lower() for item in _values(message.headers, b"connection")}
+def _with_named(
+    message: h11.Request | h11.Response | h11.InformationalResponse,
+) -> tuple[list[Header], set[bytes]]:
+    """Return the fields, spelled as they came, and which of them Connection names."""
+    named = {item.lower() for item in field_values(message.headers, b"connection")}
     # The framing and the authority cannot be talked away by `Connection: content-length, host`.
-    dropped = _HOP_BY_HOP | (named - {b"content-length", b"host"})
-    return [item for item in message.headers.raw_items() if item[0].lower() not in dropped]
+    return message.headers.raw_items(), named - {b"content-length", b"host"}

@@ -45,7 +45,7 @@ def test_a_strict_client_trusts_every_kind_of_host(host: str) -> None:
     client = handshake(ca, host, ca.certificate_pem)
 
     assert client.version() == "TLSv1.3"
-    assert client.selected_alpn_protocol() == "http/1.1"
+    assert client.selected_alpn_protocol() == "h2"
 
 
 def test_an_old_client_gets_tls_1_2_and_nothing_older() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import ssl
 import struct
 
 import pytest
@@ -34,32 +36,51 @@ async def test_a_client_that_ends_at_once_is_recorded() -> None:
         assert lab.denials("connect")[0].rule == "protocol"
 
 
-async def test_a_client_of_http2_only_is_told_in_tls() -> None:
+async def test_a_client_that_speaks_no_http_is_told_in_tls() -> None:
     with http_server("api.test") as server:
         async with egress_lab(allow=["api.test"], hosts={"api.test": ["127.0.0.1"]}) as lab:
             address = await lab.address_of("api.test")
-            async with lab.tls(address, server.port, "api.test", alpn=["h2"]) as stream:
+            async with lab.tls(address, server.port, "api.test", alpn=["imap"]) as stream:
                 await stream.write(b"GET / HTTP/1.1\r\nHost: api.test\r\n\r\n")
                 answer = await read_all(stream)
 
         assert answer.startswith(b"HTTP/1.1 403")
-        assert lab.denials("tls")[0].reason == "the client speaks no HTTP/1.1"
+        assert lab.denials("tls")[0].reason == "the client speaks no HTTP"
     assert server.connections == 0
 
 
-async def test_a_hidden_server_name_is_refused() -> None:
-    name = b"\x00\x00\x00\x0d\x00\x0b\x00\x00\x08api.test"
-    hidden = b"\xfe\x0d\x00\x01\x00"
-    body = b"\x03\x03" + bytes(32) + b"\x00\x00\x02\x13\x01\x01\x00"
-    body += struct.pack(">H", len(name + hidden)) + name + hidden
-    message = b"\x01" + len(body).to_bytes(3, "big") + body
+async def test_an_encrypted_server_name_is_ignored_and_the_outer_one_counts() -> None:
+    """GREASE, which browsers always send, and the real thing look alike: both go on as if without."""
+    outer = {name: _hello_with_ech(name) for name in (b"api.test", b"evil.test")}
     async with egress_lab(allow=["api.test"]) as lab:
-        sock = await lab.connect("api.test", 443)
+        answered = {}
+        for name, hello in outer.items():
+            sock = await lab.connect("api.test", 443)
+            await sock.write(hello)
+            answered[name] = await sock.read()
 
-        with pytest.raises(StreamReset):
-            await sock.exchange(b"\x16\x03\x01" + struct.pack(">H", len(message)) + message)
+        # Both get a ServerHello (22, and 2 inside); the wrong name its refusal inside TLS.
+        assert all(data[0] == 22 and data[5] == 2 for data in answered.values())
+        assert [denied.reason for denied in lab.denials("tls")] == [
+            "the TLS handshake names another server than the connection was made to"
+        ]
 
-        assert lab.denials("tls")[0].reason == "the server name is encrypted (ECH)"
+
+def _hello_with_ech(name: bytes) -> bytes:
+    """Return a real ClientHello with an encrypted_client_hello extension put at its end."""
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = ssl.create_default_context().wrap_bio(incoming, outgoing, server_hostname=name.decode())
+    with contextlib.suppress(ssl.SSLWantReadError):
+        tls.do_handshake()
+    body = outgoing.read()[9:]
+    at = 2 + 32
+    at += 1 + body[at]
+    at += 2 + int.from_bytes(body[at : at + 2], "big")
+    at += 1 + body[at]
+    extensions = body[at + 2 :] + b"\xfe\x0d\x00\x0a" + bytes(10)
+    body = body[:at] + struct.pack(">H", len(extensions)) + extensions
+    message = b"\x01" + len(body).to_bytes(3, "big") + body
+    return b"\x16\x03\x01" + struct.pack(">H", len(message)) + message
 
 
 async def test_random_bytes_end_connections_and_nothing_else() -> None:

@@ -16,7 +16,7 @@ from tests.support.egress_lab import (
     scripted_server,
 )
 
-from taskvm.net import relay
+from taskvm.net import http1guest, relay
 from taskvm.port import StreamReset
 
 
@@ -182,7 +182,7 @@ async def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.Monke
 async def test_a_head_that_never_ends_closes_the_connection(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(relay, "HEAD_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(http1guest, "HEAD_TIMEOUT_S", 0.1)
     async with egress_lab(allow=["api.test"]) as lab:
         sock = await lab.connect("api.test", 80)
 

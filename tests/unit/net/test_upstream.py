@@ -16,7 +16,7 @@ from taskvm.net import upstream
 from taskvm.net.streams import SocketStream
 from taskvm.net.upstream import AddressRefused, Dialer, client_context, is_own_address
 from taskvm.policy import Policy
-from taskvm.wire.http1 import Origin
+from taskvm.wire.message import Origin
 
 
 def test_this_hosts_addresses_are_its_own() -> None:

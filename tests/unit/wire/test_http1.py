@@ -1,4 +1,4 @@
-"""What the relay checks in messages, without any connection (the attacks are in tests/security)."""
+"""What the relay checks in HTTP/1.1, and in any message (taskvm.wire.message), without a connection."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taskvm.wire.http1 import (
-    HttpRefused,
-    Origin,
     check_request,
     looks_like_request,
+    read_request,
+    read_response,
+    render_request,
+)
+from taskvm.wire.message import (
+    HttpRefused,
+    Origin,
+    RequestHead,
     render_refusal,
-    response_headers,
-    trailer_headers,
+    trailer_fields,
 )
 
 ORIGIN = Origin("https", "api.test", 443)
@@ -32,7 +37,8 @@ def request(
 def test_the_host_is_sent_in_its_canonical_form(host: str) -> None:
     head = check_request(request(host=host), ORIGIN)
 
-    assert head.headers == [(b"Host", b"api.test")]
+    assert head.headers == []
+    assert list(render_request(head, ORIGIN).headers) == [(b"host", b"api.test")]
 
 
 @pytest.mark.parametrize(
@@ -58,15 +64,18 @@ def test_a_star_is_for_options_only() -> None:
 def test_headers_keep_their_spelling_and_order_and_framing_is_kept() -> None:
     headers = [("X-B", "1"), ("x-a", "2"), ("X-B", "3"), ("Content-Length", "0")]
 
-    sent = check_request(request(*headers), ORIGIN).headers[1:]
+    head = check_request(request(*headers), ORIGIN)
+    sent = render_request(head, ORIGIN).headers.raw_items()[1:]
 
+    assert not head.has_body
     assert sent == [(b"X-B", b"1"), (b"x-a", b"2"), (b"X-B", b"3"), (b"Content-Length", b"0")]
 
 
 def test_a_chunked_body_stays_chunked() -> None:
     head = check_request(request(("transfer-encoding", "Chunked"), method="POST"), ORIGIN)
 
-    assert head.headers[-1] == (b"Transfer-Encoding", b"chunked")
+    assert head.has_body
+    assert list(render_request(head, ORIGIN).headers)[-1] == (b"transfer-encoding", b"chunked")
 
 
 def test_an_address_in_brackets_is_an_authority() -> None:
@@ -74,7 +83,7 @@ def test_an_address_in_brackets_is_an_authority() -> None:
 
     head = check_request(request(host="[2001:DB8::1]:8080"), origin)
 
-    assert head.headers == [(b"Host", b"[2001:db8::1]:8080")]
+    assert list(render_request(head, origin).headers) == [(b"host", b"[2001:db8::1]:8080")]
 
 
 def test_a_response_loses_what_is_for_one_hop_or_leads_around() -> None:
@@ -84,13 +93,42 @@ def test_a_response_loses_what_is_for_one_hop_or_leads_around() -> None:
                  ("Set-Cookie", "a"), ("Set-Cookie", "b")],
     )  # fmt: skip
 
-    assert response_headers(response) == [(b"Set-Cookie", b"a"), (b"Set-Cookie", b"b")]
+    head = read_response(response, RequestHead(b"GET", b"/", []))
+
+    assert head.headers == [(b"Set-Cookie", b"a"), (b"Set-Cookie", b"b")]
+    assert not head.ended
+
+
+@pytest.mark.parametrize(
+    ("method", "status", "length"), [("HEAD", 200, "5"), ("GET", 204, None), ("GET", 200, "0")]
+)
+def test_an_answer_without_a_body_is_told_by_its_head(
+    method: str, status: int, length: str | None
+) -> None:
+    headers = [("Content-Length", length)] if length else []
+    response = h11.Response(status_code=status, headers=headers)
+
+    assert read_response(response, RequestHead(method.encode(), b"/", [])).ended
+
+
+def test_a_refused_request_still_says_what_was_asked() -> None:
+    asked = read_request(request(method="TRACE", target="/x"), ORIGIN)
+
+    assert (asked.method, asked.target) == (b"TRACE", b"/x")
+    assert isinstance(asked.head, HttpRefused)
+
+
+def test_a_field_that_cannot_be_sent_is_refused_without_being_quoted() -> None:
+    head = RequestHead(b"GET", b"/", [(b"X", b"secret\r\nX-Other: 1")])
+
+    with pytest.raises(HttpRefused, match=r"^a header cannot be sent$"):
+        render_request(head, ORIGIN)
 
 
 def test_a_trailer_cannot_bring_what_frames_or_authorizes() -> None:
     fields = [(b"X-Sum", b"1"), (b"Content-Length", b"5"), (b"authorization", b"x")]
 
-    assert trailer_headers(fields) == [(b"X-Sum", b"1")]
+    assert trailer_fields(fields) == [(b"X-Sum", b"1")]
 
 
 def test_a_refusal_is_json_without_empty_fields() -> None:
@@ -139,5 +177,5 @@ def test_any_target_and_host_pass_or_are_refused(target: bytes, host: bytes) -> 
         assert error.status in (400, 403)  # noqa: PT017 - either outcome is fine
         return
 
-    assert head.headers == [(b"Host", b"api.test")]
+    assert head.headers == []
     assert head.target.startswith(b"/")

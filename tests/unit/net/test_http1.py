@@ -1,0 +1,172 @@
+"""HTTP/1.1's exchanges: taskvm.net.http1, http1guest (taskvm.net.http1guest) and taskvm.net.http1server.
+
+WebSocket, server-sent events, and when a connection of taskvm.net.upstreams is used again. What is
+common to all versions (taskvm.net.exchange) is in test_relay.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from tests.support.egress_lab import HttpServer, Lab, egress_lab, http_server, scripted_server
+from tests.support.h2_lab import fields, h2_client
+
+from taskvm.net import relay, upstreams
+from taskvm.port import StreamReset
+from taskvm.wire.websocket import acceptance_of
+
+KEY = b"dGhlIHNhbXBsZSBub25jZQ=="
+
+
+@asynccontextmanager
+async def sandbox(server: HttpServer) -> AsyncIterator[Lab]:
+    async with egress_lab(
+        allow=["api.test"],
+        allow_addresses=[f"127.0.0.1:{server.port}"],
+        hosts={"api.test": ["127.0.0.1"]},
+    ) as lab:
+        yield lab
+
+
+@asynccontextmanager
+async def raw_server(
+    switch: bytes, *, early: bytes = b"", until_end: bool = True
+) -> AsyncIterator[HttpServer]:
+    """Answer an opening with `switch` and `early`, then echo in capitals what comes, to its end."""
+    seen = HttpServer(0)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        seen.connections += 1
+        writer.write(switch + early)
+        while until_end and (data := await reader.read(1000)):
+            writer.write(data.upper())
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    seen.port = server.sockets[0].getsockname()[1]
+    yield seen
+    server.close()
+
+
+def opening(port: int) -> bytes:
+    return (
+        b"GET /chat HTTP/1.1\r\nHost: api.test:%d\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: %b\r\n\r\n" % (port, KEY)
+    )
+
+
+SWITCH = (
+    b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Accept: " + acceptance_of(KEY) + b"\r\n\r\n"
+)
+
+
+async def test_a_websocket_passes_bytes_both_ways_to_its_end() -> None:
+    async with raw_server(SWITCH, early=b"hello ") as server, sandbox(server) as lab:
+        sock = await lab.connect("api.test", server.port)
+        await sock.write(opening(server.port))
+        received = b""
+        while not received.endswith(b"hello "):
+            received += await sock.read()
+        for word in (b"one ", b"two "):
+            await sock.write(word)
+            while not received.endswith(word.upper()):
+                received += await sock.read()
+        sock.end()
+        received += await sock.read_all()
+
+        (ended,) = [e for e in lab.events if e.kind == "response"]
+    head, _, frames = received.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 101")
+    assert b"sec-websocket-accept: " + acceptance_of(KEY).lower() in head.lower()
+    assert frames == b"hello ONE TWO "
+    assert (ended.status, ended.bytes_up, ended.bytes_down) == (101, 8, 14)
+
+
+async def test_a_websocket_ends_with_its_server() -> None:
+    async with raw_server(SWITCH, early=b"bye", until_end=False) as server, sandbox(server) as lab:
+        sock = await lab.connect("api.test", server.port)
+        await sock.write(opening(server.port))
+        async with asyncio.timeout(5):
+            received = await sock.read_all()
+
+    assert received.endswith(b"\r\n\r\nbye")
+
+
+async def test_a_server_may_decline_a_websocket() -> None:
+    refusal = b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 2\r\n\r\nno"
+    async with scripted_server(refusal) as server, sandbox(server) as lab:
+        sock = await lab.connect("api.test", server.port)
+        await sock.write(opening(server.port))
+
+        assert (await sock.read_response()).startswith(b"HTTP/1.1 401")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        SWITCH.replace(acceptance_of(KEY), acceptance_of(b"another")),
+        SWITCH.replace(b"Upgrade: websocket\r\n", b"Upgrade: h2c\r\n"),
+        SWITCH.replace(b"Connection: Upgrade\r\n", b""),
+    ],
+)
+async def test_another_switch_is_a_bad_gateway(answer: bytes) -> None:
+    async with raw_server(answer) as server, sandbox(server) as lab:
+        sock = await lab.connect("api.test", server.port)
+        received = await sock.exchange(opening(server.port))
+
+    assert received.startswith(b"HTTP/1.1 502")
+
+
+async def test_a_websocket_that_is_silent_for_too_long_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(relay, "WEBSOCKET_TIMEOUT_S", 0.1)
+    async with raw_server(SWITCH) as server, sandbox(server) as lab:
+        sock = await lab.connect("api.test", server.port)
+        await sock.write(opening(server.port))
+
+        with pytest.raises(StreamReset):
+            await sock.read_all()
+
+
+async def test_an_event_arrives_before_the_next_one_is_sent() -> None:
+    """Server-sent events, and every other answer that takes its time."""
+    events = [b"data: %d\n\n" % number for number in range(3)]
+    read = asyncio.Semaphore(0)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
+        for event in events:
+            writer.write(event)
+            await read.acquire()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    seen = HttpServer(server.sockets[0].getsockname()[1])
+    async with sandbox(seen) as lab:
+        sock = await lab.connect("api.test", seen.port)
+        await sock.write(f"GET / HTTP/1.1\r\nHost: api.test:{seen.port}\r\n\r\n".encode())
+        received = b""
+        for event in events:
+            async with asyncio.timeout(5):
+                while event not in received:
+                    received += await sock.read()
+            read.release()
+    server.close()
+
+
+async def test_many_streams_share_a_few_connections_of_a_server_of_http1() -> None:
+    with http_server("api.test") as server:
+        async with sandbox(server) as lab, h2_client(lab, "api.test", server.port) as client:
+            authority = f"api.test:{server.port}"
+            numbers = [await client.send(fields(authority, f"/{n}")) for n in range(60)]
+            answers = await client.finish(*numbers)
+
+    assert [answer.status for answer in answers] == [200] * 60
+    assert 1 < server.connections <= upstreams.MAX_CONNECTIONS
