@@ -27,6 +27,7 @@ class ServerConnections:
         self._session = session
         self._tasks = tasks
         self._idle: list[Http1Server] = []
+        self._fresh: Http1Server | None = None  # dialled to learn what the server speaks
         self._shared: Http2Server | None = None
         self._running: list[asyncio.Task[None]] = []
         self._protocol: str | None = H1 if tasks is None else None
@@ -49,7 +50,7 @@ class ServerConnections:
 
     def close(self) -> None:
         """Drop all of them."""
-        for server in self._idle:
+        for server in [*self._idle, *([self._fresh] if self._fresh else [])]:
             server.abort()
         self._idle.clear()
         for task in self._running:
@@ -62,7 +63,7 @@ class ServerConnections:
             upstream = await self._dial((H2, H1))
             self._protocol = upstream.protocol
             if upstream.protocol != H2:
-                self._idle.append(Http1Server(upstream, self._session.origin))
+                self._fresh = Http1Server(upstream, self._session.origin)
                 return None
             assert self._tasks is not None, "only a guest of HTTP/2 is offered it"
             self._shared = Http2Server(upstream, self._session.origin)
@@ -70,6 +71,9 @@ class ServerConnections:
         return await self._shared.exchange()
 
     async def _take_idle(self) -> Http1Server:
+        fresh, self._fresh = self._fresh, None
+        if fresh is not None:
+            return fresh  # not asked whether it is quiet: TLS 1.3 tickets may lie in it
         while self._idle:
             server = self._idle.pop()
             if server.is_quiet():
