@@ -25,6 +25,7 @@ PURE = (
     "taskvm.hostpattern",
     "taskvm.pathpattern",
     "taskvm.explanation",
+    "taskvm.suggestion",
     "taskvm.identity",
     "taskvm.injection",
     "taskvm.ring",

@@ -4,6 +4,8 @@ async with Sandbox.create(mounts={"/workspace": HostDir(".")}, allow=["api.examp
     print((await vm.exec("ls -l")).stdout)
 """
 
+from taskvm.audit import AuditEvent
+from taskvm.auditreading import find_audit_log, read_audit
 from taskvm.cache import Cache
 from taskvm.doctor import Finding, examine, render_findings
 from taskvm.errors import (
@@ -38,6 +40,7 @@ from taskvm.process import ByteStream, ExecResult, Process
 from taskvm.resources import ExecLimits, ExecUsage
 from taskvm.sandbox import Sandbox
 from taskvm.secret import Secret
+from taskvm.suggestion import Suggestion, suggest_policy
 from taskvm.treecopy import CopyLimits
 from taskvm.usage import Statistics
 
@@ -61,6 +64,11 @@ __all__ = [
     "explain",
     "Explanation",
     "Step",
+    "AuditEvent",
+    "read_audit",
+    "find_audit_log",
+    "Suggestion",
+    "suggest_policy",
     "WarmPool",
     "Limits",
     "Statistics",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from taskvm.cli import attached, doctor, image, policy, run, sandboxes, supervisor
+from taskvm.cli import attached, doctor, image, log, policy, run, sandboxes, supervisor
 from taskvm.cli.group import main
 
 __all__ = ["main"]
@@ -20,6 +20,7 @@ for _command in (
     supervisor.supervisor,
     image.image,
     policy.policy,
+    log.log,
     doctor.doctor,
 ):
     main.add_command(_command)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from taskvm import Decision, explain
+from taskvm import Decision, explain, find_audit_log, read_audit, suggest_policy
 from taskvm.cli.options import POLICY_OPTIONS, read_policy, read_table
 
 EXIT_REFUSED = 1
@@ -65,6 +65,17 @@ def show(
     """Print the policy that the options mean, as a policy file."""
     read_table(resolve)
     click.echo(read_policy(policy_file, allow, allow_addresses).to_toml(), nl=False)
+
+
+@policy.command()
+@click.argument("log", required=False)
+def suggest(log: str | None) -> None:
+    """Print the smallest policy file that allows what the audit log LOG says was used.
+
+    LOG is a file, or a sandbox's id. [default: of the newest sandbox] What was refused is listed in
+    comments. Read it before you use it: what was used was not always needed.
+    """
+    click.echo(suggest_policy(read_audit(find_audit_log(log))).to_toml(), nl=False)
 
 
 def _say(decision: Decision) -> str:

@@ -1,21 +1,20 @@
 """Writing the audit record: a line for an event, appended whole, to a file only its owner reads.
 
-Rule 1: one writer per file (an exclusive flock).
+Rule 1: one writer per file (`auditfile`).
 Rule 2: no record, no egress: a full or failing log answers False, and the gateway refuses what it
         cannot record.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
-import stat
 import time
 from collections.abc import Callable
 from typing import Any
 
 from taskvm.audit import AuditEvent, Kind, Verdict, render_event, render_time
 from taskvm.errors import HostError
+from taskvm.net.auditfile import AuditFile
 
 # A guest can cause lines as fast as it likes; this is about a million of them.
 MAX_LOG_BYTES = 256 * 1024 * 1024
@@ -55,28 +54,9 @@ class AuditLog:
 
         Raises HostError when it cannot be ours alone.
         """
-        operation = f"open the audit log {os.fspath(path)}"
-        try:
-            # O_NOFOLLOW: a link planted at the path must not choose the file.
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            descriptor = os.open(path, flags | os.O_NONBLOCK, 0o600)
-        except OSError as error:
-            raise HostError(operation, error.strerror or "it cannot be opened") from error
-        try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise HostError(operation, "it is not a regular file")
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.fchmod(descriptor, 0o600)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise HostError(
-                operation, "another sandbox writes to it", "Use another file"
-            ) from error
-        except (OSError, HostError):
-            os.close(descriptor)
-            raise
-        log = cls(_appender(descriptor), sandbox, listener=listener, max_bytes=max_bytes)
-        log._close = lambda: os.close(descriptor)
+        file = AuditFile(path)
+        log = cls(file.append, sandbox, listener=listener, max_bytes=max_bytes)
+        log._close = file.close
         return log
 
     def record(self, kind: Kind, decision: Verdict, **fields: Any) -> bool:
@@ -99,7 +79,7 @@ class AuditLog:
         self._room -= len(line)
         try:
             self._write(line)
-        except OSError:
+        except (OSError, HostError):
             self._broken = True
         if self._listener is not None:
             self._listener(event)
@@ -110,11 +90,3 @@ class AuditLog:
         self._broken = True
         close, self._close = self._close, lambda: None
         close()
-
-
-def _appender(descriptor: int) -> Callable[[bytes], None]:
-    def append(line: bytes) -> None:
-        if os.write(descriptor, line) != len(line):
-            raise OSError("the audit log took only a part of a line (the disk is full)")
-
-    return append

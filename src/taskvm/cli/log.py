@@ -1,0 +1,48 @@
+"""`taskvm log`: what a sandbox asked for, and what was decided."""
+
+from __future__ import annotations
+
+import sys
+from itertools import filterfalse
+
+import click
+import msgspec
+
+from taskvm import AuditEvent, find_audit_log, read_audit
+
+
+@click.command()
+@click.option("--follow", "-f", is_flag=True, help="Go on as the log grows, until Ctrl-C.")
+@click.option("--denied", is_flag=True, help="Only what was refused.")
+@click.option("--json", "as_json", is_flag=True, help="Print the lines as they are.")
+@click.argument("log", required=False)
+def log(log: str | None, follow: bool, denied: bool, as_json: bool) -> None:
+    """Print the audit log LOG: a file, or a sandbox's id. [default: of the newest sandbox]"""
+    events = read_audit(find_audit_log(log), follow=follow)
+    for event in filterfalse(_is_no_denial, events) if denied else events:
+        text = msgspec.json.encode(event).decode() if as_json else render(event)
+        click.echo(text)
+        sys.stdout.flush()
+
+
+def _is_no_denial(event: AuditEvent) -> bool:
+    return event.decision != "deny"
+
+
+def render(event: AuditEvent) -> str:
+    """Return one line for a person. All of it was made printable when it was written."""
+    where = event.host or event.address
+    if event.port:
+        where += f":{event.port}"
+    if event.kind == "request" and event.method:
+        where = f"{event.method} {event.scheme or 'http'}://{where}{event.path}"
+    facts = [where] if where else []
+    if event.kind == "response":
+        facts.append(f"{event.status}, {event.bytes_up} up, {event.bytes_down} down")
+        facts.append(f"{event.duration_ms} ms")
+    if event.secrets:
+        facts.append(f"secrets {', '.join(event.secrets)}")
+    why = ": ".join(filter(None, (event.rule, event.reason)))
+    said = ", ".join(facts) + (f" ({why})" if why else "")
+    line = f"{event.time[11:23]} {event.decision:5} {event.kind:8} {said}"
+    return "".join(sign if sign.isprintable() else "?" for sign in line)
