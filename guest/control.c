@@ -15,14 +15,16 @@
 #include "files.h"
 #include "fusepump.h"
 #include "identity.h"
+#include "kernel.h"
 #include "log.h"
 #include "pool.h"
+#include "watch.h"
 
 #ifndef AGENT_VERSION
 #define AGENT_VERSION "0"
 #endif
 
-enum { MAX_FILE_OPERATIONS = 32, BUCKETS = 256 };
+enum { MAX_FILE_OPERATIONS = 32, MAX_WATCHES = 16, BUCKETS = 256 };
 /* A process that waits in the kernel for a file system freezes only when that answers. It runs nothing of the user's before it is
  * thawed, so after this time the guest is as good as at rest. */
 enum { FREEZE_SECONDS = 2 };
@@ -33,7 +35,7 @@ struct port control_port;
 struct loop control_loop;
 
 static struct stream *streams[BUCKETS];
-static struct pool file_pool, identity_pool, sync_pool;
+static struct pool file_pool, identity_pool, sync_pool, watch_pool;
 static struct source freeze_source, deadline_source;
 static int freeze_events = -1, deadline = -1;
 static bool freezing;
@@ -129,15 +131,30 @@ static void turn_off(struct transfer *transfer)
 	power_off();
 }
 
+/* Pools of their own: file operations may all wait for the port, which is held while `identity` and `sync` are answered; and a
+ * watch lasts, and would keep a place that file operations wait for. */
 static const struct operation {
 	const char *name;
 	void (*run)(struct transfer *transfer);
+	struct pool *pool;
+	bool urgent;
 } OPERATIONS[] = {
-	{"read", files_read},     {"write", files_write},     {"stat", files_stat},
-	{"list", files_list},     {"mkdir", files_mkdir},     {"rename", files_rename},
-	{"remove", files_remove}, {"mount", fusepump_mount},  {"unmount", fusepump_unmount},
-	{"chmod", files_chmod},   {"symlink", files_symlink}, {"readlink", files_readlink},
-	{"poweroff", turn_off},
+	{"read", files_read, &file_pool, false},
+	{"write", files_write, &file_pool, false},
+	{"stat", files_stat, &file_pool, false},
+	{"list", files_list, &file_pool, false},
+	{"mkdir", files_mkdir, &file_pool, false},
+	{"rename", files_rename, &file_pool, false},
+	{"remove", files_remove, &file_pool, false},
+	{"chmod", files_chmod, &file_pool, false},
+	{"symlink", files_symlink, &file_pool, false},
+	{"readlink", files_readlink, &file_pool, false},
+	{"mount", fusepump_mount, &file_pool, false},
+	{"unmount", fusepump_unmount, &file_pool, false},
+	{"poweroff", turn_off, &file_pool, false},
+	{"watch", watch_run, &watch_pool, false},
+	{"sync", sync_disks, &sync_pool, true},
+	{"identity", identity_take, &identity_pool, true},
 };
 
 static bool is_named(const struct msgpack_value *value, const char *name)
@@ -151,18 +168,9 @@ static void open_operation(struct request *request, const struct msgpack_value *
 		exec_open(request);
 		return;
 	}
-	/* Pools of their own: file operations may all wait for the port, which is held while these are answered. */
-	if (is_named(name, "identity")) {
-		transfer_open(request, &identity_pool, identity_take, true);
-		return;
-	}
-	if (is_named(name, "sync")) {
-		transfer_open(request, &sync_pool, sync_disks, true);
-		return;
-	}
-	for (size_t i = 0; i < sizeof(OPERATIONS) / sizeof(OPERATIONS[0]); i++)
-		if (is_named(name, OPERATIONS[i].name)) {
-			transfer_open(request, &file_pool, OPERATIONS[i].run, false);
+	for (const struct operation *each = OPERATIONS; each < OPERATIONS + ARRAY_SIZE(OPERATIONS); each++)
+		if (is_named(name, each->name)) {
+			transfer_open(request, each->pool, each->run, each->urgent);
 			return;
 		}
 	reply_failure(request->stream, &(struct failure){ENOSYS, "op"});
@@ -284,6 +292,7 @@ _Noreturn void control_run(int fd, const char *kernel)
 	pool_init(&file_pool, MAX_FILE_OPERATIONS);
 	pool_init(&identity_pool, 1);
 	pool_init(&sync_pool, 1);
+	pool_init(&watch_pool, MAX_WATCHES);
 	exec_init();
 	freeze_events = cgroup_open_events(-1);
 	deadline = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);

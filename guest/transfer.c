@@ -4,6 +4,8 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
 
 #include "kernel.h"
 #include "log.h"
@@ -27,6 +29,13 @@ static void take_data(struct transfer *transfer, const struct frame *frame)
 	transfer->window -= frame->length;
 }
 
+static void wake(struct transfer *transfer)
+{
+	const uint64_t one = 1;
+	if (transfer->wake >= 0 && write(transfer->wake, &one, sizeof(one)) < 0)
+		fatal("write to an eventfd: %s", strerror(errno));
+}
+
 static void take_frame(struct stream *stream, const struct frame *frame)
 {
 	struct transfer *transfer = container_of(stream, struct transfer, stream);
@@ -34,7 +43,10 @@ static void take_frame(struct stream *stream, const struct frame *frame)
 	switch (frame->type) {
 	case FRAME_DATA: take_data(transfer, frame); break;
 	case FRAME_END: transfer->ended = true; break;
-	case FRAME_RESET: transfer->reset = true; break;
+	case FRAME_RESET:
+		transfer->reset = true;
+		wake(transfer);
+		break;
 	case FRAME_CREDIT:
 		transfer->credit += decode_u32(frame->payload);
 		if (transfer->credit > INT32_MAX)
@@ -58,6 +70,8 @@ static void finish_job(struct job *job)
 	stream_remove(&transfer->stream);
 	pthread_cond_destroy(&transfer->changed);
 	pthread_mutex_destroy(&transfer->lock);
+	if (transfer->wake >= 0)
+		close(transfer->wake);
 	free(transfer->bytes);
 	free(transfer->request);
 	free(transfer);
@@ -77,6 +91,7 @@ void transfer_open(struct request *request, struct pool *pool, void (*run)(struc
 	transfer->request = request;
 	transfer->run = run;
 	transfer->urgent = urgent;
+	transfer->wake = -1;
 	transfer->credit = transfer->window = INITIAL_CREDIT;
 	pthread_mutex_init(&transfer->lock, NULL);
 	pthread_cond_init(&transfer->changed, NULL);
@@ -175,4 +190,12 @@ ssize_t transfer_receive(struct transfer *transfer, uint8_t *bytes, size_t size)
 	if (grant)
 		send_u32(FRAME_CREDIT, CHANNEL_STDIN, transfer->stream.id, grant);
 	return taken;
+}
+
+int transfer_wake(struct transfer *transfer)
+{
+	pthread_mutex_lock(&transfer->lock);
+	transfer->wake = eventfd(transfer->reset, EFD_CLOEXEC | EFD_NONBLOCK);
+	pthread_mutex_unlock(&transfer->lock);
+	return transfer->wake;
 }

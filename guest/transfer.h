@@ -20,6 +20,7 @@ struct transfer {
 	pthread_mutex_t lock;
 	pthread_cond_t changed;
 	bool reset, ended;
+	int wake; /* an eventfd that a RESET makes readable, or -1 */
 	int64_t credit;
 	uint8_t *bytes; /* what came and was not received yet; INITIAL_CREDIT of room */
 	size_t start, length;
@@ -40,5 +41,7 @@ void transfer_end(struct transfer *transfer);
 void transfer_abort(struct transfer *transfer, int error);
 /* Receive what came on channel 0: its length, 0 at END, -1 when the host has reset the stream. */
 ssize_t transfer_receive(struct transfer *transfer, uint8_t *bytes, size_t size);
+/* A descriptor that is readable once the host has reset the stream, for an operation that waits by poll; -1 when there is none. */
+int transfer_wake(struct transfer *transfer);
 
 #endif

@@ -33,6 +33,7 @@ BLOCKING_WORDS = {
     "stdin: 'bytes | Iterator": "stdin: 'bytes | Iterable",
     "Opening[Sandbox]": "Sandbox",
     "Opening[Forward]": "Forward",
+    "Opening[FileWatch]": "FileWatch",
     "builtins.list": "list",
     "aio.": "",
 }

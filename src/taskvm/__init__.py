@@ -25,6 +25,7 @@ from taskvm.errors import (
 )
 from taskvm.explanation import Explanation, Step, explain
 from taskvm.files import FileInfo, Files
+from taskvm.filewatch import FileChange, FileWatch
 from taskvm.fs.hostdir import HostDir
 from taskvm.fs.memory import Memory
 from taskvm.fs.provider import Provider
@@ -58,6 +59,8 @@ __all__ = [
     "ByteStream",
     "Files",
     "FileInfo",
+    "FileWatch",
+    "FileChange",
     "CopyLimits",
     "Policy",
     "Decision",

@@ -7,11 +7,14 @@ import os
 import struct
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from taskvm.errors import GuestError, SandboxLostError, UsageError
 from taskvm.filestream import receive, send
+from taskvm.filewatch import MAX_WATCHES, FileWatch
+from taskvm.opening import Opening
 from taskvm.port import StreamReset
 from taskvm.treecopy import CopyIn, CopyLimits, CopyOut
 from taskvm.vm.control import Call, Control
@@ -34,6 +37,7 @@ from taskvm.wire.control import (
     Request,
     StatRequest,
     SymlinkRequest,
+    WatchRequest,
     WriteRequest,
     decode,
 )
@@ -49,6 +53,8 @@ MAX_READ_BYTES = 256 * 1024 * 1024
 MAX_LISTING_BYTES = 16 * 1024 * 1024
 # Removing a large tree takes the guest's kernel minutes; all else is one system call.
 REMOVE_TREE_TIMEOUT_S = 600.0
+# Walking a large tree on a mount, a directory a millisecond.
+WATCH_TIMEOUT_S = 120.0
 _NOT_FOUND = 2  # ENOENT in linux/errno-base.h
 _CANCELLED = 125  # ECANCELED in linux/errno.h: the host no longer wants it
 _PATH_LIMIT = 4096  # PATH_MAX in linux/limits.h, with the NUL at the end
@@ -95,6 +101,7 @@ class Files:
         self._uid = uid
         self._gid = gid
         self._slots = asyncio.Semaphore(MAX_CONCURRENT)
+        self._watches: list[Call] = []
 
     async def read_bytes(
         self, path: GuestPath, *, offset: int = 0, length: int | None = None
@@ -312,6 +319,18 @@ class Files:
         source = os.fsdecode(_encoded(guest_path, f"copy {guest_path} out"))
         await CopyOut(self, source, Path(host_path), limits).run()
 
+    def watch(self, path: GuestPath, *, recursive: bool = False) -> Opening[FileWatch]:
+        """Watch a file, a directory or, with `recursive`, all below it: `await` the result, or use `async with`.
+
+            async with vm.files.watch("/work", recursive=True) as changes:
+                async for change in changes: ...
+
+        From then on every change that a program of the guest makes is told, in order. A directory that appears is
+        watched from when it was seen, and what is in it by then is told as created, perhaps twice. Symbolic links are
+        followed in `path` only. A watch keeps no sandbox awake. At most MAX_WATCHES are open at a time (UsageError).
+        """
+        return Opening(partial(self._watch, path, recursive))
+
     async def rename(self, path: GuestPath, to: GuestPath, *, replace: bool = True) -> None:
         """Rename `path` to `to` within one file system; without `replace` an existing `to` is EEXIST."""
         operation = f"rename {path} to {to}"
@@ -336,6 +355,22 @@ class Files:
     ) -> _A:
         async with self._slots:
             return await self._control.request(request, kind, operation, timeout_s)
+
+    async def _watch(self, path: GuestPath, recursive: bool) -> FileWatch:
+        operation = f"watch {path}"
+        request = WatchRequest(path=_encoded(path, operation), recursive=recursive)
+        self._watches = [call for call in self._watches if not call.inlets[1].ended]
+        if len(self._watches) >= MAX_WATCHES:
+            raise UsageError(operation, f"{MAX_WATCHES} watches are open", "Close one")
+        call = self._control.open_call(request, operation, channels=(1,), passive=True)
+        self._watches.append(call)
+        try:
+            await call.answer(Done, WATCH_TIMEOUT_S)
+        except BaseException:
+            call.forget(errno=_CANCELLED)
+            call.inlets[1].feed_end()
+            raise
+        return FileWatch(call, str(path))
 
     async def _collect(
         self, call: Call, operation: str, limit: int, asked: int | None = None

@@ -35,7 +35,7 @@ from taskvm.options import SandboxOptions
 from taskvm.paths import private_dir, state_dir
 from taskvm.port import FramePort
 from taskvm.vm.boot import add_account, wait_hello
-from taskvm.vm.control import Control
+from taskvm.vm.control import Control, ControlClosedError
 from taskvm.vm.layers import Layers
 from taskvm.vm.machine import Machine
 from taskvm.vm.rundir import RunDir
@@ -262,7 +262,7 @@ class Guest:
         if flush and self._lost is None:
             with contextlib.suppress(TaskvmError):  # a guest that does not answer saves nothing
                 await self.flush()
-        self.control.close(SandboxLostError("use the sandbox", "it was closed"))
+        self.control.close(ControlClosedError("use the sandbox", "it was closed"))
         await self.machine.kill()  # before the background is cancelled, which may be doing the same
         await self._background.aclose()
         await self._release.aclose()

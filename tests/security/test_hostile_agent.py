@@ -52,6 +52,10 @@ async def list_names(control: Control) -> object:
     return [entry.name for entry in await Files(control, 0, 0).list("/x")]
 
 
+async def watch(control: Control) -> object:
+    return [change async for change in await Files(control, 0, 0).watch("/x")]
+
+
 async def run(control: Control) -> object:
     request = ExecRequest(argv=[b"true"], env=[], cwd=b"/")
     call = control.open_call(request, "run true", (1, 2))
@@ -63,6 +67,12 @@ def entry(name: bytes, **changes: object) -> bytes:
     """One entry of a listing, as the agent sends it."""
     fields: dict[str, object] = {"name": name, "type": "file", "mode": 0o644, "size": 1}
     packed = msgspec.msgpack.encode({**fields, "mtime_ns": 1, **changes})
+    return struct.pack("<I", len(packed)) + packed
+
+
+def change(path: bytes, **changes: object) -> bytes:
+    """One record of a watch, as the agent sends it."""
+    packed = msgspec.msgpack.encode({"kind": "created", "path": path, "dir": 0, **changes})
     return struct.pack("<I", len(packed)) + packed
 
 
@@ -124,6 +134,9 @@ LIES: dict[str, tuple[Callable[[Control], Awaitable[object]], Frames]] = {
         [STARTED, (EXIT, {"code": 0, "usage": {**BILL, "user_us": 2**63}}, 0)],
     ),
     "a bill that lacks a part": (run, [STARTED, (EXIT, {"code": 0, "usage": {"user_us": 1}}, 0)]),
+    "a change outside of what is watched": (watch, [(REPLY, {}, 0), (DATA, change(b"../up"), 1)]),
+    "a change of no kind": (watch, [(REPLY, {}, 0), (DATA, change(b"a", kind=ESCAPES), 1)]),
+    "a change without end": (watch, [(REPLY, {}, 0), (DATA, b"\xff\xff\xff\xff", 1)]),
     "a signal that is none": (run, [STARTED, (EXIT, {"signal": -77}, 0)]),
 }
 

@@ -9,6 +9,7 @@ Values, providers and errors are those of `taskvm`. Callbacks and iterators of y
 """
 
 from taskvm.files import FileInfo
+from taskvm.filewatch import FileChange
 from taskvm.fs.hostdir import HostDir
 from taskvm.fs.memory import Memory
 from taskvm.fs.provider import Provider
@@ -17,6 +18,7 @@ from taskvm.process import ExecResult
 from taskvm.resources import ExecLimits, ExecUsage
 from taskvm.secret import Secret
 from taskvm.sync.files import Files
+from taskvm.sync.filewatch import FileWatch
 from taskvm.sync.forward import Forward
 from taskvm.sync.pool import WarmPool
 from taskvm.sync.process import ByteStream, Process
@@ -35,6 +37,8 @@ __all__ = [  # noqa: RUF022  # most important first, as in taskvm
     "ByteStream",
     "Files",
     "FileInfo",
+    "FileWatch",
+    "FileChange",
     "CopyLimits",
     "WarmPool",
     "Limits",

@@ -7,8 +7,10 @@ import os
 from collections.abc import Generator, Iterable
 
 from taskvm import files as aio
+from taskvm import filewatch as aio_filewatch
 from taskvm.files import FileInfo, GuestPath
 from taskvm.sync.bridge import Bridge, Call
+from taskvm.sync.filewatch import FileWatch
 from taskvm.treecopy import CopyLimits
 
 
@@ -149,6 +151,22 @@ class Files:
         `limits` or the depth are exceeded, HostError when the host refuses.
         """
         self._bridge.call(self._files.copy_out, guest_path, host_path, limits=limits)
+
+    def watch(self, path: GuestPath, *, recursive: bool = False) -> FileWatch:
+        """Watch a file, a directory or, with `recursive`, all below it; the result is closed by leaving `with`.
+
+            with vm.files.watch("/work", recursive=True) as changes:
+                for change in changes: ...
+
+        From then on every change that a program of the guest makes is told, in order. A directory that appears is
+        watched from when it was seen, and what is in it by then is told as created, perhaps twice. Symbolic links are
+        followed in `path` only. A watch keeps no sandbox awake. At most MAX_WATCHES are open at a time (UsageError).
+        """
+
+        async def watch() -> aio_filewatch.FileWatch:
+            return await self._files.watch(path, recursive=recursive)
+
+        return FileWatch(self._bridge, self._bridge.call(watch))
 
     def rename(self, path: GuestPath, to: GuestPath, *, replace: bool = True) -> None:
         """Rename `path` to `to` within one file system; without `replace` an existing `to` is EEXIST."""

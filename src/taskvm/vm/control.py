@@ -38,13 +38,23 @@ MAX_STREAMS = 4096
 _A = TypeVar("_A", bound=messages._Answer)
 
 
-class Call:
-    """One stream that the host opened: its reply, its flows, and for an exec its exit."""
+class ControlClosedError(SandboxLostError):
+    """Raised to what still waits for the guest when its owner closes the sandbox."""
 
-    def __init__(self, control: Control, stream: int, operation: str) -> None:
+
+class Call:
+    """One stream that the host opened: its reply, its flows, and for an exec its exit.
+
+    A `passive` one waits for what may never come: it is no activity of the sandbox.
+    """
+
+    def __init__(
+        self, control: Control, stream: int, operation: str, *, passive: bool = False
+    ) -> None:
         loop = asyncio.get_running_loop()
         self.stream = stream
         self.operation = operation
+        self.passive = passive
         self.reply: asyncio.Future[bytes] = loop.create_future()
         self.exited: asyncio.Future[messages.Exited] = loop.create_future()
         self.inlets: dict[int, Inlet] = {}
@@ -100,6 +110,10 @@ class Call:
             except SandboxLostError:
                 return
 
+    def fail_port(self, reason: str) -> None:
+        """The guest broke the protocol on this stream: its sandbox is ended, with `reason`."""
+        self._control.port.fail(reason)
+
     def fail(self, error: Exception) -> None:
         """End everything that waits on this call."""
         for future in (self.reply, self.exited):
@@ -138,6 +152,7 @@ class Control:
         channels: tuple[int, ...] = (),
         *,
         urgent: bool = False,
+        passive: bool = False,
     ) -> Call:
         """Send `request`; `operation` names it in errors, `channels` are those the guest will send on.
 
@@ -146,7 +161,7 @@ class Control:
         if self._lost is not None:
             raise SandboxLostError(operation, str(self._lost))
         assert len(self._calls) < MAX_STREAMS, "calls leak"
-        call = Call(self, self._next_stream, operation)
+        call = Call(self, self._next_stream, operation, passive=passive)
         for channel in channels:
             call.inlet(channel)
         self.port.send(FrameType.OPEN, 0, call.stream, messages.encode(request), urgent=urgent)
@@ -195,8 +210,8 @@ class Control:
 
     @property
     def open_calls(self) -> int:
-        """How many calls have not ended."""
-        return len(self._calls)
+        """How many calls have not ended, passive ones not counted."""
+        return sum(not call.passive for call in self._calls.values())
 
     @property
     def running_execs(self) -> int:

@@ -145,6 +145,13 @@ class RemoveRequest(_Request, frozen=True, kw_only=True, tag="remove"):
     missing_ok: bool = False
 
 
+class WatchRequest(_Request, frozen=True, kw_only=True, tag="watch"):
+    """Tell what changes in `path`, with `recursive` in all below it, until the stream is reset (wire/changes.py)."""
+
+    path: bytes
+    recursive: bool = False
+
+
 class MountRequest(_Request, frozen=True, kw_only=True, tag="mount"):
     id: int
     path: bytes
@@ -177,6 +184,7 @@ Request = (
     | MkdirRequest
     | RenameRequest
     | RemoveRequest
+    | WatchRequest
     | MountRequest
     | UnmountRequest
     | SyncRequest
