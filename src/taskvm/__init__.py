@@ -7,8 +7,10 @@ async with Sandbox.create(mounts={"/workspace": HostDir(".")}, allow=["api.examp
 from taskvm.audit import AuditEvent
 from taskvm.auditreading import find_audit_log, read_audit
 from taskvm.cache import Cache
+from taskvm.checkpoint import Checkpoint, CheckpointStore
 from taskvm.doctor import Finding, examine, render_findings
 from taskvm.errors import (
+    CheckpointError,
     CommandError,
     CopyError,
     GuestError,
@@ -50,6 +52,7 @@ __version__ = "0.1.0"
 __all__ = [
     # Most important first; errors last, from the general to the specific.
     "Sandbox",
+    "Checkpoint",
     "HostDir",
     "Secret",
     "ExecResult",
@@ -82,6 +85,7 @@ __all__ = [
     "Image",
     "ImageSpec",
     "ImageStore",
+    "CheckpointStore",
     "Cache",
     "Removed",
     "Finding",
@@ -92,6 +96,7 @@ __all__ = [
     "HostError",
     "UnavailableError",
     "ImageError",
+    "CheckpointError",
     "UpstreamError",
     "SandboxError",
     "SandboxStateError",

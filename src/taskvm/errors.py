@@ -6,7 +6,8 @@
     ├── UsageError                 the caller's arguments, options or files
     ├── HostError                  this host lacks something or refuses it
     │   ├── UnavailableError       no QEMU, no usable accelerator, no confinement: no sandbox can start here
-    │   └── ImageError             a guest image cannot be built, found or trusted
+    │   ├── ImageError             a guest image cannot be built, found or trusted
+    │   └── CheckpointError        a checkpoint cannot be found, made or trusted
     ├── UpstreamError              a server on the network, beyond the sandbox
     ├── SandboxError               one sandbox
     │   ├── SandboxStateError      the method does not fit the sandbox's state (closed, not started)
@@ -62,6 +63,10 @@ class UnavailableError(HostError):
 
 class ImageError(HostError):
     """Raised when a guest image cannot be built, found or verified."""
+
+
+class CheckpointError(HostError):
+    """Raised when a checkpoint is not there, cannot be made, is damaged, does not fit this host, or is not trusted."""
 
 
 class UpstreamError(TaskvmError):

@@ -13,9 +13,11 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from taskvm.background import Background
+from taskvm.carried import Carried
 from taskvm.errors import SandboxLostError, TaskvmError
 from taskvm.fs.provider import Provider
 from taskvm.fs.server import FsServer
@@ -38,7 +40,9 @@ from taskvm.vm.boot import add_account, wait_hello
 from taskvm.vm.control import Control, ControlClosedError
 from taskvm.vm.layers import Layers
 from taskvm.vm.machine import Machine
+from taskvm.vm.qemu import Qemu
 from taskvm.vm.rundir import RunDir
+from taskvm.vm.template import GuestFiles
 from taskvm.watch import Watch
 from taskvm.wire.control import (
     Done,
@@ -54,6 +58,15 @@ from taskvm.wire.frames import PORT_NET
 FLUSH_TIMEOUT_S = 10.0
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a guest was started from: with which QEMU, which files, and for whom."""
+
+    qemu: Qemu
+    files: GuestFiles
+    user: GuestUser
+
+
 class Guest:
     """A machine with its control port and its owner's name. `on_lost` is called once when it is gone.
 
@@ -62,12 +75,18 @@ class Guest:
     """
 
     def __init__(
-        self, machine: Machine, control: Control, run_dir: RunDir, user: GuestUser
+        self,
+        machine: Machine,
+        control: Control,
+        run_dir: RunDir,
+        origin: Origin,
+        carried: Carried | None = None,
     ) -> None:
         self.id: str = run_dir.path.name
         self.machine = machine
         self.control = control
-        self.user = user
+        self.origin = origin
+        self.user: GuestUser = origin.user
         self.on_lost: Callable[[Exception], None] = lambda error: None
         self.placeholders: Mapping[str, str] = {}
         self.audit_path: Path = Path()
@@ -77,18 +96,30 @@ class Guest:
         self._net: FramePort | None = None
         self._server: FsServer | None = None
         self._run_dir = run_dir
-        self._ca = CertificateAuthority.create()
+        self._carried = carried
+        self._ca = (
+            CertificateAuthority.load(carried.authority.encode())
+            if carried
+            else CertificateAuthority.create()
+        )
         self._background = Background(self._fail)
         self._release = contextlib.AsyncExitStack()
         self._lost: Exception | None = None
         self._flushes = False
+        self._mounted: tuple[str, ...] = ()
         control.on_lost = self._fail
 
     @classmethod
-    async def take_over(cls, machine: Machine, run_dir: RunDir, user: GuestUser) -> Guest:
-        """Become the owner of a started machine and its directory; both are released when this fails."""
+    async def take_over(
+        cls, machine: Machine, run_dir: RunDir, origin: Origin, carried: Carried | None = None
+    ) -> Guest:
+        """Become the owner of a started machine and its directory; both are released when this fails.
+
+        `carried` is of the saved guest that this one goes on as.
+        """
         try:
-            return cls(machine, await Control.open(machine.take("control")), run_dir, user)
+            control = await Control.open(machine.take("control"))
+            return cls(machine, control, run_dir, origin, carried)
         except BaseException:
             await machine.kill()
             run_dir.remove()
@@ -104,7 +135,8 @@ class Guest:
     async def wake(self, *, resumed: bool) -> None:
         """Let the guest run and give it its identity. A `resumed` one is paused and its ports are at rest.
 
-        The request lies in the port before the machine runs on, so nothing can run before it.
+        The request lies in the port before the machine runs on, so nothing can run before it. The programs of one that
+        goes on from a checkpoint wait, frozen, until it is equipped.
         """
         if not resumed:
             await wait_hello(self.machine, self.control)
@@ -120,7 +152,7 @@ class Guest:
             group.create_task(self._ask(request, "give the guest its identity"))
             if resumed:
                 group.create_task(self._continue())
-        if resumed:
+        if resumed and self._carried is None:
             self.control.port.resume()
 
     async def doze(self) -> None:
@@ -161,9 +193,14 @@ class Guest:
             self.machine.take("fs"), on_failure=self._fail_from_thread()
         )
         self._release.push_async_callback(asyncio.to_thread, server.close)
+        if self._carried is not None:
+            gateway.reset(self._carried.gateway.streams)
         if resumed:
             net.resume()
             server.resume()
+        if self._carried is not None:
+            self.control.adopt(self._carried.control)
+            self.control.port.resume()
         await self._mount(server, options.mounts)
         self.watch = Watch(
             self,
@@ -193,9 +230,21 @@ class Guest:
             ca=self._ca,
             resolver=MappedResolver(options.resolve, resolver),
             extra_ca_files=options.extra_ca_files,
+            saved=self._carried.gateway if self._carried else None,
+        )
+
+    def carry(self) -> Carried:
+        """Return what the host knows of this guest, which is at rest."""
+        assert self.gateway is not None, "only an equipped guest comes to rest"
+        return Carried(
+            control=self.control.export(),
+            gateway=self.gateway.export(),
+            placeholders=dict(self.placeholders),
+            authority=self._ca.export().decode(),
         )
 
     async def _mount(self, server: FsServer, mounts: Mapping[str, Provider]) -> None:
+        self._mounted = tuple(sorted(mounts))
         # Outer mounts before inner ones: a mount hides what was mounted below its path earlier.
         for number, path in enumerate(sorted(mounts), start=1):
             provider = mounts[path]
@@ -215,6 +264,18 @@ class Guest:
             )
 
     # Rest.
+
+    @property
+    def mounted(self) -> tuple[str, ...]:
+        """The paths of its mounts."""
+        return self._mounted
+
+    @asynccontextmanager
+    async def kept_awake(self) -> AsyncIterator[None]:
+        """Wake the guest if it is paused, and pause it no more until the end. One at a time."""
+        assert self.watch is not None, "only an equipped guest is watched"
+        async with self.watch.kept_awake():
+            yield
 
     @asynccontextmanager
     async def at_rest(self) -> AsyncIterator[None]:

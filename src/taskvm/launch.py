@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from taskvm.guest import Guest
-from taskvm.injection import bind_secrets
+from taskvm.carried import Carried
+from taskvm.checkpointfile import Memory, Saved, verify_checkpoint
+from taskvm.errors import CheckpointError, ImageError
+from taskvm.guest import Guest, Origin
+from taskvm.injection import BoundSecret, bind_secrets
 from taskvm.limits import Limits
 from taskvm.options import SandboxOptions
 from taskvm.paths import cache_dir
-from taskvm.vm.rundir import RunDir
-from taskvm.vm.template import GuestFiles, Template
-from taskvm.vm.warm import Wanted, boot_cold, prepare
+from taskvm.vm.command import Disk
+from taskvm.vm.rundir import RunDir, run_base
+from taskvm.vm.template import GuestFiles, Template, inputs_for
+from taskvm.vm.warm import Wanted, boot_cold, choose_accelerator, prepare
 from taskvm.wanted import find_wanted
 from taskvm.watch import check_free_space
 
@@ -24,17 +30,41 @@ async def launch(options: SandboxOptions) -> Guest:
     """Start a guest for `options`. Raises as Sandbox.create; nothing is left behind then."""
     bound = bind_secrets(options.policy, options.secrets, os.urandom)  # wrong ones start nothing
     check_free_space(cache_dir(), options.limits.free_disk_mib)
-    wanted = await find_wanted(
-        image=options.image,
-        accel=options.accel,
-        cpus=options.cpus,
-        memory_mib=options.memory_mib,
-        progress=options.on_progress,
-    )
+    if options.checkpoint is not None and options.checkpoint.memory is not None:
+        return await _go_on(options, bound, options.checkpoint, options.checkpoint.memory)
+    wanted = await _find(options)
     guest = await _start(options, wanted)
     async with _closed_on_failure(guest):
         await guest.equip(options, bound, resumed=options.warm)
     return guest
+
+
+async def _find(options: SandboxOptions) -> Wanted:
+    saved = options.checkpoint
+    try:
+        wanted = await find_wanted(
+            image=saved.facts.image if saved else options.image,
+            accel=options.accel,
+            cpus=options.cpus,
+            memory_mib=options.memory_mib,
+            progress=options.on_progress,
+        )
+    except ImageError as error:
+        if saved is None:
+            raise
+        raise CheckpointError(
+            f"use the checkpoint {saved.path}",
+            f"it needs the image {saved.facts.image[:12]}, which is not here ({error.cause})",
+            "Build the image that it was made with, or make a new checkpoint",
+        ) from error
+    if saved is None:
+        return wanted
+    if saved.facts.arch != wanted.qemu.arch:
+        raise CheckpointError(
+            f"use the checkpoint {saved.path}", f"it is of another processor: {saved.facts.arch}"
+        )
+    await asyncio.to_thread(verify_checkpoint, saved)
+    return replace(wanted, guest=saved.above(wanted.guest)) if saved.memory is None else wanted
 
 
 async def _start(options: SandboxOptions, wanted: Wanted) -> Guest:
@@ -50,17 +80,58 @@ async def _start(options: SandboxOptions, wanted: Wanted) -> Guest:
     return await fork(template, limits)
 
 
-async def fork(template: Template, limits: Limits | None = None) -> Guest:
+async def _go_on(
+    options: SandboxOptions, bound: Sequence[BoundSecret], saved: Saved, memory: Memory
+) -> Guest:
+    """Start a guest that goes on where a memory checkpoint was made."""
+    wanted = await _find(options)
+    shape = wanted.shape(await choose_accelerator(wanted))
+    memory.check(saved.path, inputs_for(wanted.qemu, shape, wanted.guest, wanted.user))
+    template = Template.at(saved.path, wanted.qemu, shape, wanted.guest, wanted.user)
+    return await resume(template, options, bound, memory.carried)
+
+
+async def resume(
+    template: Template, options: SandboxOptions, bound: Sequence[BoundSecret], carried: Carried
+) -> Guest:
+    """Start a guest that goes on where the one was saved whose memory `template` is."""
+    guest = await fork(template, options.limits, carried)
+    async with _closed_on_failure(guest):
+        await guest.equip(options, carried.bind(bound), resumed=True)
+    return guest
+
+
+async def fork(
+    template: Template, limits: Limits | None = None, carried: Carried | None = None
+) -> Guest:
     """Start a guest from `template` and wake it. Raises UnavailableError, HostError or SandboxLostError."""
-    run_dir = _new_run_dir(template.guest, template.path)
+    run_dir = _new_run_dir(template.guest, template.path, *_holders(template.disk))
     try:
+        template = replace(template, disk=_kept(template.disk, run_dir.path))
         machine = await template.fork(
             run_dir.path, disk_limit_bytes=(limits or Limits()).disk_limit_bytes
         )
     except BaseException:
         run_dir.remove()
         raise
-    return await _wake(await Guest.take_over(machine, run_dir, template.user), resumed=True)
+    origin = Origin(template.qemu, template.guest, template.user)
+    return await _wake(await Guest.take_over(machine, run_dir, origin, carried), resumed=True)
+
+
+def _holders(disk: Disk) -> Iterator[Path]:
+    """The templates that layers of `disk` belong to."""
+    templates = cache_dir() / "templates"
+    return (layer.parent for layer in disk.layers if layer.is_relative_to(templates))
+
+
+def _kept(disk: Disk, run_dir: Path) -> Disk:
+    """Return `disk` with other sandboxes' layers under names of our own: theirs go when those sandboxes do."""
+    layers = list(disk.layers)
+    for number, layer in enumerate(layers):
+        if layer.is_relative_to(run_base()):
+            layers[number] = run_dir / f"below{len(layers) - number}.qcow2"
+            layers[number].hardlink_to(layer)
+    return replace(disk, layers=tuple(layers))
 
 
 async def _boot(wanted: Wanted, limits: Limits) -> Guest:
@@ -70,7 +141,8 @@ async def _boot(wanted: Wanted, limits: Limits) -> Guest:
     except BaseException:
         run_dir.remove()
         raise
-    return await _wake(await Guest.take_over(machine, run_dir, wanted.user), resumed=False)
+    origin = Origin(wanted.qemu, wanted.guest, wanted.user)
+    return await _wake(await Guest.take_over(machine, run_dir, origin), resumed=False)
 
 
 async def _wake(guest: Guest, *, resumed: bool) -> Guest:

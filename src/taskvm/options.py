@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
+from taskvm.checkpointfile import Saved
 from taskvm.errors import UsageError
 from taskvm.fs.hostdir import HostDir
 from taskvm.fs.provider import Provider
-from taskvm.limits import Limits
+from taskvm.limits import LimitArguments, Limits
 from taskvm.policy import Policy
 from taskvm.secret import Secret
 from taskvm.vm.warm import AcceleratorChoice
@@ -43,6 +45,21 @@ def ignore_progress(line: str) -> None:
     """For progress that nobody wants to hear."""
 
 
+class ResumeArguments(LimitArguments, total=False):
+    """Arguments of `Sandbox.create` that a sandbox from a checkpoint, or a fork, is given anew."""
+
+    mounts: Mapping[str, Provider] | None
+    allow: Sequence[str]
+    allow_addresses: Sequence[str]
+    policy: Policy | None
+    secrets: Sequence[Secret]
+    env: Mapping[str, str] | None
+    resolve: Mapping[str, str] | None
+    extra_ca_files: Sequence[str | os.PathLike[str]]
+    audit_path: str | os.PathLike[str] | None
+    on_progress: Callable[[str], None]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SandboxOptions:
     """What `Sandbox.create` was asked for. `image` is a name or digest of the image store; None is the default
@@ -57,6 +74,7 @@ class SandboxOptions:
     extra_ca_files: Sequence[Path] = ()
     audit_path: Path | None = None
     image: str | None = None
+    checkpoint: Saved | None = None
     cpus: int = DEFAULT_CPUS
     memory_mib: int = DEFAULT_MEMORY_MIB
     accel: AcceleratorChoice = "auto"
@@ -73,6 +91,9 @@ class SandboxOptions:
         for path, provider in self.mounts.items():
             _check_mount_path(path)
             _check_audit_path(self.audit_path, provider)
+            _check_checkpoint_path(self.checkpoint, provider)
+        if self.checkpoint is not None:
+            _check_checkpoint(self.checkpoint, self)
         for name, value in self.env.items():
             _check_variable(name, value)
         for secret in self.secrets:
@@ -82,6 +103,50 @@ class SandboxOptions:
                     "env has a variable of the same name",
                     "Drop it: the guest finds the secret's placeholder there",
                 )
+
+
+@dataclass(frozen=True, slots=True)
+class Machinery:
+    """What the machine of a sandbox is made of and started with."""
+
+    image: str | None = None
+    checkpoint: Saved | None = None
+    cpus: int = DEFAULT_CPUS
+    memory_mib: int = DEFAULT_MEMORY_MIB
+    accel: AcceleratorChoice = "auto"
+    warm: bool = True
+    pool: WarmPool | None = None
+
+
+def read_options(machinery: Machinery, **given: Unpack[ResumeArguments]) -> SandboxOptions:
+    """Return the arguments of `Sandbox.create` as checked values. Raises UsageError."""
+    limits: LimitArguments = {  # type: ignore[assignment]  # the keys of one are among those of the other
+        name: value for name, value in given.items() if name in LimitArguments.__annotations__
+    }
+    policy, saved, audit_path = given.get("policy"), machinery.checkpoint, given.get("audit_path")
+    cpus, memory_mib = machinery.cpus, machinery.memory_mib
+    if saved is not None and saved.memory is not None:
+        cpus, memory_mib = saved.facts.cpus, saved.facts.memory_mib
+    return SandboxOptions(
+        mounts=dict(given.get("mounts") or {}),
+        policy=(policy or Policy()).joined(
+            Policy.parse(given.get("allow", ()), given.get("allow_addresses", ()))
+        ),
+        secrets=tuple(given.get("secrets", ())),
+        env=dict(given.get("env") or {}),
+        resolve=dict(given.get("resolve") or {}),
+        extra_ca_files=tuple(Path(path) for path in given.get("extra_ca_files", ())),
+        audit_path=None if audit_path is None else Path(audit_path),
+        image=machinery.image,
+        checkpoint=saved,
+        cpus=cpus,
+        memory_mib=memory_mib,
+        accel=machinery.accel,
+        warm=machinery.warm,
+        pool=machinery.pool,
+        limits=Limits(**limits),
+        on_progress=given.get("on_progress", ignore_progress),
+    )
 
 
 def _check_mount_path(path: str) -> None:
@@ -98,13 +163,38 @@ def _check_mount_path(path: str) -> None:
 
 def _check_audit_path(audit_path: Path | None, provider: Provider) -> None:
     """A guest that can write to its own record can take out what it did."""
-    if audit_path is None or provider.readonly or not isinstance(provider, HostDir):
-        return
-    if audit_path.resolve().is_relative_to(provider.path):
+    if audit_path is not None and is_writable_in(provider, audit_path):
         raise UsageError(
             f"write the audit log {audit_path}",
-            f"it is in {provider.path}, which the guest may write to",
+            "it is in a directory that the guest may write to",
             "Choose a path outside of every mount",
+        )
+
+
+def _check_checkpoint_path(saved: Saved | None, provider: Provider) -> None:
+    """What a guest can write to is not what the next one starts from."""
+    if saved is not None and is_writable_in(provider, saved.path):
+        raise UsageError(
+            f"start from the checkpoint {saved.path}",
+            "it is in a directory that the guest may write to",
+            "Keep it outside of every mount, or mount that read-only",
+        )
+
+
+def is_writable_in(provider: Provider, path: Path) -> bool:
+    """Say whether a guest that `provider` is mounted in may write to the host's `path`."""
+    if provider.readonly or not isinstance(provider, HostDir):
+        return False
+    return path.resolve().is_relative_to(provider.path)
+
+
+def _check_checkpoint(saved: Saved, options: SandboxOptions) -> None:
+    operation = f"start from the checkpoint {saved.path}"
+    if options.image is not None:
+        raise UsageError(operation, "it has its own image", "Leave image out")
+    if saved.memory is not None and not options.warm:
+        raise UsageError(
+            operation, "warm=False boots, and its memory does not", f"Use its disk: {saved.disk}"
         )
 
 

@@ -297,6 +297,17 @@ class Inlet:
         self._ended = True
         self._ready.set()
 
+    @property
+    def credit(self) -> int:
+        """How many bytes the guest may still send."""
+        return self._credit
+
+    def drain(self, credit: int) -> None:
+        """Begin as the flow of a guest that was saved with `credit` left to send; all that comes is dropped."""
+        self._discarding = True
+        self._credit = credit
+        self._grant(self._window - credit)
+
     def fail(self, error: Exception) -> None:
         """End the flow with `error`, unless it has ended."""
         if not self._ended and self._error is None:

@@ -24,6 +24,7 @@ from typing import Literal, Self, Unpack
 import msgspec
 
 from taskvm.accounts import Account, Accounts
+from taskvm.checkpoint import Checkpoint, checkpoint_path, find_checkpoint
 from taskvm.errors import (
     CommandError,
     SandboxLostError,
@@ -35,15 +36,24 @@ from taskvm.fs.provider import Provider
 from taskvm.guest import Guest
 from taskvm.identity import guest_environment
 from taskvm.launch import launch
-from taskvm.limits import LimitArguments, Limits
+from taskvm.limits import LimitArguments
 from taskvm.net.gateway import Gateway
 from taskvm.net.ingress import LOCALHOST, Forward
 from taskvm.opening import Opening
-from taskvm.options import DEFAULT_CPUS, DEFAULT_MEMORY_MIB, SandboxOptions, ignore_progress
+from taskvm.options import (
+    DEFAULT_CPUS,
+    DEFAULT_MEMORY_MIB,
+    Machinery,
+    SandboxOptions,
+    ignore_progress,
+    is_writable_in,
+    read_options,
+)
 from taskvm.policy import Policy
 from taskvm.pool import WarmPool
 from taskvm.process import KILL_TIMEOUT_S, Capture, ExecResult, Process, pty_size
 from taskvm.resources import ExecLimits, bounds_of
+from taskvm.saving import save
 from taskvm.secret import Secret
 from taskvm.usage import Statistics, measure
 from taskvm.vm.warm import AcceleratorChoice
@@ -99,6 +109,7 @@ class Sandbox:
         extra_ca_files: Sequence[str | os.PathLike[str]] = (),
         audit_path: str | os.PathLike[str] | None = None,
         image: str | None = None,
+        checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
         cpus: int = DEFAULT_CPUS,
         memory_mib: int = DEFAULT_MEMORY_MIB,
         accel: AcceleratorChoice = "auto",
@@ -121,26 +132,21 @@ class Sandbox:
         audit_path: file that every egress decision is appended to as a JSON line; default below the user's
         state directory.
         image: a name or digest of the image store; default the standard image, built when missing (minutes, once).
+        checkpoint: what `checkpoint` returned, or its name or path, to start from instead of an image. A memory
+        checkpoint goes on with its own cpus and memory_mib.
         cpus: virtual CPUs. memory_mib: guest memory in MiB. accel: "auto" proves KVM before it believes in it.
         warm: start from the saved memory of a booted guest (made on first use); False boots.
         pool: machines started ahead to take one from.
         on_progress: called with a line of text about work that takes seconds.
         limits: `max_duration_s` and the other fields of `Limits`.
 
-        Raises, when awaited: UsageError for wrong arguments; UnavailableError, ImageError or HostError when
-        this host cannot start a sandbox; SandboxLostError when the guest does not come up. Nothing is left behind then.
+        Raises UsageError for wrong arguments; UnavailableError, ImageError, CheckpointError or HostError when this
+        host cannot start a sandbox; SandboxLostError when the guest does not come up. Nothing is left behind then.
         """
-        options = SandboxOptions(
-            mounts=dict(mounts or {}),
-            policy=(policy or Policy()).joined(Policy.parse(allow, allow_addresses)),
-            secrets=tuple(secrets),
-            env=dict(env or {}),
-            resolve=dict(resolve or {}),
-            extra_ca_files=tuple(Path(path) for path in extra_ca_files),
-            audit_path=None if audit_path is None else Path(audit_path),
-            image=image, cpus=cpus, memory_mib=memory_mib, accel=accel, warm=warm, pool=pool,
-            limits=Limits(**limits),
-            on_progress=on_progress,
+        options = read_options(
+            Machinery(image, find_checkpoint(checkpoint), cpus, memory_mib, accel, warm, pool),
+            mounts=mounts, allow=allow, allow_addresses=allow_addresses, policy=policy, secrets=secrets, env=env,
+            resolve=resolve, extra_ca_files=extra_ca_files, audit_path=audit_path, on_progress=on_progress, **limits,
         )  # fmt: skip
         return Opening(partial(cls._start, options))
 
@@ -285,6 +291,31 @@ class Sandbox:
         """
         self._require_running(f"forward port {port} of the guest")
         return self._gateway.ingress.forward(port, host, host_port)
+
+    async def checkpoint(
+        self, target: str | os.PathLike[str], *, memory: bool = False, stop: bool = False
+    ) -> Checkpoint:
+        """Save the sandbox as it is at this instant, and return what new ones start from. It runs on.
+
+        target: a name in the user's store, or a path: an os.PathLike, or a str with a slash. memory: with the running
+        programs too; else the disk alone. stop: close the sandbox then.
+
+        Everything on the guest's disk is kept. Mounts, policy, secrets and variables are not in it. Programs stand
+        still for some tens of milliseconds; connections go on here.
+
+        Raises CheckpointError when it is there already or cannot be written; SandboxStateError for `memory` of a
+        sandbox with mounts; UsageError for a path that the guest may write to; SandboxLostError.
+        """
+        self._require_running("save a sandbox")
+        path = checkpoint_path(target)
+        if any(is_writable_in(provider, path) for provider in self._options.mounts.values()):
+            raise UsageError(
+                f"save a sandbox as {path}", "the guest may write to it there", "Choose another"
+            )
+        saved = await save(self._guest, path, memory=memory)
+        if stop:
+            await self.close()
+        return Checkpoint(saved)
 
     async def close(self) -> None:
         """End the sandbox and everything in it, and remove what it kept on the host. Idempotent.

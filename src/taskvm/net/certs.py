@@ -16,7 +16,12 @@ from datetime import UTC, datetime, timedelta
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from taskvm.wire.hostname import parse_address
@@ -54,6 +59,18 @@ class CertificateAuthority:
             .sign(key, hashes.SHA256())
         )
         return cls(key, certificate)
+
+    @classmethod
+    def load(cls, pem: bytes) -> CertificateAuthority:
+        """Make the authority again that `export` gave."""
+        key = load_pem_private_key(pem, password=None)
+        assert isinstance(key, ec.EllipticCurvePrivateKey), "it is our own"
+        return cls(key, x509.load_pem_x509_certificate(pem))
+
+    def export(self) -> bytes:
+        """Return key and certificate as PEM: a secret of the host's."""
+        key = self._key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        return key + self.certificate_pem
 
     @property
     def certificate_pem(self) -> bytes:

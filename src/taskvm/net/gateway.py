@@ -44,6 +44,15 @@ MAX_EARLY_FRAMES = 256  # that come before `run`
 # Refused connections whose RESET waits for the port. One read of ours can hold thousands of OPENs.
 MAX_REFUSED = 65_536
 
+
+class GatewayState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the host knows of a guest's net port at rest: the open streams, and the names it has addresses for."""
+
+    streams: list[int] = []
+    used: int = 0
+    names: list[str] = []
+
+
 _logger = logging.getLogger(__name__)
 
 
@@ -61,7 +70,7 @@ class Gateway:
     """Mediates what leaves one sandbox. It owns the port's callbacks from its creation on.
 
     `ingress` has the streams that the host opens; it may be used before `run`, and ends with it.
-    `names` continues the synthetic addresses of a sandbox that was checkpointed.
+    `saved` continues what a saved guest knows: its names keep their addresses; its connections are `reset`.
     """
 
     def __init__(
@@ -74,10 +83,11 @@ class Gateway:
         ca: CertificateAuthority,
         resolver: Resolver,
         extra_ca_files: Iterable[str | os.PathLike[str]] = (),
-        names: SyntheticNames | None = None,
+        saved: GatewayState | None = None,
     ) -> None:
-        self.ingress: Ingress = Ingress(port, audit)
-        self.names: SyntheticNames = names if names is not None else SyntheticNames()
+        saved = saved or GatewayState()
+        self.ingress: Ingress = Ingress(port, audit, used=saved.used)
+        self.names: SyntheticNames = SyntheticNames(saved.names)
         dialer = Dialer(policy, resolver, extra_ca_files)
         self._egress = Egress(policy, Injector(secrets), audit, ca, dialer, self.names)
         self._nameserver = NameServer(self._egress.judge_name, self.names, audit)
@@ -138,6 +148,22 @@ class Gateway:
                     reason="the policy was changed while the connection was open",
                 )  # fmt: skip
                 stream.task.cancel()
+
+    # Saved guests.
+
+    def export(self) -> GatewayState:
+        """Return the state of a port at rest."""
+        refused = [number for number, _ in self._refused]
+        return GatewayState(
+            streams=[*self._streams, *refused, *self.ingress.numbers],
+            used=self.ingress.highest,
+            names=list(self.names.export()),
+        )
+
+    def reset(self, streams: Iterable[int]) -> None:
+        """Break off connections of the saved guest: nobody is at their other end."""
+        for number in streams:
+            self._port.send(FrameType.RESET, 0, number, encode_u32(errno.ECONNRESET))
 
     # Frames of the guest.
 

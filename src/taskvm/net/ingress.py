@@ -212,21 +212,34 @@ class Forward:
 
 
 class Ingress:
-    """The streams that the host opens on a net port, and the listeners that they come from."""
+    """The streams that the host opens on a net port, and the listeners that they come from.
 
-    def __init__(self, port: FramePort, audit: AuditLog) -> None:
+    `used` is the highest number that the host had used when the guest was saved.
+    """
+
+    def __init__(self, port: FramePort, audit: AuditLog, *, used: int = 0) -> None:
         self._port = port
         self._audit = audit
         self._forwards: set[Forward] = set()
         self._connections: dict[int, Connection] = {}
-        self._last = 0
-        self._highest = 0
+        self._last = used
+        self._highest = used
         self._lost: Exception | None = None
 
     @property
     def connections(self) -> int:
         """How many connections into the guest are open."""
         return len(self._connections)
+
+    @property
+    def numbers(self) -> list[int]:
+        """The streams that are open."""
+        return list(self._connections)
+
+    @property
+    def highest(self) -> int:
+        """The highest number that was used."""
+        return self._highest
 
     def forward(self, guest_port: int, host: str, host_port: int) -> Opening[Forward]:
         """Return what opens a Forward when it is awaited or entered. Raises, then, as `listen`."""

@@ -17,6 +17,7 @@ from taskvm.limits import Limits
 from taskvm.process import ExecResult
 from taskvm.resources import ExecLimits, ExecUsage
 from taskvm.secret import Secret
+from taskvm.sync.checkpoint import Checkpoint
 from taskvm.sync.files import Files
 from taskvm.sync.filewatch import FileWatch
 from taskvm.sync.forward import Forward
@@ -28,6 +29,7 @@ from taskvm.usage import Statistics
 
 __all__ = [  # noqa: RUF022  # most important first, as in taskvm
     "Sandbox",
+    "Checkpoint",
     "HostDir",
     "Secret",
     "ExecResult",

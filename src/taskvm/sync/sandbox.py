@@ -24,6 +24,7 @@ from taskvm.resources import ExecLimits
 from taskvm.sandbox import Command, State
 from taskvm.secret import Secret
 from taskvm.sync.bridge import Bridge, Call
+from taskvm.sync.checkpoint import Checkpoint
 from taskvm.sync.files import Files
 from taskvm.sync.forward import Forward
 from taskvm.sync.pool import WarmPool
@@ -59,6 +60,7 @@ class Sandbox:
         extra_ca_files: Sequence[str | os.PathLike[str]] = (),
         audit_path: str | os.PathLike[str] | None = None,
         image: str | None = None,
+        checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
         cpus: int = DEFAULT_CPUS,
         memory_mib: int = DEFAULT_MEMORY_MIB,
         accel: AcceleratorChoice = "auto",
@@ -87,6 +89,7 @@ class Sandbox:
             extra_ca_files=extra_ca_files,
             audit_path=audit_path,
             image=image,
+            checkpoint=checkpoint._checkpoint if isinstance(checkpoint, Checkpoint) else checkpoint,
             cpus=cpus,
             memory_mib=memory_mib,
             accel=accel,
@@ -236,6 +239,19 @@ class Sandbox:
             return await self._sandbox.forward(port, host=host, host_port=host_port)
 
         return Forward(self._bridge, self._bridge.call(forward))
+
+    def checkpoint(
+        self, target: str | os.PathLike[str], *, memory: bool = False, stop: bool = False
+    ) -> Checkpoint:
+        """Save the sandbox as it is at this instant, and return what new ones start from. It runs on.
+
+        target: a name in the user's store, or a path: an os.PathLike, or a str with a slash. memory: with the running
+        programs too; else the disk alone. stop: close the sandbox then. Raises as `taskvm.Sandbox.checkpoint`.
+        """
+        saved = self._bridge.call(self._sandbox.checkpoint, target, memory=memory)
+        if stop:
+            self.close()
+        return Checkpoint(saved)
 
     def close(self) -> None:
         """End the sandbox and everything in it, and remove what it kept on the host. Idempotent.

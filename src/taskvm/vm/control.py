@@ -11,6 +11,8 @@ import socket
 from collections.abc import Callable
 from typing import TypeVar
 
+import msgspec
+
 from taskvm.errors import GuestError, SandboxLostError
 from taskvm.port import FramePort, Inlet, Outlet, StreamReset
 from taskvm.wire import control as messages
@@ -22,6 +24,7 @@ from taskvm.wire.frames import (
     Frame,
     FrameType,
     decode_u32,
+    encode_u32,
 )
 
 # How long one operation may take. Most need well under a millisecond of the agent's own time; what runs into this
@@ -30,6 +33,7 @@ REPLY_TIMEOUT_S = 60.0
 # The agent answers a ping in its loop's own thread, whatever its operations wait for. A guest that swaps, or is starved
 # of CPU by 50 neighbours, took 14 s; after this it is taken for dead.
 PROBE_TIMEOUT_S = 30.0
+_CANCELED = 125  # ECANCELED
 _TIMED_OUT = 110  # ETIMEDOUT in asm-generic/errno.h
 # A reset call may have frames under way; its number is not used again, so they are dropped. More streams than this
 # in flight is our own bug.
@@ -40,6 +44,25 @@ _A = TypeVar("_A", bound=messages._Answer)
 
 class ControlClosedError(SandboxLostError):
     """Raised to what still waits for the guest when its owner closes the sandbox."""
+
+
+class CommandState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A command that ran when its guest was saved: how many bytes it may still send, by channel."""
+
+    stream: int
+    credits: dict[int, int]
+
+
+class ControlState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the host knows of a guest's control port at rest, for whoever talks to that guest next.
+
+    `others` are the streams that are not running commands: nobody waits for them any more.
+    """
+
+    next_stream: int
+    highest_stream: int
+    commands: list[CommandState]
+    others: list[int]
 
 
 class Call:
@@ -221,6 +244,43 @@ class Control:
     def drop(self, stream: int) -> bool:
         """Forget a stream; frames that still come for it are ignored. Returns whether it was known."""
         return self._calls.pop(stream, None) is not None
+
+    # Saved guests.
+
+    def export(self) -> ControlState:
+        """Return the state of a port at rest."""
+        running = [call for call in self._calls.values() if 2 in call.inlets and call.reply.done()]
+        return ControlState(
+            next_stream=self._next_stream,
+            highest_stream=self._highest_stream,
+            commands=[
+                CommandState(
+                    stream=call.stream,
+                    credits={
+                        channel: inlet.credit
+                        for channel, inlet in call.inlets.items()
+                        if not inlet.ended
+                    },
+                )
+                for call in running
+            ],
+            others=sorted(set(self._calls) - {call.stream for call in running}),
+        )
+
+    def adopt(self, state: ControlState) -> None:
+        """Go on where a saved guest's port was left: its commands run on, and what they write is dropped."""
+        self._next_stream = state.next_stream
+        self._highest_stream = state.highest_stream
+        for command in state.commands:
+            call = Call(self, command.stream, "run on in a saved guest")
+            call.reply.set_result(b"")
+            self._calls[call.stream] = call
+            for channel, credit in command.credits.items():
+                call.inlet(channel).drain(credit)
+        for stream in state.others:
+            self.port.send(FrameType.RESET, 0, stream, encode_u32(_CANCELED))
+
+    # Ending.
 
     def close(self, error: Exception) -> None:
         """Close the port and fail every call with `error`. Idempotent."""

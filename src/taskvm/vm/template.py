@@ -50,13 +50,22 @@ Progress = Callable[[str], None]
 class GuestFiles:
     """What a guest boots from: kernel, initial file system, root disk, and the digest of all.
 
-    The root disk is raw ext4 with, above it, the qcow2 `layers` of a disk checkpoint, from the top down.
+    The root disk is raw ext4 with, above it, the qcow2 `layers` of the disk checkpoint whose digest is `checkpoint`.
+    `digest` is that of the image's own three.
     """
 
     boot: Boot
     rootfs: Path
     digest: str
     layers: tuple[Path, ...] = ()
+    checkpoint: str = ""
+
+    @property
+    def key(self) -> str:
+        """A digest of all that it boots from."""
+        if not self.checkpoint:
+            return self.digest
+        return hashlib.sha256(f"{self.digest} {self.checkpoint}".encode()).hexdigest()
 
     def disk(self, *above: Path) -> Disk:
         """Return this disk with the layers `above`, the topmost first."""
@@ -110,6 +119,15 @@ class Template:
     shape: MachineShape
     guest: GuestFiles
     user: GuestUser
+    disk: Disk
+
+    @classmethod
+    def at(
+        cls, path: Path, qemu: Qemu, shape: MachineShape, guest: GuestFiles, user: GuestUser
+    ) -> Template:
+        """Return the template whose files are in the directory `path`."""
+        disk = guest.disk(path / "disk.qcow2")
+        return cls(path=path, qemu=qemu, shape=shape, guest=guest, user=user, disk=disk)
 
     async def fork(self, run_dir: Path, *, disk_limit_bytes: int = DISK_LIMIT_BYTES) -> Machine:
         """Start a copy of this machine with its disk in `run_dir`. It is loaded and paused.
@@ -117,10 +135,10 @@ class Template:
         Its ports are at rest (QUIESCED): send an identity, then RESUME. Raises UnavailableError or SandboxLostError.
         """
         disk = run_dir / "disk.qcow2"
-        create_layer(disk, self.guest.disk(self.path / "disk.qcow2"))
+        create_layer(disk, self.disk)
         files = MachineFiles(
             boot=self.guest.boot,
-            disk=self.guest.disk(disk, self.path / "disk.qcow2"),
+            disk=Disk(layers=(disk, *self.disk.layers), base=self.disk.base),
             memory=self.path / "ram",
             state=self.path / "state",
             disk_limit_bytes=disk_limit_bytes,
@@ -140,7 +158,7 @@ def inputs_for(
     """Return what the template for these depends on."""
     return TemplateInputs(
         layout=LAYOUT,
-        guest_digest=guest.digest,
+        guest_digest=guest.key,
         qemu_version=qemu.version,
         qemu_path=str(qemu.path),
         arch=shape.arch,
@@ -162,7 +180,7 @@ async def ensure_template(
     """Return the template for these inputs, building it when it is missing or stale (seconds; `progress` is told)."""
     inputs = inputs_for(qemu, shape, guest, user)
     base = private_dir(cache_dir() / "templates")
-    template = Template(path=base / inputs.digest, qemu=qemu, shape=shape, guest=guest, user=user)
+    template = Template.at(base / inputs.digest, qemu, shape, guest, user)
     if _is_intact(template.path, inputs):
         os.utime(template.path)
         return template
@@ -261,7 +279,7 @@ def _seal(path: Path) -> FileMark:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    return _mark(path)
+    return mark_file(path)
 
 
 # Checking.
@@ -271,13 +289,14 @@ def _is_intact(path: Path, inputs: TemplateInputs) -> bool:
     try:
         manifest = msgspec.json.decode((path / "manifest.json").read_bytes(), type=Manifest)
         return manifest.inputs == inputs and all(
-            manifest.files.get(name) == _mark(path / name) for name in FILES
+            manifest.files.get(name) == mark_file(path / name) for name in FILES
         )
     except (OSError, msgspec.MsgspecError):
         return False
 
 
-def _mark(path: Path) -> FileMark:
+def mark_file(path: Path) -> FileMark:
+    """Return what tells a later write to `path`."""
     status = path.stat(follow_symlinks=False)
     return FileMark(
         size=status.st_size,

@@ -1,0 +1,122 @@
+"""A running sandbox becomes a checkpoint; it runs on.
+
+The machine stops for some milliseconds while its disk is cut (vm/snapshot.py). What was cut never changes again, so it
+is flattened into one file while the guest's programs run; then its layers are merged, and nothing of it remains.
+A checkpoint appears under its name in one step, complete and written through to the disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import shutil
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from taskvm.carried import Carried
+from taskvm.checkpointfile import (
+    Saved,
+    note_verified,
+    read_checkpoint,
+    write_facts,
+    write_memory,
+)
+from taskvm.errors import CheckpointError, SandboxStateError
+from taskvm.guest import Guest
+from taskvm.paths import sync_directory
+from taskvm.vm.disk import flatten
+from taskvm.vm.snapshot import Cut, save_disk, save_machine
+from taskvm.vm.template import inputs_for
+
+
+async def save(guest: Guest, path: Path, *, memory: bool) -> Saved:
+    """Save `guest` as the new checkpoint `path`. Raises CheckpointError, SandboxStateError, SandboxLostError."""
+    if memory:
+        refuse_mounts(guest, "save the memory of a sandbox")
+    with _staging(path) as staging:
+        async with guest.kept_awake():
+            if memory:
+                cut, carried = await cut_machine(guest, staging)
+            else:
+                cut, carried = await save_disk(guest.machine, guest.layers, guest.at_rest), None
+            try:
+                await flatten(guest.origin.qemu, cut.disk, staging / "disk.qcow2")
+            finally:
+                await guest.layers.merge()
+        await asyncio.to_thread(_describe, guest, staging, carried)
+        return await asyncio.to_thread(_publish, staging, path, memory=memory)
+
+
+async def cut_machine(guest: Guest, directory: Path) -> tuple[Cut, Carried]:
+    """Save the memory of `guest` in `directory` and cut its disk; return also what the host knows of it then."""
+    known: list[Carried] = []
+
+    @asynccontextmanager
+    async def at_rest() -> AsyncIterator[None]:
+        async with guest.at_rest():
+            known.append(guest.carry())
+            yield
+
+    cut = await save_machine(guest.origin.qemu, guest.machine, guest.layers, at_rest, directory)
+    return cut, known[-1]
+
+
+def refuse_mounts(guest: Guest, operation: str) -> None:
+    """Raise SandboxStateError when `guest` has mounts: its kernel knows nodes of this host's file server."""
+    if guest.mounted:
+        raise SandboxStateError(
+            operation,
+            f"it has mounts ({', '.join(guest.mounted)}), whose open files would be nobody's then",
+            "Save its disk alone, or copy files in (files.copy_in) instead of mounting them",
+        )
+
+
+def _describe(guest: Guest, staging: Path, carried: Carried | None) -> None:
+    shape, files = guest.machine.shape, guest.origin.files
+    write_facts(
+        staging / "disk.qcow2",
+        image=files.rootfs.parent.name,  # an image's directory is named by its digest
+        shape=shape,
+        qemu_version=guest.origin.qemu.version,
+    )
+    if carried is not None:
+        image = replace(files, layers=(), checkpoint="")
+        write_memory(staging, inputs_for(guest.origin.qemu, shape, image, guest.user), carried)
+
+
+@contextmanager
+def _staging(path: Path) -> Iterator[Path]:
+    """A private directory beside `path`, which is a checkpoint in one step, or nothing."""
+    if path.exists() or path.is_symlink():
+        raise CheckpointError(f"make the checkpoint {path}", "it is there already", "Remove it")
+    staging = path.parent / f".{path.name}.{secrets.token_hex(4)}"
+    try:
+        staging.mkdir(mode=0o700)
+    except OSError as error:
+        raise CheckpointError(
+            f"make the checkpoint {path}",
+            error.strerror or str(error),
+            "Choose a directory that is there and may be written",
+        ) from error
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _publish(staging: Path, path: Path, *, memory: bool) -> Saved:
+    try:
+        if memory:
+            staging.rename(path)  # fails unless what is there is an empty directory
+        else:
+            path.hardlink_to(staging / "disk.qcow2")  # fails when something is there
+        sync_directory(path.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"make the checkpoint {path}", error.strerror or str(error), "Choose another name"
+        ) from error
+    saved = read_checkpoint(path)
+    note_verified(saved)
+    return saved

@@ -1,0 +1,188 @@
+"""Checkpoints: what is kept, what is fresh, what a resumed sandbox is given anew, and that the source runs on.
+
+Covers taskvm.checkpoint, taskvm.checkpointfile, taskvm.saving, taskvm.carried and taskvm.sync.checkpoint.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from tests.conftest import GUEST
+
+from taskvm import Checkpoint, CheckpointError, CheckpointStore, HostDir, Sandbox, Secret, sync
+from taskvm.errors import SandboxStateError, UsageError
+
+pytestmark = pytest.mark.vm
+
+UNIQUE = (
+    "od -An -N16 -tx1 /dev/urandom; cat /etc/machine-id; hostname; cat /etc/hostname; "
+    "python3 -c 'import uuid; print(uuid.uuid4())'"
+)
+NET = {"allow": ["api.test"], "resolve": {"api.test": "127.0.0.1"}}
+COUNT = "i=0; while :; do i=$((i+1)); echo $i > /dev/shm/count; echo $i; sleep 0.01; done"
+
+
+@contextlib.asynccontextmanager
+async def silent_server() -> AsyncIterator[int]:
+    """A server that takes what comes and never answers; its port."""
+    held: list[asyncio.StreamWriter] = []
+
+    async def hold(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        held.append(writer)
+        await reader.read()
+
+    server = await asyncio.start_server(hold, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        for writer in held:
+            writer.close()
+        server.close()
+
+
+async def test_a_disk_is_kept_and_everything_else_is_fresh(tmp_path: Path) -> None:
+    """The recipe: install, save, resume for each task. Twice at a time, each another; the source runs on."""
+    secret = Secret("API_TOKEN", value="value-7f21c0", hosts=["api.test"])
+    path = tmp_path / "dev-base.qcow2"
+    async with Sandbox.create(**GUEST, **NET, secrets=[secret], env={"MODE": "base"}) as vm:
+        await vm.exec("echo tools > /opt/tools; echo temporary > /dev/shm/temporary", check=True)
+        running = await vm.spawn(COUNT)
+        checkpoint = await vm.checkpoint(path)
+        await vm.exec("echo later > /opt/later", check=True)
+        await running.kill_all()
+        source = (await vm.exec(UNIQUE)).stdout, vm.placeholders["API_TOKEN"]
+
+    async with (
+        checkpoint.resume(**NET, secrets=[secret]) as one,
+        Checkpoint.load(path).resume(mounts={"/workspace": HostDir(tmp_path, mode="ro")}) as two,
+    ):
+        kept = await one.exec("ls /opt /dev/shm; echo [$MODE]; pgrep -f count")
+        seen = [(await sandbox.exec(UNIQUE)).stdout for sandbox in (one, two)]
+        placeholders = [one.placeholders["API_TOKEN"], *two.placeholders.values()]
+        mounted = await two.exec("ls /workspace")
+
+    assert kept.stdout == "/dev/shm:\n\n/opt:\ntools\n[]\n"
+    lines = [text.splitlines() for text in (source[0], *seen)]
+    assert all(len(set(column)) == 3 for column in zip(*lines, strict=True))
+    assert len({*placeholders, source[1]}) == 2
+    assert mounted.stdout == "dev-base.qcow2\n"
+    assert not checkpoint.memory
+    assert (checkpoint.cpus, checkpoint.memory_mib) == (GUEST["cpus"], GUEST["memory_mib"])
+
+
+async def test_a_checkpoint_of_a_checkpoint_holds_both(tmp_path: Path) -> None:
+    """It is one file above the image, and needs no other."""
+    async with Sandbox.create(**GUEST) as vm:
+        await vm.exec("echo one > /opt/one", check=True)
+        first = await vm.checkpoint(tmp_path / "first.qcow2", stop=True)
+        assert vm.state == "closed"
+    async with first.resume() as vm:
+        await vm.exec("rm /opt/one; echo two > /opt/two; mkdir /opt/dir", check=True)
+        second = await vm.checkpoint(tmp_path / "second.qcow2")
+    first.delete()
+
+    async with Sandbox.create(checkpoint=second, warm=False, **GUEST) as vm:
+        listing = await vm.exec("ls /opt")
+
+    assert listing.stdout == "dir\ntwo\n"
+
+
+async def test_programs_go_on_where_they_were_saved(tmp_path: Path) -> None:
+    """Memory and disk are of one instant; identity and clock are new; who was connected learns that it is over."""
+    secret = Secret("API_TOKEN", value="value-7f21c0", hosts=["api.test"])
+    async with silent_server() as port:
+        net = {**NET, "allow_addresses": [f"127.0.0.1:{port}"], "secrets": [secret]}
+        async with Sandbox.create(**GUEST, **net) as vm:
+            counting = await vm.spawn(COUNT)
+            asking = await vm.spawn(
+                f"curl -s http://api.test:{port}/; echo curl $? > /dev/shm/curl; sleep 600"
+            )
+            token, table = vm.placeholders["API_TOKEN"], "getent hosts api.test"
+            before = (
+                await vm.exec(f"{UNIQUE}; {table}; sha256sum < /etc/ssl/certs/ca-certificates.crt")
+            ).stdout
+            await asyncio.sleep(0.3)
+            checkpoint = await vm.checkpoint(tmp_path / "memory", memory=True)
+            at = int((await vm.exec("cat /dev/shm/count; ls /dev/shm/curl")).stdout)
+            await counting.kill_all()
+            await asking.kill_all()
+
+        began = time.time()
+        async with checkpoint.resume(**net) as one, checkpoint.resume(**net) as two:
+            first = int((await one.exec("cat /dev/shm/count")).stdout)
+            seen = (
+                await one.exec(f"{UNIQUE}; {table}; sha256sum < /etc/ssl/certs/ca-certificates.crt")
+            ).stdout
+            other = (await two.exec(UNIQUE)).stdout
+            clock = float((await one.exec(["date", "+%s.%N"])).stdout)
+            await one.exec("until test -s /dev/shm/curl; do sleep 0.1; done", timeout_s=20)
+            curl = (await one.exec("cat /dev/shm/curl")).stdout
+            later = int((await one.exec("cat /dev/shm/count")).stdout)
+            names = one.placeholders
+
+    assert 0 < first <= at + 1000
+    assert later > first
+    assert (names, curl) == ({"API_TOKEN": token}, "curl 56\n")
+    pairs = [*zip(before.splitlines(), seen.splitlines(), strict=True)]
+    assert [old == new for old, new in pairs] == [False] * 5 + [True] * 2
+    assert not {*seen.splitlines()[:5]} & {*other.splitlines()}
+    assert began <= clock <= time.time() + 1
+
+
+async def test_a_program_that_writes_much_goes_on_too(tmp_path: Path) -> None:
+    """Nobody reads its output any more, so nothing that it writes may stop it; a finished one is gone."""
+    writes = "i=0; while :; do i=$((i+1)); head -c 1M /dev/zero; echo $i > /dev/shm/count; done"
+    async with Sandbox.create(**GUEST) as vm:
+        process = await vm.spawn(writes)  # unread: it stops when its window is full
+        await vm.exec("sleep 0.3; echo 0 > /dev/shm/count")
+        checkpoint = await vm.checkpoint(tmp_path / "memory", memory=True)
+        await process.kill_all()
+
+    async with checkpoint.resume() as vm:
+        done = await vm.exec(
+            "until test $(cat /dev/shm/count) -gt 3; do sleep 0.05; done", timeout_s=30
+        )
+
+    assert done.ok
+
+
+async def test_what_cannot_be_saved_is_refused_with_the_reason(
+    tmp_path: Path, workspace: Path
+) -> None:
+    """Mounts with memory, a name that is taken, a path that the guest may write to, no directory."""
+    async with Sandbox.create(mounts={"/workspace": HostDir(workspace)}, **GUEST) as vm:
+        with pytest.raises(SandboxStateError, match=r"it has mounts \(/workspace\)"):
+            await vm.checkpoint(tmp_path / "memory", memory=True)
+        with pytest.raises(UsageError, match="the guest may write to it"):
+            await vm.checkpoint(workspace / "x.qcow2")
+        with pytest.raises(CheckpointError, match="No such file or directory"):
+            await vm.checkpoint(tmp_path / "missing" / "x.qcow2")
+        with pytest.raises(UsageError, match="a name has letters"):
+            await vm.checkpoint(".hidden")
+        (tmp_path / "taken").touch()
+        with pytest.raises(CheckpointError, match="it is there already"):
+            await vm.checkpoint(tmp_path / "taken")
+        alive = await vm.exec("echo fine > /workspace/fine")
+
+    assert alive.ok
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["taken", "workspace"]
+
+
+def test_the_blocking_surface_saves_and_resumes_too() -> None:
+    """By name, in the store."""
+    with sync.Sandbox.create(**GUEST) as vm:
+        vm.exec("echo saved > /dev/shm/saved", check=True)
+        vm.checkpoint("blocking", memory=True, stop=True)
+
+    with sync.Checkpoint.load("blocking").resume() as vm:
+        said = vm.exec("cat /dev/shm/saved").stdout
+    stored = [(each.name, each.memory) for each in CheckpointStore().list()]
+    CheckpointStore().remove("blocking")
+
+    assert said == "saved\n"
+    assert stored == [("blocking", True)]
+    with pytest.raises(CheckpointError, match="it is not there"):
+        CheckpointStore().get("blocking")
