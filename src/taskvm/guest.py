@@ -130,6 +130,13 @@ class Guest:
         """Its directory on the host, which holds the overlay of its disk."""
         return self._run_dir.path
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables that its commands start with."""
+        shape = self.machine.shape
+        emulated = shape.accelerator == "tcg" and shape.arch == "x86_64"
+        return guest_environment(self.user, emulated_x86=emulated)
+
     # Waking up.
 
     async def wake(self, *, resumed: bool) -> None:
@@ -157,9 +164,7 @@ class Guest:
 
     async def doze(self) -> None:
         """Run a trivial command, so that the emulator has translated that path, and pause. Nothing of a user's runs."""
-        environment = [
-            f"{name}={value}".encode() for name, value in guest_environment(self.user).items()
-        ]
+        environment = [f"{name}={value}".encode() for name, value in self.environment.items()]
         for argv in ([b"true"], [b"/bin/bash", b"-c", b"true"]):
             request = ExecRequest(argv=argv, env=environment, cwd=b"/")
             call = self.control.open_call(request, "warm the guest", channels=(1, 2))

@@ -34,7 +34,6 @@ from taskvm.errors import (
 from taskvm.files import Files, GuestPath
 from taskvm.fs.provider import Provider
 from taskvm.guest import Guest
-from taskvm.identity import guest_environment
 from taskvm.launch import launch
 from taskvm.limits import LimitArguments
 from taskvm.net.gateway import Gateway
@@ -86,7 +85,7 @@ class Sandbox:
         self._reason = ""
         self._started_s = time.monotonic()
         self._environment = {
-            **guest_environment(guest.user),
+            **guest.environment,
             **guest.placeholders,
             **options.env,
         }

@@ -44,6 +44,20 @@ def test_an_ordinary_user_carries_the_hosts_numbers() -> None:
     assert added[b"/etc/group"].data == b"user:x:99:\n"
 
 
+def test_openssl_is_told_what_an_emulated_cpu_is_fast_at() -> None:
+    """ChaCha20 first everywhere; without its vector code only where the CPU is emulated."""
+    request = identity_request(
+        hostname="h", machine_id="0" * 32, ca_certificate=b"", entropy=b"e" * 64, time_ns=5
+    )
+    user = GuestUser(uid=0, gid=0)
+    emulated = guest_environment(user, emulated_x86=True)
+
+    path = emulated["OPENSSL_CONF"].encode()
+    assert b"Ciphersuites = TLS_CHACHA20" in {f.path: f.data for f in request.files}[path]
+    assert emulated["OPENSSL_ia32cap"] == "~0x1000020000000000:~0x20"
+    assert "OPENSSL_ia32cap" not in guest_environment(user)
+
+
 def test_the_environment_names_the_user() -> None:
     """HOME and USER fit the account."""
     environment = guest_environment(GuestUser(uid=1000, gid=1000))

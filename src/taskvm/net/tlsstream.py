@@ -57,9 +57,16 @@ class TlsStream:
 
     async def read(self, max_bytes: int = READ_SIZE) -> bytes:
         try:
-            return await self._drive(lambda: self._tls.read(max_bytes))
+            data = await self._drive(lambda: self._tls.read(max_bytes))
         except ssl.SSLZeroReturnError:
             return b""
+        # OpenSSL gives a record at a time, 16 KiB: what is here already goes along.
+        with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLZeroReturnError):
+            while (
+                data and len(data) < max_bytes and (more := self._tls.read(max_bytes - len(data)))
+            ):
+                data += more
+        return data
 
     async def write(self, data: bytes) -> None:
         # A MemoryBIO takes everything: cut, so that memory holds one piece, not all of it.
