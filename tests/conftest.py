@@ -88,7 +88,7 @@ async def asynchronous_vm() -> AsyncIterator[Sandbox]:
 @pytest.fixture(scope="module")
 def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The place of a supervisor of this module's own, which ends with it."""
-    from taskvm.supervisor import Supervisor
+    from taskvm import Supervisor
 
     directory = tmp_path_factory.mktemp("runtime")
     with pytest.MonkeyPatch.context() as patch:

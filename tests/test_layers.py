@@ -64,7 +64,8 @@ RULES = (
         (
             "taskvm",
             "taskvm.doctor",
-            "taskvm.supervisor",
+            "taskvm.supervisor.*",
+            "taskvm.wire.supervision",
             "taskvm.terminal",
             "taskvm.cli",
             "taskvm.cli.*",

@@ -44,8 +44,11 @@ from taskvm.resources import ExecLimits, ExecUsage
 from taskvm.sandbox import Sandbox
 from taskvm.secret import Secret
 from taskvm.suggestion import Suggestion, suggest_policy
+from taskvm.supervisor.attachment import Attachment
+from taskvm.supervisor.client import Supervisor
 from taskvm.treecopy import CopyLimits
 from taskvm.usage import Statistics
+from taskvm.wire.supervision import ExecStatus, Launch, SandboxStatus, SupervisorStatus
 
 __version__ = "0.1.0"
 
@@ -78,6 +81,12 @@ __all__ = [
     "WarmPool",
     "Limits",
     "Statistics",
+    "Supervisor",
+    "Attachment",
+    "Launch",
+    "SandboxStatus",
+    "ExecStatus",
+    "SupervisorStatus",
     "Provider",
     "Memory",
     "Opening",

@@ -27,6 +27,7 @@ from taskvm.accounts import Account, Accounts
 from taskvm.checkpoint import Checkpoint, checkpoint_path, find_checkpoint
 from taskvm.errors import (
     CommandError,
+    GuestError,
     SandboxLostError,
     SandboxStateError,
     UsageError,
@@ -274,8 +275,11 @@ class Sandbox:
         call = self._guest.control.open_call(request, f"run {text!r} in the guest", (1, 2))
         try:
             started = await call.answer(Started)
-        except BaseException:
+        except BaseException as error:
             call.forget(errno=125)
+            if isinstance(error, GuestError) and error.call == "chdir":
+                operation = f"enter {os.fsdecode(request.cwd)} to run {text!r} in the guest"
+                raise GuestError(operation, error.errno, error.call) from error
             raise
         return Process(call, text, started.pid)
 

@@ -76,6 +76,7 @@ def test_a_timeout_has_its_own_status() -> None:
         ["--timeout", "0", "--", "true"],
         ["--timeout", "nan", "--", "true"],
         ["--allow", "*", "--", "true"],
+        ["--image", "nosuch", "--", "true"],
         ["--secret", "MISSING_VARIABLE@a.example", "--allow", "a.example", "--", "true"],
     ],
 )
@@ -249,6 +250,24 @@ def test_doctor_reports_a_fault_with_a_remedy() -> None:
 
     assert done.returncode == 1
     assert "apt-get install qemu" in done.stdout
+
+
+def test_a_directory_that_is_not_there_is_named() -> None:
+    done = taskvm("run", *SMALL, "--cwd", "/no/such", "--", "true")
+
+    assert done.returncode == 125
+    assert "enter /no/such to run 'true'" in done.stderr
+
+
+def test_a_damaged_image_is_listed_beside_the_others(tmp_path: Path) -> None:
+    """It does not hide them, and the status says that something is wrong."""
+    damaged = tmp_path / "images" / ("ab" * 32)
+    damaged.mkdir(parents=True, mode=0o700)
+
+    done = taskvm("image", "list", env={**os.environ, "TASKVM_CACHE": str(tmp_path)})
+
+    assert done.returncode == 1
+    assert done.stdout.startswith("abababababab  DAMAGED  manifest.json: ")
 
 
 def test_images_are_listed_and_shown() -> None:

@@ -1,8 +1,8 @@
 """Sandboxes that outlive the command line, as a person uses them: real supervisors in directories of their own.
 
-taskvm.supervisor.client, taskvm.supervisor.server, taskvm.supervisor.holding, taskvm.supervisor.job,
-taskvm.supervisor.attachment, taskvm.supervisor.spawn, taskvm.supervisor.place, taskvm.supervisor.roster,
-taskvm.cli.sandboxes, taskvm.cli.supervisor.
+taskvm.supervisor.client, taskvm.supervisor.connection, taskvm.supervisor.server, taskvm.supervisor.holding,
+taskvm.supervisor.job, taskvm.supervisor.attachment, taskvm.supervisor.spawn, taskvm.supervisor.place,
+taskvm.supervisor.roster, taskvm.cli.sandboxes, taskvm.cli.supervisor.
 """
 
 import json
@@ -267,6 +267,7 @@ def test_stopping_tells_who_is_attached(runtime: Path) -> None:
         (["start", *SMALL, "--name", "-x"], "a name has"),
         (["start", *SMALL, "--idle-timeout", "nan"], "--idle-timeout nan"),
         (["run", *SMALL, "--name", "x", "--", "true"], "--detach"),
+        (["run", *SMALL, "--idle-timeout", "5", "--", "true"], "--detach"),
         (["exec", "--user", "nosuch", "work", "true"], "nosuch"),
         (["shell", "--detach-keys", "ctrl-"], "not a terminal"),
     ],

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 
 import click
 
-from taskvm import TaskvmError, UsageError
+from taskvm import Attachment, Launch, SandboxStatus, Supervisor, TaskvmError, UsageError
 from taskvm.cli.detach import DEFAULT_KEYS, DetachKeys
 from taskvm.cli.group import EXIT_NO_READER, EXIT_TIMEOUT
 from taskvm.cli.options import SandboxArguments, pair, sandbox_options
@@ -28,7 +28,6 @@ from taskvm.cli.streams import (
     terminal_environment,
     until_signal,
 )
-from taskvm.supervisor import Attachment, Launch, SandboxStatus, Supervisor
 from taskvm.terminal import DEFAULT_SIZE, Terminal
 
 LOGIN_SHELL = ("/bin/bash", "--login")
@@ -205,7 +204,6 @@ async def _converse(
     owns_input: bool = False,
 ) -> int:
     """Give the standard streams to the command until it ends, or the user leaves it."""
-    attached.on_skip = _tell_skipped
     async with attached:
         try:
             with terminal or contextlib.nullcontext():
@@ -214,14 +212,12 @@ async def _converse(
             which = f"{sandbox} {attached.number}"
             click.echo(f"\ntaskvm: left running; come back with: taskvm attach {which}", err=True)
             return 0
+    if attached.skipped:
+        click.echo(f"taskvm: {attached.skipped} bytes of output were not shown in time", err=True)
     if result.timed_out:
         click.echo(f"taskvm: {attached.command}: killed at its timeout", err=True)
         return EXIT_TIMEOUT
     return result.exit_code
-
-
-def _tell_skipped(size: int) -> None:
-    click.echo(f"\r\ntaskvm: {size} bytes of output were not shown in time\r", err=True)
 
 
 def _run(

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import click
 
-from taskvm import Cache, ImageError, ImageSpec, ImageStore, Removed
+from taskvm import Cache, Image, ImageError, ImageSpec, ImageStore, Removed
 from taskvm.cli.group import progress
 
 
@@ -34,17 +34,27 @@ def image_build(mirror: str | None, suite: str, include: tuple[str, ...], name: 
 
 @image.command("list")
 def image_list() -> None:
-    """List the images of the store."""
+    """List the images of the store, the newest first. Exits with 1 when one is damaged."""
     store = ImageStore()
     names: dict[str, list[str]] = {}
     for ref, digest in store.refs().items():
         names.setdefault(digest, []).append(ref)
-    for item in store.list():
+    sound: list[Image] = []
+    damaged: list[str] = []
+    for digest in store.digests():
+        try:
+            sound.append(store.get(digest))
+        except ImageError as error:
+            damaged.append(f"{digest[:12]}  DAMAGED  {error.cause}")
+    for item in sorted(sound, key=lambda image: image.manifest.created, reverse=True):
         manifest = item.manifest
         click.echo(
             f"{item.digest[:12]}  {manifest.arch}  {item.disk_bytes >> 20:5} MiB  {manifest.created}  "
             f"{', '.join(sorted(names.get(item.digest, [])))}"
         )
+    for line in damaged:
+        click.echo(line)
+    sys.exit(1 if damaged else 0)
 
 
 @image.command("show")

@@ -12,7 +12,7 @@ import click
 import msgspec
 
 import taskvm
-from taskvm import HostDir, Policy, Sandbox, Secret, UsageError
+from taskvm import HostDir, ImageError, ImageStore, Policy, Sandbox, Secret, UsageError
 from taskvm.cli.group import progress, silent
 
 P = ParamSpec("P")
@@ -194,7 +194,14 @@ class SandboxArguments:
         return silent if self.quiet else progress
 
     def check(self) -> None:
-        """Raise UsageError for what does not concern the sandbox but its command."""
+        """Raise UsageError for what a user can see to be wrong before anything starts."""
+        if self.image is not None:
+            try:
+                ImageStore().get(self.image)
+            except ImageError as error:
+                raise UsageError(
+                    f"use --image {self.image}", error.cause, error.next_step
+                ) from error
         for option, value in (("timeout", self.timeout), ("idle-timeout", self.idle_timeout)):
             if value is not None and not value > 0:  # so that "nan" is refused too
                 raise UsageError(

@@ -45,8 +45,9 @@ def run(
 
     Values of secrets come from the environment or a file, never from the command line.
     """
-    if name is not None and not detach:
-        raise UsageError(f"name the sandbox {name}", "it ends with this command", "Add --detach")
+    if not detach and (name is not None or arguments.idle_timeout is not None):
+        option = "--name" if name is not None else "--idle-timeout"
+        raise UsageError(f"use {option}", "the sandbox ends with this command", "Add --detach")
     if detach:
         sys.exit(asyncio.run(until_signal(_detach(arguments, command, name, tty=tty))))
     _execute(arguments, command, tty=tty)

@@ -9,12 +9,11 @@ from pathlib import Path
 import click
 import msgspec
 
-from taskvm import TaskvmError, UsageError
+from taskvm import SandboxStatus, Supervisor, TaskvmError, UsageError
 from taskvm.cli.attached import name_option, start_held
 from taskvm.cli.group import EXIT_FAILURE, EXIT_NO_READER
 from taskvm.cli.options import SandboxArguments, sandbox_options
 from taskvm.cli.streams import STDERR, STDOUT, NoReaderError, copy_stream, until_signal
-from taskvm.supervisor import SandboxStatus, Supervisor
 
 _COLUMNS = ("ID", "NAME", "IMAGE", "STATE", "AGE", "CPU", "MEMORY", "DISK", "ENDS IN", "COMMANDS")
 

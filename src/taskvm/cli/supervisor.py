@@ -5,18 +5,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 from collections.abc import Callable
 from logging.handlers import RotatingFileHandler
 
 import click
 
 import taskvm
-from taskvm import HostError
+from taskvm import HostError, Supervisor
 from taskvm.cli.options import SandboxArguments, published
-from taskvm.supervisor import Place, Recipe, Server, StartRequest, Supervisor
+from taskvm.supervisor.holding import Recipe
+from taskvm.supervisor.place import Place
+from taskvm.supervisor.server import Server
+from taskvm.wire.supervision import StartRequest
 
 # Starts, ends and failures of sandboxes are a line each; one older file of this size is kept.
 LOG_BYTES = 256 * 1024
+# A sandbox takes some twenty, and each mount more: the usual 1024 would do for fifty.
+DESCRIPTORS = 16384
 
 
 @click.group(short_help="The process that holds detached sandboxes.")
@@ -67,6 +73,7 @@ def run(linger: float, lock: int | None, ready: int | None) -> None:
     if ready is not None and os.fork():
         os._exit(0)  # who started it waits for this one
     _log_to(place)
+    _raise_descriptor_limit()
     asyncio.run(_serve(Server(place, make_recipe, taskvm.__version__, linger), ready))
 
 
@@ -89,6 +96,12 @@ def make_recipe(request: StartRequest, on_progress: Callable[[str], None]) -> Re
         max_duration_s=arguments.max_duration,
         ports=[published(text) for text in arguments.publish],
     )
+
+
+def _raise_descriptor_limit() -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if most == resource.RLIM_INFINITY else min(DESCRIPTORS, most)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def _log_to(place: Place) -> None:

@@ -188,8 +188,8 @@ class ImageStore:
             return self._load(digest) if (self.root / "images" / digest).is_dir() else None
         if len(digest) < _LEAST_PREFIX:
             return None
-        matches = [image for image in self.list() if image.digest.startswith(digest)]
-        return matches[0] if len(matches) == 1 else None
+        matches = [found for found in self.digests() if found.startswith(digest)]
+        return self._load(matches[0]) if len(matches) == 1 else None
 
     def _load(self, digest: str) -> Image:
         path = self.root / "images" / digest

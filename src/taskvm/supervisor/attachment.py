@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal as signals
-from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -18,7 +17,7 @@ class Attachment:
     """A command that this program is attached to; leave it by leaving `async with`, or by `detach`.
 
     `stdout` and `stderr` begin with what is kept of the past output; what a terminal's command writes faster than it
-    is read here is skipped: `on_skip` is called with the number of bytes. With a terminal all output is in `stdout`.
+    is read here is skipped, and counted in `skipped`. With a terminal all output is in `stdout`.
     """
 
     def __init__(self, caller: Caller, status: ExecStatus) -> None:
@@ -28,8 +27,13 @@ class Attachment:
         self.pty: bool = status.pty
         self.stdout: ByteStream = ByteStream(caller.outputs[1])
         self.stderr: ByteStream = ByteStream(caller.outputs[2])
-        self.on_skip: Callable[[int], None] = lambda size: None
+        self._skipped = 0
         caller.on_notice = self._take
+
+    @property
+    def skipped(self) -> int:
+        """How many bytes of output have been dropped because they were not read in time."""
+        return self._skipped
 
     async def write(self, data: bytes) -> None:
         """Write to standard input, waiting while the command does not read. Raises BrokenPipeError after its end."""
@@ -76,8 +80,7 @@ class Attachment:
         self._caller.close()
 
     def _take(self, notice: Notice) -> None:
-        if notice.skipped:
-            self.on_skip(notice.skipped)
+        self._skipped += notice.skipped
 
     async def _ended(self) -> Ended:
         ended = await self._caller.wait_ended()

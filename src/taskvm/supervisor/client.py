@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import builtins
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -10,15 +9,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
 
-import taskvm
-from taskvm.errors import HostError, SandboxLostError, UsageError
 from taskvm.files import GuestPath
 from taskvm.options import ignore_progress
 from taskvm.supervisor.attachment import Attachment
-from taskvm.supervisor.operations import ANY_VERSION
+from taskvm.supervisor.connection import NoneRunsError, connect
 from taskvm.supervisor.place import Place
 from taskvm.supervisor.ports import Caller
-from taskvm.supervisor.spawn import START_TIMEOUT_S, spawn
 from taskvm.wire import supervision as messages
 from taskvm.wire.supervision import ExecStatus, Launch, Notice, SandboxStatus, SupervisorStatus
 
@@ -57,16 +53,17 @@ class Supervisor:
         request = messages.StartRequest(
             options=dict(options), variables=dict(variables or {}), name=name, launch=launch
         )
-        async with self._calling(request.op, starts=True) as caller:
+        async with self._calling(request, starts=True) as caller:
             caller.on_notice = lambda notice: _report(notice, on_progress)
             return await caller.ask(request, SandboxStatus)
 
     async def list(self, *, ended: bool = False) -> builtins.list[SandboxStatus]:
         """Return the sandboxes that run; with `ended` also those that have ended within the last hour."""
-        if not self._runs():
-            return []
         request = messages.ListRequest(ended=ended)
-        return await self._ask(request, builtins.list[SandboxStatus])
+        try:
+            return await self._ask(request, builtins.list[SandboxStatus])
+        except NoneRunsError:
+            return []
 
     async def stop(self, sandbox: str) -> SandboxStatus:
         """End a sandbox and return what it was, when all of it is released."""
@@ -139,13 +136,17 @@ class Supervisor:
 
     async def status(self) -> SupervisorStatus | None:
         """Return what the supervisor is, of whatever version; None when none runs."""
-        return await self._ask(messages.StatusRequest(), SupervisorStatus) if self._runs() else None
+        try:
+            return await self._ask(messages.StatusRequest(), SupervisorStatus)
+        except NoneRunsError:
+            return None
 
     async def shut_down(self) -> bool:
         """End all sandboxes and the supervisor, of whatever version. Returns whether one was running."""
-        if not self._runs():
+        try:
+            await self._ask(messages.ShutdownRequest(), type(None))
+        except NoneRunsError:
             return False
-        await self._ask(messages.ShutdownRequest(), type(None))
         return True
 
     # How.
@@ -168,7 +169,7 @@ class Supervisor:
         await self._ask(request, type(None))
 
     async def _attach(self, request: messages.ExecRequest | messages.AttachRequest) -> Attachment:
-        caller = await self._connect(request.op, starts=False)
+        caller = await connect(self._place, request.op)
         try:
             return Attachment(caller, await caller.ask(request, ExecStatus))
         except BaseException:
@@ -176,67 +177,18 @@ class Supervisor:
             raise
 
     async def _ask(self, request: messages.Request, kind: type[_T]) -> _T:
-        async with self._calling(request.op, starts=False) as caller:
+        async with self._calling(request) as caller:
             return await caller.ask(request, kind)
 
     @asynccontextmanager
-    async def _calling(self, operation: str, *, starts: bool) -> AsyncIterator[Caller]:
-        caller = await self._connect(operation, starts=starts)
+    async def _calling(
+        self, request: messages.Request, *, starts: bool = False
+    ) -> AsyncIterator[Caller]:
+        caller = await connect(self._place, request.op, starts=starts)
         try:
             yield caller
         finally:
             caller.close()
-
-    def _runs(self) -> bool:
-        lock = self._place.lock()
-        if lock is not None:
-            os.close(lock)
-        return lock is None
-
-    async def _connect(self, operation: str, *, starts: bool) -> Caller:
-        """Return a connection to a supervisor of this version that has greeted; `starts` one where none runs."""
-        try:
-            async with asyncio.timeout(START_TIMEOUT_S):
-                while (caller := await self._try_connect()) is None:
-                    if starts:
-                        await spawn(self._place)
-                    elif self._runs():
-                        await asyncio.sleep(0.05)
-                    else:
-                        raise UsageError(
-                            f"{operation} a sandbox",
-                            "none runs: there is no supervisor",
-                            "`taskvm start`, or `taskvm run --detach`, starts one",
-                        )
-        except TimeoutError:
-            raise HostError(
-                f"connect to the supervisor in {self._place.directory}",
-                f"it does not answer within {START_TIMEOUT_S:g} s",
-                f"See {self._place.log}, or kill it: its sandboxes end with it",
-            ) from None
-        theirs = caller.greeting.result()
-        if theirs.version != taskvm.__version__ and operation not in ANY_VERSION:
-            caller.close()
-            raise HostError(
-                f"{operation} with taskvm {taskvm.__version__}",
-                f"the supervisor that runs is of version {theirs.version} (process {theirs.pid})",
-                "`taskvm supervisor stop` ends it and its sandboxes; the next command starts a new one",
-            )
-        return caller
-
-    async def _try_connect(self) -> Caller | None:
-        sock = self._place.connect()
-        if sock is None:
-            return None
-        caller = await Caller.open(sock)
-        try:
-            await asyncio.shield(caller.greeting)
-        except SandboxLostError:
-            return None  # it was about to end
-        except BaseException:
-            caller.close()
-            raise
-        return caller
 
 
 def _absolute(path: str | os.PathLike[str]) -> str:

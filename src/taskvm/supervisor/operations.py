@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 _R = TypeVar("_R", bound=Request)
 Operation = Callable[["Server", Service, Any], Awaitable[object]]
 OPERATIONS: dict[str, tuple[type[Request], Operation]] = {}
-# These are served to a client of any version: it must be able to end a supervisor of another.
-ANY_VERSION = frozenset({"status", "shutdown"})
 
 
 class AnsweredError(Exception):

@@ -21,11 +21,12 @@ from functools import partial
 
 from taskvm.errors import HostError, TaskvmError, UsageError
 from taskvm.supervisor.holding import Recipe
-from taskvm.supervisor.operations import ANY_VERSION, OPERATIONS, AnsweredError
+from taskvm.supervisor.operations import OPERATIONS, AnsweredError
 from taskvm.supervisor.place import Place, peer_uid
 from taskvm.supervisor.ports import ClientGoneError, Service
 from taskvm.supervisor.roster import Roster
 from taskvm.wire.supervision import (
+    ANY_VERSION,
     Answer,
     Greeting,
     MessageError,
@@ -123,7 +124,12 @@ class Server:
     async def _accept(self, listener: socket.socket, group: asyncio.TaskGroup) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            sock, _ = await loop.sock_accept(listener)
+            try:
+                sock, _ = await loop.sock_accept(listener)
+            except OSError as error:  # no descriptor is free: who holds some will end
+                self.log.warning("accept: %s", error)
+                await asyncio.sleep(_TICK_S)
+                continue
             if peer_uid(sock) != os.geteuid():
                 self.log.warning("refused a connection of the user %d", peer_uid(sock))
                 sock.close()
@@ -137,7 +143,7 @@ class Server:
 
     async def _serve(self, sock: socket.socket) -> None:
         """Serve one client: one request, in this task, until it has left."""
-        service = await Service.open(sock)
+        service = await Service.open(sock)  # cannot fail: the socket is connected
         service.on_gone = partial(_cancel, asyncio.current_task())
         try:
             service.greet(Greeting(version=self._version, pid=os.getpid()))

@@ -15,7 +15,8 @@ import sys
 from collections.abc import Mapping
 
 from taskvm.errors import HostError
-from taskvm.supervisor.place import Place
+from taskvm.paths import cache_path
+from taskvm.supervisor.place import RUNTIME_VARIABLE, Place
 
 # It imports a few modules and binds a socket: half a second, more on a busy machine.
 START_TIMEOUT_S = 30.0
@@ -58,7 +59,7 @@ def _start(place: Place, lock: int) -> None:
                 stdout=log,
                 stderr=log,
                 cwd="/",
-                env=environment(os.environ),
+                env=environment(os.environ) | _places(place),
                 pass_fds=(lock, writing),
                 start_new_session=True,
                 check=False,
@@ -75,6 +76,11 @@ def _start(place: Place, lock: int) -> None:
         os.close(reading)
         if writing != -1:
             os.close(writing)
+
+
+def _places(place: Place) -> dict[str, str]:
+    # A relative path would mean another directory in its working directory.
+    return {RUNTIME_VARIABLE: str(place.directory), "TASKVM_CACHE": str(cache_path())}
 
 
 def environment(own: Mapping[str, str]) -> dict[str, str]:

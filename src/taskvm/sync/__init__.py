@@ -24,8 +24,10 @@ from taskvm.sync.forward import Forward
 from taskvm.sync.pool import WarmPool
 from taskvm.sync.process import ByteStream, Process
 from taskvm.sync.sandbox import Sandbox
+from taskvm.sync.supervisor import Attachment, Supervisor
 from taskvm.treecopy import CopyLimits
 from taskvm.usage import Statistics
+from taskvm.wire.supervision import Launch
 
 __all__ = [  # noqa: RUF022  # most important first, as in taskvm
     "Sandbox",
@@ -45,6 +47,9 @@ __all__ = [  # noqa: RUF022  # most important first, as in taskvm
     "WarmPool",
     "Limits",
     "Statistics",
+    "Supervisor",
+    "Attachment",
+    "Launch",
     "Provider",
     "Memory",
     "Forward",

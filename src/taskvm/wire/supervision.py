@@ -17,6 +17,8 @@ from taskvm import errors
 from taskvm.errors import GuestError, GuestProtocolError, TaskvmError
 
 SandboxState = Literal["running", "paused", "ended"]
+# These are served to a client of any version: it must be able to end a supervisor of another.
+ANY_VERSION = frozenset({"status", "shutdown"})
 Direction = Literal["in", "out"]
 _T = TypeVar("_T")
 # Those that are made of operation, cause and next step, by their name on the wire.

@@ -1,0 +1,129 @@
+"""The supervisor from a program: taskvm.supervisor.client, taskvm.sync.supervisor."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from taskvm import Launch, SandboxLostError, Supervisor, UsageError, sync
+
+pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("runtime")]
+SMALL: dict[str, object] = {"cpus": 1, "memory": 256}
+
+
+async def test_a_program_leaves_a_sandbox_and_finds_it_again(tmp_path: Path) -> None:
+    """By another object, as another program would; files of the host are named from here."""
+    (tmp_path / "in").write_text("hello\n")
+    lines: list[str] = []
+    started = await Supervisor().start(SMALL, name="sdk", on_progress=lines.append)
+    supervisor = Supervisor()
+
+    (found,) = await supervisor.list()
+    await supervisor.copy_in("sdk", tmp_path / "in", "/tmp/in")
+    async with await supervisor.exec("sdk", ["cat", "/tmp/in", "-"], env={"A": "b"}) as attached:
+        await attached.write(b"typed\n")
+        await attached.close_stdin()
+        said = b"".join([data async for data in attached.stdout])
+        result = await attached.wait()
+    await supervisor.copy_out("sdk", "/tmp/in", tmp_path / "out")
+
+    assert (found.id, found.name, found.state) == (started.id, "sdk", "running")
+    assert (said, result.exit_code) == (b"hello\ntyped\n", 0)
+    assert (tmp_path / "out").read_text() == "hello\n"
+    assert (await supervisor.stop("sdk")).outcome == "it was stopped"
+    assert await supervisor.list() == []
+
+
+async def test_input_comes_from_any_and_output_goes_to_all() -> None:
+    """One that left is found again where the ring is; what it missed comes first."""
+    supervisor = Supervisor()
+    await supervisor.start(SMALL, name="two", launch=Launch(command=["cat"]))
+    async with (
+        await supervisor.attach("two") as first,
+        await supervisor.attach("two") as second,
+    ):
+        await first.write(b"1\n")
+        assert await second.stdout.read() == b"1\n"
+        await second.write(b"2\n")
+        assert await first.stdout.read() == b"1\n"
+        assert await first.stdout.read() == b"2\n"
+    async with await supervisor.attach("two") as third:
+        assert await third.stdout.read() == b"1\n2\n"
+        await third.close_stdin()
+        assert (await third.wait()).exit_code == 0
+
+    assert await supervisor.list() == []
+
+
+async def test_a_slow_reader_of_a_terminal_misses_output_and_stops_nobody() -> None:
+    """It is told how much; the other one, who reads, has the end at once."""
+    supervisor = Supervisor()
+    script = "read x; seq 200000 | cat; echo end"
+    launch = Launch(command=["sh", "-c", script], pty=(24, 80))
+    await supervisor.start(SMALL, name="slow", launch=launch)
+    async with await supervisor.attach("slow") as slow, await supervisor.attach("slow") as quick:
+        await quick.write(b"\n")
+        seen = b""
+        while b"end\r\n" not in seen[-20:]:
+            seen += await quick.stdout.read()
+
+        late = b"".join([data async for data in slow.stdout])
+
+    assert late.endswith(b"200000\r\nend\r\n")
+    assert slow.skipped > 0
+    assert slow.skipped + len(late) == quick.skipped + len(seen)
+
+
+async def test_a_start_that_is_given_up_leaves_nothing() -> None:
+    """A client that goes away in the middle of a start takes the sandbox with it."""
+    supervisor = Supervisor()
+
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1):
+            await supervisor.start({**SMALL, "cold": True}, name="early")
+
+    async with asyncio.timeout(20):
+        while True:
+            try:
+                await supervisor.start(SMALL, name="early", launch=Launch(command=["true"]))
+            except UsageError:  # its name is taken until it is gone
+                await asyncio.sleep(0.05)
+            else:
+                break
+
+
+async def test_a_sandbox_that_ends_tells_those_who_wait() -> None:
+    supervisor = Supervisor()
+    await supervisor.start(SMALL, name="gone", launch=Launch(command=["sleep", "600"]))
+    async with await supervisor.attach("gone") as attached, asyncio.TaskGroup() as group:
+        group.create_task(supervisor.stop("gone"))
+        with pytest.raises(SandboxLostError, match="it was stopped"):
+            await attached.wait()
+
+
+def test_the_blocking_surface_does_the_same(tmp_path: Path) -> None:
+    supervisor = sync.Supervisor()
+    (tmp_path / "in").write_text("hello\n")
+
+    supervisor.start(SMALL, name="sync")
+    supervisor.copy_in("sync", tmp_path / "in", "/tmp", into=True)
+    with supervisor.exec("sync", ["sh", "-c", "cat /tmp/in; cat; exit 3"]) as attached:
+        attached.write(b"typed\n")
+        attached.close_stdin()
+        assert b"".join(attached.stdout) == b"hello\ntyped\n"
+        assert attached.wait().exit_code == 3
+    with supervisor.exec("sync", ["sleep", "600"], pty=(24, 80)) as attached:
+        attached.resize(30, 90)
+        attached.kill(9)
+        assert attached.wait().signal == 9
+    with supervisor.exec("sync", ["sleep", "600"]) as attached:
+        attached.kill_all()
+    with supervisor.attach("sync", 1, follow=False) as attached:
+        assert attached.stdout.read() == b"hello\ntyped\n"
+    supervisor.copy_out("sync", "/tmp/in", tmp_path / "out")
+
+    assert (tmp_path / "out").read_text() == "hello\n"
+    status = supervisor.status()
+    assert status is not None
+    assert status.sandboxes == len(supervisor.list())
+    assert supervisor.stop("sync").state == "ended"
