@@ -9,24 +9,21 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
-#include <poll.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mount.h>
-#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "kernel.h"
 #include "limits.h"
 #include "log.h"
 #include "tree.h"
+#include "uevents.h"
 
-#define DISK "/dev/vda"
 #define NEW_ROOT "/newroot"
 #define PORTS "/sys/class/virtio-ports"
 enum { DEVICE_SECONDS = 10 };
@@ -75,15 +72,6 @@ static void load_modules(void)
 
 /* Devices. */
 
-static int open_uevents(void)
-{
-	struct sockaddr_netlink all = {.family = AF_NETLINK, .groups = 1};
-	int fd = socket(AF_NETLINK, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, NETLINK_UEVENT);
-	if (fd < 0 || bind(fd, (struct sockaddr *)&all, sizeof(all)) < 0)
-		fatal("listen for uevents: %s", strerror(errno));
-	return fd;
-}
-
 static bool has_name(const char *device, const char *name)
 {
 	char path[NAME_MAX + sizeof(PORTS "//name")], text[64];
@@ -121,30 +109,16 @@ static const char *missing_device(struct boot_ports *ports)
 		return PORT_FS;
 	if (ports->net < 0 && (ports->net = open_port(PORT_NET)) < 0)
 		return PORT_NET;
-	return access(DISK, F_OK) < 0 ? DISK : NULL;
-}
-
-static int64_t now_ms(void)
-{
-	struct timespec now;
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
+	return access(ROOT_DISK, F_OK) < 0 ? ROOT_DISK : NULL;
 }
 
 static void wait_for_devices(int uevents, struct boot_ports *ports)
 {
-	int64_t deadline = now_ms() + DEVICE_SECONDS * 1000;
+	int64_t deadline = uevents_now() + DEVICE_SECONDS * 1000;
 	const char *missing;
-	char event[8192];
-	while ((missing = missing_device(ports))) {
-		int64_t left = deadline - now_ms();
-		struct pollfd news = {.fd = uevents, .events = POLLIN};
-		if (left <= 0)
+	while ((missing = missing_device(ports)))
+		if (!uevents_wait(uevents, deadline))
 			fatal("wait for %s: it did not appear within %d s", missing, DEVICE_SECONDS);
-		poll(&news, 1, (int)left);
-		while (recv(uevents, event, sizeof(event), 0) > 0)
-			continue;
-	}
 }
 
 /* The root. */
@@ -162,11 +136,11 @@ static void carry_mount(const char *path)
 static void enter_root(void)
 {
 	mkdir(NEW_ROOT, 0755);
-	int result = mount(DISK, NEW_ROOT, "ext4", MS_NOATIME, NULL);
+	int result = mount(ROOT_DISK, NEW_ROOT, "ext4", MS_NOATIME, NULL);
 	if (result < 0 && (errno == EROFS || errno == EACCES)) /* a disk that the host serves read-only */
-		result = mount(DISK, NEW_ROOT, "ext4", MS_NOATIME | MS_RDONLY, NULL);
+		result = mount(ROOT_DISK, NEW_ROOT, "ext4", MS_NOATIME | MS_RDONLY, NULL);
 	if (result < 0)
-		fatal("mount %s on %s: %s", DISK, NEW_ROOT, strerror(errno));
+		fatal("mount %s on %s: %s", ROOT_DISK, NEW_ROOT, strerror(errno));
 	carry_mount("/proc");
 	carry_mount("/sys");
 	carry_mount("/dev");
@@ -235,7 +209,9 @@ void boot(struct boot_ports *ports)
 	mount_on("proc", "/proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
 	mount_on("sysfs", "/sys", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
 	mount_on("devtmpfs", "/dev", MS_NOSUID, "mode=755");
-	int uevents = open_uevents();
+	int uevents = uevents_open();
+	if (uevents < 0)
+		fatal("listen for uevents: %s", strerror(errno));
 	load_modules();
 	wait_for_devices(uevents, ports);
 	close(uevents);

@@ -2,6 +2,8 @@
 #ifndef TASKVM_BOOT_H
 #define TASKVM_BOOT_H
 
+#define ROOT_DISK "/dev/vda"
+
 struct boot_ports {
 	int control, fs, net;
 };

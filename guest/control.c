@@ -14,6 +14,7 @@
 #include "exec.h"
 #include "files.h"
 #include "fusepump.h"
+#include "grow.h"
 #include "identity.h"
 #include "kernel.h"
 #include "log.h"
@@ -153,6 +154,7 @@ static const struct operation {
 	{"unmount", fusepump_unmount, &file_pool, false},
 	{"poweroff", turn_off, &file_pool, false},
 	{"watch", watch_run, &watch_pool, false},
+	{"grow", grow_root, &file_pool, false},
 	{"sync", sync_disks, &sync_pool, true},
 	{"identity", identity_take, &identity_pool, true},
 };

@@ -31,7 +31,11 @@ struct random_pool_info {
 	uint8_t bytes[256];
 };
 
+/* fs/ext4/ext4.h: EXT4_IOC_RESIZE_FS */
+#define EXT4_RESIZE 0x40086610ul
+
 /* linux/fs.h */
+#define DISK_SIZE 0x80081272ul /* BLKGETSIZE64 */
 #define RENAME_KEEP_TARGET 1u /* RENAME_NOREPLACE */
 
 /* linux/fuse.h */

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from taskvm.background import Background
 from taskvm.carried import Carried
-from taskvm.errors import SandboxLostError, TaskvmError
+from taskvm.errors import SandboxLostError, TaskvmError, UsageError
 from taskvm.fs.provider import Provider
 from taskvm.fs.server import FsServer
 from taskvm.identity import (
@@ -38,6 +38,7 @@ from taskvm.paths import private_dir, state_dir
 from taskvm.port import FramePort
 from taskvm.vm.boot import add_account, wait_hello
 from taskvm.vm.control import Control, ControlClosedError
+from taskvm.vm.disk import disk_size
 from taskvm.vm.layers import Layers
 from taskvm.vm.machine import Machine
 from taskvm.vm.qemu import Qemu
@@ -47,6 +48,7 @@ from taskvm.watch import Watch
 from taskvm.wire.control import (
     Done,
     ExecRequest,
+    GrowRequest,
     MountRequest,
     Request,
     Started,
@@ -183,12 +185,27 @@ class Guest:
             )
             group.create_task(self._continue())
 
+    async def grow_disk(self, size_bytes: int) -> None:
+        """Make its disk, and the file system on it, `size_bytes` large. Raises UsageError when it is larger already."""
+        present = disk_size(self.layers.disk)
+        if size_bytes < present:
+            raise UsageError(
+                f"start a sandbox with disk_size_mib={size_bytes >> 20}",
+                f"its image has a disk of {present >> 20} MiB",
+                "Leave it out, or choose a larger one",
+            )
+        if size_bytes > present:
+            await self.layers.resize(size_bytes)
+            await self._ask(GrowRequest(size=size_bytes), "grow the guest's file system")
+
     # Becoming somebody's sandbox.
 
     async def equip(
         self, options: SandboxOptions, bound: Sequence[BoundSecret], *, resumed: bool
     ) -> None:
         """Serve the mounts and mediate the network that `options` name."""
+        if (size_bytes := options.limits.disk_size_bytes) is not None:
+            await self.grow_disk(size_bytes)
         net = self._net = await FramePort.open(self.machine.take("net"), PORT_NET)
         self._release.callback(net.close)
         gateway = self.gateway = self._make_gateway(options, bound, net)

@@ -73,7 +73,7 @@ async def _start(options: SandboxOptions, wanted: Wanted) -> Guest:
     template = await prepare(wanted)
     limits = options.limits
     # A pool's guests were started with the default limit of their disk.
-    if options.pool is not None and limits.disk_limit_mib == Limits().disk_limit_mib:
+    if options.pool is not None and limits.disk_limit_bytes == Limits().disk_limit_bytes:
         taken = await options.pool.take(template)
         if taken is not None:
             return taken

@@ -18,6 +18,8 @@ from taskvm.watch import check_free_space
         {"idle_timeout_s": -1},
         {"idle_pause_s": -0.1},
         {"disk_limit_mib": 0},
+        {"disk_size_mib": 0},
+        {"disk_size_mib": 2**22},
         {"free_disk_mib": -1},
     ],
 )

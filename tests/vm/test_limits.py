@@ -1,6 +1,7 @@
 """taskvm.watch and taskvm.usage: a sandbox ends at its limits, rests when idle, and costs what its statistics say."""
 
 import asyncio
+import contextlib
 import os
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from tests.conftest import GUEST
 
-from taskvm import HostDir, HostError, Sandbox, SandboxLostError, WarmPool
+from taskvm import HostDir, HostError, Sandbox, SandboxLostError, UsageError, WarmPool
 from taskvm.paths import cache_dir
 from taskvm.vm.rundir import run_base
 
@@ -208,6 +209,39 @@ async def test_a_guest_that_fills_its_disk_gets_an_error_and_the_host_keeps_its_
         assert vm.statistics().disk_bytes <= 49 * MIB
         assert vm.state == "running"
         assert (await vm.exec(["true"])).ok
+
+
+@pytest.mark.parametrize("start", ["warm", "cold", "pool"])
+async def test_a_disk_is_as_large_as_was_asked_for(start: str) -> None:
+    """The guest's own file system has the room, keeps what is written there, and the host's file is still small."""
+    async with contextlib.AsyncExitStack() as stack:
+        pool = None
+        if start == "pool":
+            pool = await stack.enter_async_context(WarmPool(size=1, **GUEST))
+            await pool.wait_full()
+        creating = Sandbox.create(
+            **GUEST, disk_size_mib=12 * 1024, warm=start != "cold", pool=pool, accel="tcg"
+        )
+        vm = await stack.enter_async_context(creating)
+        size = await vm.exec("df --output=size -m / | tail -1; cat /sys/block/vda/size", check=True)
+        written = await vm.exec(
+            "fallocate -l 9G /var/large && head -c 5M /dev/urandom | tee /var/kept | sha256sum - && "
+            "sync && echo 3 > /proc/sys/vm/drop_caches && sha256sum < /var/kept && dmesg | grep -i ext4.*error",
+            user="root",
+        )
+        file_bytes = vm.statistics().disk_bytes
+
+    file_system_mib, sectors = map(int, size.stdout.split())
+    assert 0.97 * 12 * 1024 < file_system_mib <= 12 * 1024
+    assert sectors * 512 == 12 * 1024 * MIB
+    first, second = written.stdout.split("\n")[:2]
+    assert (first, written.stderr) == (second, "")
+    assert file_bytes < 100 * MIB
+
+
+async def test_a_disk_smaller_than_the_image_is_refused() -> None:
+    with pytest.raises(UsageError, match="its image has a disk of 4096 MiB"):
+        await Sandbox.create(**GUEST, disk_size_mib=100)
 
 
 async def test_a_disk_limit_holds_for_a_sandbox_with_a_pool() -> None:

@@ -57,6 +57,12 @@ SANDBOX_OPTIONS = (
         "--memory", default=512, show_default=True, metavar="MIB", help="Guest memory in MiB."
     ),
     click.option(
+        "--disk-size",
+        type=int,
+        metavar="MIB",
+        help="Size of the guest's disk in MiB. [default: the image's, 4096]",
+    ),
+    click.option(
         "--mount",
         "mounts",
         multiple=True,
@@ -139,6 +145,7 @@ class SandboxArguments:
     image: str | None
     cpus: int
     memory: int
+    disk_size: int | None
     mounts: tuple[str, ...]
     policy_file: str | None
     allow: tuple[str, ...]
@@ -232,6 +239,7 @@ class SandboxArguments:
             accel=self.accel,  # type: ignore[arg-type]  # click.Choice has checked it
             warm=not self.cold,
             max_duration_s=self.max_duration,
+            disk_size_mib=self.disk_size,
             on_progress=on_progress or self.on_progress,
         )
 

@@ -9,6 +9,7 @@ early-userspace/buffer-format.rst).
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import stat
@@ -64,7 +65,7 @@ def boot_files(image: Image, agent_path: Path) -> BootFiles:
         os.utime(initrd)  # so that the latest used are kept
     except FileNotFoundError:
         directory.mkdir(mode=0o700, exist_ok=True)
-        replace_file(initrd, archive)
+        _write_once(initrd, archive)
         _remove_old(directory)
     whole = hashlib.sha256(f"{image.digest} {digest}".encode()).hexdigest()
     return BootFiles(image.kernel, initrd, image.rootfs, whole)
@@ -121,6 +122,17 @@ def _append(out: bytearray, number: int, entry: CpioEntry) -> None:
 
 
 # Keeping them...
+
+
+def _write_once(path: Path, content: bytes) -> None:
+    """Write `path` unless another process has by now: a QEMU that it starts is bound to that file (Landlock)."""
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        if not path.exists():
+            replace_file(path, content)
+    finally:
+        os.close(directory)
 
 
 def _remove_old(directory: Path) -> None:

@@ -36,6 +36,11 @@ class Layers:
         """The layers from the top down, and the base."""
         return Disk(layers=tuple(self._paths), base=self._machine.files.disk.base)
 
+    async def resize(self, size_bytes: int) -> None:
+        """Make the disk `size_bytes` large; the guest's driver is told. The layers beneath stay as they are."""
+        node = layer_node(self._nodes[-1])
+        await self._machine.execute("block_resize", **{"node-name": node, "size": size_bytes})
+
     async def prepare(self) -> None:
         """Give QEMU the empty layer of the next `cut`. Raises SandboxStateError when there are too many."""
         if len(self._paths) >= MAX_LAYERS:

@@ -152,6 +152,12 @@ class WatchRequest(_Request, frozen=True, kw_only=True, tag="watch"):
     recursive: bool = False
 
 
+class GrowRequest(_Request, frozen=True, kw_only=True, tag="grow"):
+    """Let the root file system take all of a disk that has just become `size` bytes large."""
+
+    size: int
+
+
 class MountRequest(_Request, frozen=True, kw_only=True, tag="mount"):
     id: int
     path: bytes
@@ -185,6 +191,7 @@ Request = (
     | RenameRequest
     | RemoveRequest
     | WatchRequest
+    | GrowRequest
     | MountRequest
     | UnmountRequest
     | SyncRequest

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from taskvm.errors import ImageError
 from taskvm.image import boot
-from taskvm.image.boot import CpioEntry, boot_files, write_cpio
+from taskvm.image.boot import CpioEntry, _write_once, boot_files, write_cpio
 from taskvm.image.manifest import (
     MANIFEST_FORMAT,
     RECIPE,
@@ -106,6 +106,18 @@ def test_an_initramfs_is_named_by_its_contents(image: Image, agent: Path) -> Non
     files = boot_files(image, agent)
 
     assert files.initrd.stem == hashlib.sha256(files.initrd.read_bytes()).hexdigest()
+
+
+def test_processes_that_make_the_same_file_at_once_share_the_first(
+    image: Image, agent: Path, tmp_path: Path
+) -> None:
+    """A QEMU that one has started reads that file and no other: it is never replaced."""
+    archive = boot_files(image, agent).initrd
+    first = archive.stat().st_ino
+
+    _write_once(archive, b"the same")
+
+    assert archive.stat().st_ino == first
 
 
 def test_only_the_latest_are_kept(
