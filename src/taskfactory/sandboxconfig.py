@@ -28,6 +28,7 @@ SWITCH_VARIABLE = "PI_FACTORY_SANDBOX"
 _TASK_KEYS = ("enabled", "allowedHosts", "secrets", "imagePath", "checkpointPath")
 _WORKSPACE_KEYS = (
     *_TASK_KEYS, "taskMayAllow", "onUnavailable", "allowedAddresses", "resolve", "extraCaFiles",
+    "hiddenFiles",
 )  # fmt: skip
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}\Z")
 # A name in the image store, with an optional tag: never a path, so never a file an agent wrote.
@@ -64,6 +65,7 @@ class SandboxConfig(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     allowed_addresses: tuple[str, ...] = ()
     resolve: dict[str, str] = {}
     extra_ca_files: tuple[str, ...] = ()
+    hidden_files: tuple[str, ...] = ()
 
 
 def merge_sandbox(
@@ -135,6 +137,7 @@ def _read_workspace(reader: _Reader, *, env_default: bool) -> SandboxConfig:
         allowed_addresses=reader.texts("allowedAddresses"),
         resolve=reader.text_map("resolve"),
         extra_ca_files=_absolute_paths(reader, "extraCaFiles"),
+        hidden_files=reader.texts("hiddenFiles"),
     )
     for name, secret in config.secrets.items():
         for index, host in enumerate(secret.hosts):

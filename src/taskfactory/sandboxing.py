@@ -27,7 +27,7 @@ from taskfactory.sandboxconfig import SandboxConfig
 from taskfactory.workspace import refuse_inside
 
 if TYPE_CHECKING:
-    from taskvm import Opening, Process, Sandbox, Secret
+    from taskvm import HostDir, Opening, Process, Provider, Sandbox, Secret
 
 GUEST_ROOT = "/workspace"
 # Of the guest's own program that says where its home is.
@@ -105,8 +105,9 @@ def _sandbox(wish: _Wish) -> Opening[Sandbox]:
             f"start from the checkpoint {config.checkpoint_path}: this version cannot."
             " Remove checkpointPath, or name an image that has what the task needs"
         )
+    workspace = taskvm.HostDir(wish.workspace.resolve())
     return taskvm.Sandbox.create(
-        mounts={GUEST_ROOT: taskvm.HostDir(wish.workspace.resolve())},
+        mounts={GUEST_ROOT: _without(config.hidden_files, workspace)},
         allow=config.allowed_hosts,
         allow_addresses=config.allowed_addresses,
         resolve=config.resolve,
@@ -116,6 +117,13 @@ def _sandbox(wish: _Wish) -> Opening[Sandbox]:
         audit_path=wish.audit_path,
         on_progress=wish.say,
     )
+
+
+def _without(patterns: tuple[str, ...], workspace: HostDir) -> Provider:
+    """Return what serves the workspace without what its user hides. Raises UsageError for what is no pattern."""
+    from taskvm import Shadow
+
+    return Shadow(workspace, patterns) if patterns else workspace
 
 
 def _secrets(config: SandboxConfig, environ: Mapping[str, str]) -> list[Secret]:

@@ -31,6 +31,9 @@ from taskvm.filewatch import FileChange, FileWatch
 from taskvm.fs.hostdir import HostDir
 from taskvm.fs.memory import Memory
 from taskvm.fs.provider import Provider
+from taskvm.fs.readonly import ReadOnly
+from taskvm.fs.shadow import Shadow
+from taskvm.fs.wrapper import Wrapper
 from taskvm.image.manifest import Image, ImageSpec
 from taskvm.image.store import ImageStore
 from taskvm.limits import Limits
@@ -89,6 +92,9 @@ __all__ = [
     "SupervisorStatus",
     "Provider",
     "Memory",
+    "ReadOnly",
+    "Shadow",
+    "Wrapper",
     "Opening",
     "Forward",
     "Image",

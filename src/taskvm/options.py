@@ -13,6 +13,7 @@ from taskvm.checkpointfile import Saved
 from taskvm.errors import UsageError
 from taskvm.fs.hostdir import HostDir
 from taskvm.fs.provider import Provider
+from taskvm.fs.wrapper import Wrapper
 from taskvm.limits import LimitArguments, Limits
 from taskvm.policy import Policy
 from taskvm.secret import Secret
@@ -183,6 +184,8 @@ def _check_checkpoint_path(saved: Saved | None, provider: Provider) -> None:
 
 def is_writable_in(provider: Provider, path: Path) -> bool:
     """Say whether a guest that `provider` is mounted in may write to the host's `path`."""
+    if isinstance(provider, Wrapper) and not provider.readonly:
+        return is_writable_in(provider.inner, path)
     if provider.readonly or not isinstance(provider, HostDir):
         return False
     return path.resolve().is_relative_to(provider.path)

@@ -7,6 +7,7 @@ import pytest
 from taskvm.errors import UsageError
 from taskvm.fs.hostdir import HostDir
 from taskvm.fs.memory import Memory
+from taskvm.fs.shadow import Shadow
 from taskvm.options import MAX_MOUNTS, SandboxOptions
 from taskvm.policy import Policy
 from taskvm.secret import Secret
@@ -54,8 +55,9 @@ def test_a_guest_cannot_be_given_its_own_audit_log(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(workspace)
     mounts = {"/workspace": HostDir(workspace)}
     for path in (workspace / "audit.jsonl", tmp_path / "link" / "logs" / "audit.jsonl"):
-        with pytest.raises(UsageError, match="outside of every mount"):
-            SandboxOptions(policy=NOTHING, mounts=mounts, audit_path=path)
+        for provider in (HostDir(workspace), Shadow(HostDir(workspace), ["*.jsonl"])):
+            with pytest.raises(UsageError, match="outside of every mount"):
+                SandboxOptions(policy=NOTHING, mounts={"/w": provider}, audit_path=path)
 
     elsewhere = SandboxOptions(policy=NOTHING, mounts=mounts, audit_path=tmp_path / "audit.jsonl")
 

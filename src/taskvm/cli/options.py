@@ -12,7 +12,17 @@ import click
 import msgspec
 
 import taskvm
-from taskvm import HostDir, ImageError, ImageStore, Policy, Sandbox, Secret, UsageError
+from taskvm import (
+    HostDir,
+    ImageError,
+    ImageStore,
+    Policy,
+    Provider,
+    Sandbox,
+    Secret,
+    Shadow,
+    UsageError,
+)
 from taskvm.cli.group import progress, silent
 
 P = ParamSpec("P")
@@ -68,6 +78,12 @@ SANDBOX_OPTIONS = (
         multiple=True,
         metavar="HOST:GUEST[:ro]",
         help="Mount a host directory, read-write or read-only.",
+    ),
+    click.option(
+        "--hide",
+        multiple=True,
+        metavar="PATTERN",
+        help="Hide these files of every mount from the guest: .env, *.pem, /secrets/, as in a .gitignore.",
     ),
     *POLICY_OPTIONS,
     click.option(
@@ -147,6 +163,7 @@ class SandboxArguments:
     memory: int
     disk_size: int | None
     mounts: tuple[str, ...]
+    hide: tuple[str, ...]
     policy_file: str | None
     allow: tuple[str, ...]
     allow_addresses: tuple[str, ...]
@@ -226,7 +243,7 @@ class SandboxArguments:
         """
         self.check()
         return Sandbox.create(
-            mounts=dict(_mount(text) for text in self.mounts),
+            mounts=dict(_mount(text, self.hide) for text in self.mounts),
             policy=read_policy(self.policy_file, self.allow, self.allow_addresses),
             resolve=read_table(self.resolve),
             secrets=self._secrets(variables),
@@ -291,7 +308,7 @@ def _absolute(path: str | None) -> str | None:
     return None if path is None else str(Path(path).absolute())
 
 
-def _mount(text: str) -> tuple[str, HostDir]:
+def _mount(text: str, hide: tuple[str, ...]) -> tuple[str, Provider]:
     parts = text.split(":")
     if len(parts) == 3 and parts[2] in ("ro", "rw"):
         host, guest, mode = parts
@@ -299,7 +316,8 @@ def _mount(text: str) -> tuple[str, HostDir]:
         (host, guest), mode = parts, "rw"
     else:
         raise UsageError(f"read --mount {text}", "it is not HOST:GUEST or HOST:GUEST:ro")
-    return guest, HostDir(host or ".", mode="ro" if mode == "ro" else "direct")
+    directory = HostDir(host or ".", mode="ro" if mode == "ro" else "direct")
+    return guest, Shadow(directory, hide) if hide else directory
 
 
 def pair(text: str, option: str, form: str) -> tuple[str, str]:

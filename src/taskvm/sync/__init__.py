@@ -13,6 +13,8 @@ from taskvm.filewatch import FileChange
 from taskvm.fs.hostdir import HostDir
 from taskvm.fs.memory import Memory
 from taskvm.fs.provider import Provider
+from taskvm.fs.readonly import ReadOnly
+from taskvm.fs.shadow import Shadow
 from taskvm.limits import Limits
 from taskvm.process import ExecResult
 from taskvm.resources import ExecLimits, ExecUsage
@@ -52,5 +54,7 @@ __all__ = [  # noqa: RUF022  # most important first, as in taskvm
     "Launch",
     "Provider",
     "Memory",
+    "ReadOnly",
+    "Shadow",
     "Forward",
 ]

@@ -1,0 +1,217 @@
+"""Which paths a list of patterns means, with the syntax of gitignore(5). Pure.
+
+Where the two readings of something differ, more is meant, not less, because what is meant is hidden from a guest:
+
+1. Names are compared as a file system that ignores case, Unicode forms, invisible characters and trailing dots would
+   compare them; `!` takes back only names that match to the letter.
+2. A pattern that git would ignore because it can never match is a UsageError.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Self
+
+from taskvm.errors import UsageError
+
+Path = tuple[bytes, ...]
+_ANY = None  # the segment `**`
+
+_POSIX_CLASSES = {
+    "alnum": "a-zA-Z0-9", "alpha": "a-zA-Z", "blank": r" \t", "cntrl": r"\x00-\x1f\x7f", "digit": "0-9",
+    "graph": r"\x21-\x7e", "lower": "a-z", "print": r"\x20-\x7e", "punct": r"!-/:-@\[-`{-~", "space": r"\s",
+    "upper": "A-Z", "xdigit": "0-9a-fA-F",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """One line: a segment for each name of a path, `_ANY` for any number of them."""
+
+    text: str
+    segments: tuple[re.Pattern[str] | None, ...]
+    directories_only: bool
+    negated: bool
+
+    @classmethod
+    def parse(cls, line: str) -> Self | None:
+        """Read one line; None for a comment or an empty one. Raises UsageError."""
+        text = re.sub(r"(?<!\\) +\Z", "", line.rstrip("\r\n"))
+        if not text or text.startswith("#"):
+            return None
+        negated = text.startswith("!")
+        body = text.removeprefix("!")
+        directories_only = body.endswith("/")
+        body = body.removesuffix("/")
+        names = body.removeprefix("/").split("/")
+        if not all(names) or {".", ".."} & set(names):
+            raise UsageError(f"hide {line!r}", "it is no pattern of names below the mount")
+        if names[-1] == "**":  # what is below a directory, and not the directory itself
+            names.append("*")
+        segments = [_ANY if name == "**" else _compile(name, line, negated) for name in names]
+        if "/" not in body:
+            segments = [_ANY, _compile(body, line, negated)]
+        return cls(text, tuple(segments), directories_only, negated)
+
+    @property
+    def by_name(self) -> bool:
+        """Whether only the last name of a path counts."""
+        return len(self.segments) == 2 and self.segments[0] is _ANY
+
+    def matches(self, names: list[tuple[str, ...]], *, directory: bool) -> bool:
+        """Say whether a path is meant; each of its names is given in all its spellings."""
+        if self.directories_only and not directory:
+            return False
+        reached = {0}  # how many segments the names so far can have used up
+        for spellings in names:
+            reached = set(self._after(self._skipped(reached), spellings))
+            if not reached:
+                return False
+        return len(self.segments) in reached
+
+    def _skipped(self, reached: set[int]) -> Iterator[int]:
+        """What can be reached without a name: `**` may stand for none."""
+        for position in reached:
+            yield position
+            if position < len(self.segments) and self.segments[position] is _ANY:
+                yield position + 1
+
+    def _after(self, positions: Iterable[int], spellings: tuple[str, ...]) -> Iterator[int]:
+        for position in positions:
+            if position == len(self.segments):
+                continue
+            segment = self.segments[position]
+            if segment is _ANY:
+                yield position
+            elif any(segment.fullmatch(spelling) for spelling in spellings):
+                yield position + 1
+
+
+class Patterns:
+    """Patterns of which the last that matches decides. A directory that is meant takes along all that is in it."""
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        if isinstance(lines, str):
+            raise UsageError(f"hide {lines!r}", "it is one text", "Give a list of patterns")
+        parsed = [Pattern.parse(line) for line in lines]
+        self.patterns: tuple[Pattern, ...] = tuple(each for each in parsed if each is not None)
+
+    def __repr__(self) -> str:
+        return repr([pattern.text for pattern in self.patterns])
+
+    @property
+    def by_name(self) -> bool:
+        """Whether a path is judged by its names alone, wherever they are: moving its parents changes nothing."""
+        return all(pattern.by_name for pattern in self.patterns)
+
+    def hides(self, path: Path, *, directory: bool) -> bool:
+        """Say whether `path`, or a directory on the way to it, is meant."""
+        folded = [_spellings(name) for name in path]
+        exact: list[tuple[str, ...]] = [(os.fsdecode(name),) for name in path]
+        for depth in range(1, len(path) + 1):
+            is_directory = directory or depth < len(path)
+            for pattern in reversed(self.patterns):
+                names = (exact if pattern.negated else folded)[:depth]
+                if pattern.matches(names, directory=is_directory):
+                    if not pattern.negated:
+                        return True
+                    break
+        return False
+
+    def may_hide(self, path: Path) -> bool:
+        """Say whether `path` is hidden as a file, or as a directory: what a new thing of this name may become."""
+        return self.hides(path, directory=False) or self.hides(path, directory=True)
+
+
+def _spellings(name: bytes) -> tuple[str, ...]:
+    """Return `name` as case-insensitive file systems compare it, and without what some of them drop at the end."""
+    folded = _fold(os.fsdecode(name))
+    stripped = folded.rstrip(". ")
+    return (folded, stripped) if stripped and stripped != folded else (folded,)
+
+
+def _fold(text: str) -> str:
+    if text.isascii():
+        return text.lower()
+    visible = "".join(each for each in text if unicodedata.category(each) != "Cf")
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", visible).casefold())
+
+
+# One segment to a regular expression...
+
+
+def _compile(segment: str, line: str, negated: bool) -> re.Pattern[str]:
+    text = segment if negated else _fold(segment)
+    try:
+        parts = _parts(text)
+    except ValueError as error:
+        raise UsageError(f"hide {line!r}", str(error)) from None
+    if len(parts) == 1:
+        return re.compile(parts[0], re.DOTALL)
+    # Each `*` takes as little as it can and never more again: no name makes this slow.
+    middle = "".join(f"(?>.*?{part})" for part in parts[1:-1] if part)
+    return re.compile(f"{parts[0]}{middle}.*{parts[-1]}", re.DOTALL)
+
+
+def _parts(text: str) -> list[str]:
+    """Return the expressions between the stars."""
+    parts = [""]
+    position = 0
+    while position < len(text):
+        each = text[position]
+        position += 1
+        if each == "*":
+            parts.append("")
+        elif each == "?":
+            parts[-1] += "."
+        elif each == "[":
+            expression, position = _bracket(text, position)
+            parts[-1] += expression
+        elif each == "\\":
+            if position == len(text):
+                raise ValueError("it ends in a backslash")
+            parts[-1] += re.escape(text[position])
+            position += 1
+        else:
+            parts[-1] += re.escape(each)
+    return parts
+
+
+def _bracket(text: str, position: int) -> tuple[str, int]:
+    """Read a bracket expression behind its `[`; return it and where it ends."""
+    negated = text[position : position + 1] in ("!", "^")
+    position += negated
+    members, first = "", True
+    while first or text[position : position + 1] != "]":
+        first = False
+        if position >= len(text):
+            raise ValueError("a [ is never closed")
+        if posix := re.compile(r"\[:(\w+):\]").match(text, position):
+            if posix[1] not in _POSIX_CLASSES:
+                raise ValueError(f"there is no class [:{posix[1]}:]")
+            members += _POSIX_CLASSES[posix[1]]
+            position = posix.end()
+            continue
+        low, position = _member(text, position)
+        high = low
+        if text[position : position + 1] == "-" and text[position + 1 : position + 2] not in (
+            "",
+            "]",
+        ):
+            high, position = _member(text, position + 1)
+        if low > high:
+            raise ValueError(f"the range {low}-{high} is empty")
+        members += f"{re.escape(low)}-{re.escape(high)}"
+    return f"[{'^' if negated else ''}{members}]", position + 1
+
+
+def _member(text: str, position: int) -> tuple[str, int]:
+    """Read one character of a bracket expression, escaped or not."""
+    position += text[position] == "\\"
+    if position >= len(text):
+        raise ValueError("a [ is never closed")
+    return text[position], position + 1

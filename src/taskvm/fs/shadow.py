@@ -1,0 +1,223 @@
+"""A provider some of whose names do not exist for the guest.
+
+Rule 1: what is hidden is absent: a lookup says ENOENT, a listing leaves it out, and so do removing and moving it away.
+Rule 2: nothing is put at a hidden name, by creating, linking or moving, whether or not something is there: EACCES.
+Rule 3: moving a directory never changes what is hidden in it: EACCES. All of it is looked at first, at most MAX_WALK
+    names, unless the patterns judge names wherever they are.
+Rule 4: what has a hidden name is hidden under each of its names. Hard links that the host made are found by one look
+    through the tree, when the guest first meets a file with several names and every RELINK_S while it meets such files.
+Rule 5: a node that the guest was not given does not exist, so a guessed number leads to nothing (Tracked).
+
+A directory with something hidden in it cannot be removed: ENOTEMPTY, though it looks empty.
+"""
+
+from __future__ import annotations
+
+import errno
+import stat
+import time
+from collections.abc import Callable, Iterable
+
+from taskvm.fs.patterns import Path, Patterns
+from taskvm.fs.places import Place
+from taskvm.fs.provider import ROOT, Change, DirEntry, Entry, Node, Provider, refuse
+from taskvm.fs.syscalls import RENAME_EXCHANGE
+from taskvm.fs.tracked import Tracked
+from taskvm.fs.walk import DT_DIR, DT_UNKNOWN, Found, walk
+
+MAX_WALK = 1_000_000
+RELINK_S = 60.0
+
+
+class Shadow(Tracked):
+    """Serves `inner` without what `patterns` mean: `.env`, `*.pem`, `/secrets/`, `!public.pem`, as in a .gitignore.
+
+    Names are compared without regard to case. What is hidden cannot be read, listed, replaced or created.
+    """
+
+    def __init__(self, inner: Provider, patterns: Iterable[str]) -> None:
+        self.patterns = Patterns(patterns)
+        super().__init__(inner)
+
+    def begin(self) -> None:
+        super().begin()
+        self._links: frozenset[Node] = frozenset()  # hidden files that have further names
+        self._links_seen: float | None = None
+
+    def place(self, node: Node) -> Place:
+        if node in self._links:
+            raise refuse(errno.ESTALE)
+        return super().place(node)
+
+    # What the provider tells by itself must not name what is hidden.
+
+    @property
+    def changes(self) -> Callable[[Change], None]:
+        return self.inner.changes
+
+    @changes.setter
+    def changes(self, listener: Callable[[Change], None]) -> None:
+        def tell(change: Change) -> None:
+            try:
+                place = self.places[change.node]
+                if change.name is not None and self.patterns.may_hide(place.below(change.name)):
+                    return
+            except OSError:
+                return  # nobody was told of this node
+            listener(change)
+
+        self.inner.changes = tell
+
+    # Names.
+
+    def lookup(self, parent: Node, name: bytes) -> Entry:
+        place = self.place(parent)
+        path = place.below(name)
+        if self.patterns.hides(path, directory=False) and self.patterns.hides(path, directory=True):
+            raise refuse(errno.ENOENT)
+        entry = self._inner_lookup(place, name)
+        if self._is_hidden(path, entry):
+            self.inner.forget(entry.node, 1)
+            raise refuse(errno.ENOENT)
+        return self.bound(place, name, entry)
+
+    def readdir(self, node: Node, offset: int, size: int) -> list[DirEntry]:
+        place = self.place(node)
+        while True:
+            entries = self.inner.readdir(node, offset, size)
+            shown = [entry for entry in entries if self._is_shown(place, entry)]
+            if shown or not entries:  # an empty answer would be the end
+                return shown
+            offset = entries[-1].offset
+
+    def create(self, parent: Node, name: bytes, mode: int, flags: int) -> Entry:
+        self._refuse_hidden(parent, name)
+        return super().create(parent, name, mode, flags)
+
+    def mknod(self, parent: Node, name: bytes, mode: int) -> Entry:
+        self._refuse_hidden(parent, name)
+        return super().mknod(parent, name, mode)
+
+    def mkdir(self, parent: Node, name: bytes, mode: int) -> Entry:
+        self._refuse_hidden(parent, name)
+        return super().mkdir(parent, name, mode)
+
+    def symlink(self, parent: Node, name: bytes, target: bytes) -> Entry:
+        self._refuse_hidden(parent, name)
+        return super().symlink(parent, name, target)
+
+    def link(self, node: Node, parent: Node, name: bytes) -> Entry:
+        self._refuse_hidden(parent, name)
+        return super().link(node, parent, name)
+
+    def unlink(self, parent: Node, name: bytes) -> None:
+        self._kind_of(parent, name)
+        super().unlink(parent, name)
+
+    def rmdir(self, parent: Node, name: bytes) -> None:
+        self._kind_of(parent, name)
+        super().rmdir(parent, name)
+
+    def rename(
+        self, parent: Node, name: bytes, new_parent: Node, new_name: bytes, flags: int
+    ) -> None:
+        directory = self._kind_of(parent, name)
+        self._refuse_hidden(new_parent, new_name)
+        if directory:
+            self._refuse_exposure(parent, name, new_parent, new_name)
+        if flags & RENAME_EXCHANGE:
+            self._refuse_hidden(parent, name)
+            if self._kind_of(new_parent, new_name):
+                self._refuse_exposure(new_parent, new_name, parent, name)
+        super().rename(parent, name, new_parent, new_name, flags)
+
+    # Judging...
+
+    def _inner_lookup(self, place: Place, name: bytes) -> Entry:
+        try:
+            return self.inner.lookup(place.node, name)
+        except FileNotFoundError:
+            self.places.unbind(place, name)
+            raise
+
+    def _is_hidden(self, path: Path, entry: Entry) -> bool:
+        mode = entry.attr.st_mode
+        if stat.S_ISREG(mode) and entry.attr.st_nlink > 1:
+            self._find_links()
+        return entry.node in self._links or self.patterns.hides(path, directory=stat.S_ISDIR(mode))
+
+    def _is_shown(self, place: Place, entry: DirEntry) -> bool:
+        if entry.name in (b".", b".."):
+            return True
+        path = place.below(entry.name)
+        if entry.kind == DT_UNKNOWN:
+            return not self.patterns.may_hide(path)
+        return not self.patterns.hides(path, directory=entry.kind == DT_DIR)
+
+    def _refuse_hidden(self, parent: Node, name: bytes) -> None:
+        if self.patterns.may_hide(self.place(parent).below(name)):
+            raise refuse(errno.EACCES)
+
+    def _kind_of(self, parent: Node, name: bytes) -> bool:
+        """Say whether `name` is a directory; ENOENT when the guest sees nothing there."""
+        place = self.place(parent)
+        entry = self._inner_lookup(place, name)
+        try:
+            if self._is_hidden(place.below(name), entry):
+                raise refuse(errno.ENOENT)
+        finally:
+            self.inner.forget(entry.node, 1)
+        return stat.S_ISDIR(entry.attr.st_mode)
+
+    # Looking at what is there, hidden or not...
+
+    def _refuse_exposure(self, parent: Node, name: bytes, to: Node, new_name: bytes) -> None:
+        """Refuse to move a directory when something in it would appear, or disappear, by that."""
+        if self.patterns.by_name:
+            return
+        old, new = self.place(parent).below(name), self.place(to).below(new_name)
+        hides = self.patterns.hides
+        moved = self.inner.lookup(parent, name).node
+        try:
+            for seen, found in enumerate(walk(self.inner, moved)):
+                before, after = (
+                    hides(top + found.path, directory=found.directory) for top in (old, new)
+                )
+                # With too much to look at, nobody can say that nothing changes.
+                if before != after or seen > MAX_WALK:
+                    raise refuse(errno.EACCES)
+        finally:
+            self.inner.forget(moved, 1)
+
+    def _find_links(self) -> None:
+        """Find the hidden files that have other names too, unless that was done a moment ago."""
+        now = time.monotonic()
+        if self._links_seen is not None and now - self._links_seen < RELINK_S:
+            return
+        links: set[Node] = set()
+        try:
+            for seen, found in enumerate(walk(self.inner, ROOT)):
+                if seen > MAX_WALK:
+                    raise refuse(errno.EACCES)
+                if not found.directory and self.patterns.hides(found.path, directory=False):
+                    self._add_link(links, found)
+        except BaseException:
+            self._release(links)
+            raise
+        self._release(self._links)
+        self._links, self._links_seen = frozenset(links), now
+
+    def _add_link(self, links: set[Node], found: Found) -> None:
+        """Keep the node of a hidden file that has several names; the reference makes it stay the same."""
+        try:
+            entry = self.inner.lookup(found.parent, found.name)
+        except FileNotFoundError:
+            return
+        if entry.attr.st_nlink > 1 and entry.node not in links:
+            links.add(entry.node)
+        else:
+            self.inner.forget(entry.node, 1)
+
+    def _release(self, links: Iterable[Node]) -> None:
+        for node in links:
+            self.inner.forget(node, 1)

@@ -1,0 +1,124 @@
+"""taskvm.fs.conformance, which taskvm.testing hands out: ours pass, and each of several wrong ones is found out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from taskvm.fs.hostdir import HostDir
+from taskvm.fs.memory import Memory
+from taskvm.fs.provider import DirEntry, Entry, Node, Provider
+from taskvm.fs.shadow import Shadow
+from taskvm.fs.tracked import Tracked
+from taskvm.fs.wrapper import Wrapper
+from taskvm.testing import ProviderConformance
+
+
+class TestMemory(ProviderConformance):
+    def make(self, directory: Path) -> Provider:
+        return Memory()
+
+
+class TestHostDir(ProviderConformance):
+    def make(self, directory: Path) -> Provider:
+        return HostDir(directory)
+
+
+class TestWrapper(ProviderConformance):
+    def make(self, directory: Path) -> Provider:
+        return Wrapper(Wrapper(Memory()))
+
+
+class TestTracked(ProviderConformance):
+    def make(self, directory: Path) -> Provider:
+        return Tracked(HostDir(directory))
+
+
+class TestShadowInMemory(ProviderConformance):
+    def make(self, directory: Path) -> Provider:
+        return Shadow(Memory(), [".env", "a/**/b.pem"])
+
+
+class TestShadowOfADirectory(ProviderConformance):
+    def make(self, directory: Path) -> Provider:
+        return Shadow(HostDir(directory), [".env", "/secrets/", "*.key", "!public.key"])
+
+
+# Wrong ones, each in one respect.
+
+
+class ListsFromTheStart(Memory):
+    def readdir(self, node: Node, offset: int, size: int) -> list[DirEntry]:
+        return super().readdir(node, 0, size) if offset < 40 else []
+
+
+class ForgetsTheUnlinked(Memory):
+    def unlink(self, parent: Node, name: bytes) -> None:
+        node = self.lookup(parent, name).node
+        super().unlink(parent, name)
+        self.forget(node, 2)
+
+
+class NeverForgets(Memory):
+    def forget(self, node: Node, count: int) -> None:
+        pass
+
+
+class ReplacesAnyway(Memory):
+    def rename(
+        self, parent: Node, name: bytes, new_parent: Node, new_name: bytes, flags: int
+    ) -> None:
+        super().rename(parent, name, new_parent, new_name, 0)
+
+
+class ExcludesNobody(Memory):
+    def create(self, parent: Node, name: bytes, mode: int, flags: int) -> Entry:
+        return super().create(parent, name, mode, 0)
+
+
+class KeepsTheBuffer(Memory):
+    def write(self, node: Node, offset: int, data: memoryview, *, append: bool) -> int:
+        self.kept = memoryview(data)
+        return super().write(node, offset, data, append=append)
+
+
+class WritesWhereItIsTold(Memory):
+    def write(self, node: Node, offset: int, data: memoryview, *, append: bool) -> int:
+        return super().write(node, offset, data, append=False)
+
+
+WRONG = {
+    ListsFromTheStart: "test_a_listing_in_pieces_has_every_name_once",
+    ForgetsTheUnlinked: "test_an_unlinked_file_lives_until_it_is_forgotten",
+    NeverForgets: "test_an_unlinked_file_lives_until_it_is_forgotten",
+    ReplacesAnyway: "test_a_rename_heeds_its_flags_or_refuses_them",
+    ExcludesNobody: "test_creation_excludes_and_truncates_as_it_is_told",
+    KeepsTheBuffer: "test_what_was_written_is_not_held",
+    WritesWhereItIsTold: "test_contents_are_padded_appended_and_cut",
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.__name__)
+def test_a_wrong_provider_is_found_out(wrong: type[Memory]) -> None:
+    class Suite(ProviderConformance):
+        def make(self, directory: Path) -> Provider:
+            served = wrong()
+            served.opened = lambda: served  # type: ignore[method-assign]  # Memory's would make a right one
+            return served
+
+    failed = [name for name in dir(Suite) if name.startswith("test_") and not passes(Suite(), name)]
+
+    assert WRONG[wrong] in failed
+    assert len(failed) < len([name for name in dir(Suite) if name.startswith("test_")]) / 2
+
+
+def passes(suite: ProviderConformance, name: str) -> bool:
+    suite.setup_method()
+    try:
+        getattr(suite, name)()
+    except (AssertionError, OSError, BufferError):
+        return False
+    finally:
+        suite.teardown_method()
+    return True

@@ -1,0 +1,93 @@
+"""Providers behind a real guest's kernel, judged from the host's files."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.conftest import GUEST
+
+from taskvm import HostDir, Memory, ReadOnly, Sandbox, Shadow
+
+pytestmark = pytest.mark.vm
+
+SECRET = "hidden-value-6f1d"
+
+
+@pytest.fixture
+def project(workspace: Path) -> Path:
+    """A project with secrets in it, one of them under a second name."""
+    (workspace / "config" / "keys").mkdir(parents=True)
+    (workspace / "src").mkdir()
+    (workspace / "src" / "main.py").write_text("print('main')\n")
+    for path in (".env", "config/keys/master", "server.pem"):
+        (workspace / path).write_text(SECRET)
+    os.link(workspace / ".env", workspace / "src" / "linked.txt")
+    return workspace
+
+
+# Each of these would show a hidden file, or put one there, if names alone were looked at.
+ATTACKS = """
+cat .env server.pem config/keys/master src/linked.txt .ENV ./src/../.env
+ln .env shown; ln -s .env pointer; cat pointer; ln -s "$PWD/config/keys" way; cat way/master
+mv config other; cat other/keys/master; mv .env shown; cp -a . /tmp/copy; cat /tmp/copy/.env
+mkdir -p made/keys; echo planted > made/keys/master; mv config old; mv made config
+echo planted > .env; echo planted > x; mv x .env; ln src/main.py server.pem; mkdir .env
+python3 -c 'import os; os.rename("src", ".env")'; rm -rf config; rm -f .env server.pem
+find . -inum "$(stat -c %i src/main.py)"; tar cf /tmp/all.tar .; grep -r hidden-value . /tmp/copy /tmp/all.tar
+mount --bind . /mnt; cat /mnt/.env; chroot . /bin/true; cat /proc/self/cwd/.env /proc/self/root/workspace/.env
+"""
+
+
+async def test_what_is_hidden_is_out_of_reach_of_every_program(project: Path) -> None:
+    """Root of the guest tries it with ordinary programs; the host's files are what they were, and nothing was told."""
+    hidden = Shadow(HostDir(project), [".env", "/config/keys/", "*.pem"])
+    async with Sandbox.create(mounts={"/workspace": hidden}, **GUEST) as vm:
+        tried = await vm.exec(["bash", "-c", ATTACKS], cwd="/workspace", user="root")
+        listed = await vm.exec(["find", ".", "-name", ".*", "-o", "-name", "*.pem"])
+        worked = await vm.exec("python3 src/main.py && echo new > src/new")
+
+    assert SECRET not in tried.stdout + tried.stderr
+    assert "planted" not in tried.stdout
+    assert listed.stdout.split() == ["."]
+    assert worked.stdout == "main\n"
+    assert (project / "src" / "new").read_text() == "new\n"
+    for path in (".env", "config/keys/master", "server.pem", "src/linked.txt"):
+        assert (project / path).read_text() == SECRET
+
+
+async def test_providers_nest_and_each_mount_has_its_own(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "file").write_text("data")
+    mounts = {
+        "/workspace": Memory(),
+        "/data": ReadOnly(Shadow(HostDir(tmp_path / "data"), ["*.secret"])),
+    }
+    async with Sandbox.create(mounts=mounts, **GUEST) as vm:
+        done = await vm.exec(
+            "cat /data/file; echo x > /workspace/x && cat /workspace/x;"
+            " mount -o remount,rw /data; echo x > /data/x; echo $?; rm /data/file; echo $?"
+        )
+
+    assert done.stdout == "datax\n1\n1\n"
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["file"]
+
+
+def test_the_command_line_hides_files(project: Path) -> None:
+    taskvm = Path(sys.executable).with_name("taskvm")
+    options = ["--mount", f"{project}:/workspace", "--hide", ".env", "--hide", "/config/", "-q"]
+    options += ["--cpus", "1", "--memory", "256"]
+
+    done = subprocess.run(
+        [taskvm, "run", *options, "--", "sh", "-c", "ls -A; cat .env config"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=50,
+    )
+
+    assert done.stdout.split() == ["server.pem", "src"]
+    assert SECRET not in done.stdout + done.stderr
