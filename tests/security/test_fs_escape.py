@@ -63,6 +63,8 @@ class HostileKernel:
         while data := self.sock.recv(1 << 18):
             for frame in self._decoder.feed(data):
                 length, error, unique = struct.unpack_from("<IiQ", frame.payload)
+                if not unique:
+                    continue  # a notification: this kernel remembers nothing
                 assert (length, unique) == (len(frame.payload), self._unique)
                 return -error, bytes(frame.payload[16:])
         raise ConnectionError("the server closed the port")
@@ -70,7 +72,7 @@ class HostileKernel:
     def lookup(self, node: int, name: bytes) -> int:
         """Return the node, or minus the errno."""
         error, body = self.ask(Opcode.LOOKUP, node, name + b"\0")
-        return -error if error else int(struct.unpack_from("<Q", body)[0])
+        return -error if error else int(struct.unpack_from("<Q", body)[0]) or -errno.ENOENT
 
     def read(self, node: int) -> tuple[int, bytes]:
         return self.ask(Opcode.READ, node, struct.pack("<QQIIQII", 0, 0, 4096, 0, 0, 0, 0))
@@ -241,7 +243,7 @@ def test_what_the_host_moves_out_is_out_of_reach_a_second_later(
     share: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr("taskvm.fs.hostdir.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("taskvm.fs.hosttree.time.monotonic", lambda: now[0])
     kernel = HostileKernel(HostDir(share))
     directory = kernel.lookup(ROOT, b"directory")
     assert kernel.lookup(directory, b"inner") > 0
@@ -257,7 +259,7 @@ def test_an_open_file_that_the_host_moves_out_is_out_of_reach_a_second_later(
     share: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr("taskvm.fs.hostdir.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("taskvm.fs.hosttree.time.monotonic", lambda: now[0])
     kernel = HostileKernel(HostDir(share))
     (share / "rotated").write_bytes(b"old")
     (share / "deleted").write_bytes(b"old")
@@ -456,7 +458,7 @@ def test_forgetting_too_much_only_hurts_the_guest(kernel: HostileKernel) -> None
 
 def test_a_guest_cannot_exhaust_the_descriptors(kernel: HostileKernel, share: Path) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
-    budget = kernel.server._mounts[MOUNT].provider._contents._limit  # type: ignore[attr-defined]
+    budget = kernel.server._mounts[MOUNT].provider._tree._contents._limit  # type: ignore[attr-defined]
 
     for number in range(3 * budget):
         error, body = kernel.create(ROOT, b"file%d" % number, 0o644)

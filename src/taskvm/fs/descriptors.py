@@ -67,6 +67,10 @@ class DescriptorSet:
         if held is not None:
             os.close(held.fd)
 
+    def items(self) -> list[tuple[Node, Held]]:
+        """Return all, by node."""
+        return list(self._held.items())
+
     def close(self) -> None:
         """Close all."""
         while self._held:

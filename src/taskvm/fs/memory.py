@@ -13,7 +13,7 @@ import time
 
 import msgspec
 
-from taskvm.fs.provider import ROOT, DirEntry, Entry, Node, Provider, refuse
+from taskvm.fs.provider import ROOT, Absent, DirEntry, Entry, Node, Provider, refuse
 from taskvm.fs.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 from taskvm.wire.fuse import SetAttr, SetAttrField
 from taskvm.wire.fuse_replies import Lifetime, StatFs
@@ -74,7 +74,6 @@ class _Inode:
 class Memory(Provider):
     """Serves each mount with a new, empty tree of at most `limit_bytes`, owned by the user of this process."""
 
-    negative_ns = _DAY_NS
     lasting = True
 
     def __init__(self, *, limit_bytes: int = DEFAULT_LIMIT) -> None:
@@ -299,7 +298,7 @@ class Memory(Provider):
             raise refuse(errno.ENAMETOOLONG)
         known = directory.entries.get(name)
         if known is None:
-            raise refuse(errno.ENOENT)
+            raise Absent(_DAY_NS)
         return known[1]
 
     def _xattrs(self, node: Node, name: bytes) -> dict[bytes, bytes]:

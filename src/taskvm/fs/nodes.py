@@ -1,6 +1,6 @@
 """Which inode of the host each node of a HostDir is, and under which names the guest knows it.
 
-A node is an inode (device, number, type), so that hard links are one node, and lives while the guest's kernel holds
+A node is an inode (device, number, type, birth), so hard links are one node, and lives while the guest's kernel holds
 references. Its places are the names it was last seen under; nothing here touches the host, and a place may be out of
 date: who uses one compares the identity of what it finds.
 """
@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import errno
 import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Protocol
+
+import msgspec
 
 from taskvm.fs.provider import ROOT, Node, refuse
 
@@ -20,7 +24,7 @@ Identity = tuple[int, int, int, int]
 
 
 class Identified(Protocol):
-    """What an identity is made of. An os.stat_result has it."""
+    """What an identity is made of."""
 
     @property
     def st_dev(self) -> int: ...
@@ -30,27 +34,57 @@ class Identified(Protocol):
     def st_mode(self) -> int: ...
     @property
     def st_mtime_ns(self) -> int: ...
+    @property
+    def st_birth_ns(self) -> int: ...
 
 
 def identity(attr: Identified) -> Identity:
     """Return what tells one inode from another.
 
-    File systems use inode numbers again at once. The guest caches the target of a symbolic link for
-    good, so a link that was made anew must be another node: the time it was made is part of it.
+    File systems use inode numbers again at once, hence the time of birth. Where there is none, a symbolic link that was
+    made anew must be another node all the same, for the guest caches its target for good: its mtime takes the place.
     """
     kind = stat.S_IFMT(attr.st_mode)
-    return (
-        attr.st_dev,
-        attr.st_ino,
-        kind,
-        attr.st_mtime_ns if kind == stat.S_IFLNK else 0,
-    )
+    birth = attr.st_birth_ns or (attr.st_mtime_ns if kind == stat.S_IFLNK else 0)
+    return (attr.st_dev, attr.st_ino, kind, birth)
+
+
+@dataclass(slots=True)
+class Watched:
+    """What a guest remembers of a directory that inotify watches."""
+
+    wd: int
+    absent: set[bytes] = field(default_factory=set)  # names that it was told not to be there
+    listed: bool = False  # it may have kept a listing
+
+
+class NodeState(msgspec.Struct, frozen=True, array_like=True):
+    """A node as it is saved."""
+
+    id: Node
+    references: int
+    identity: Identity
+    places: list[tuple[Node, bytes]]
+    told: tuple[int, int] | None
+    absent: list[bytes] | None
 
 
 class HostNode:
-    """One inode that the guest knows."""
+    """One inode that the guest knows.
 
-    __slots__ = ("children", "id", "identity", "places", "references")
+    `told` is (ctime, size) as the guest was last told them, at the time `told_ns`; None when it trusts nothing.
+    """
+
+    __slots__ = (
+        "children",
+        "id",
+        "identity",
+        "places",
+        "references",
+        "told",
+        "told_ns",
+        "watched",
+    )
 
     def __init__(self, number: Node, identity: Identity) -> None:
         self.id: Node = number
@@ -58,6 +92,9 @@ class HostNode:
         self.references: int = 0
         self.places: list[tuple[HostNode, bytes]] = []
         self.children: dict[bytes, HostNode] = {}
+        self.told: tuple[int, int] | None = None
+        self.told_ns: int = 0
+        self.watched: Watched | None = None
 
     @property
     def kind(self) -> int:
@@ -76,6 +113,9 @@ class NodeTable:
 
     def __len__(self) -> int:
         return len(self._by_id)
+
+    def __iter__(self) -> Iterator[HostNode]:
+        return iter(list(self._by_id.values()))
 
     def __getitem__(self, number: Node) -> HostNode:
         try:
@@ -142,6 +182,46 @@ class NodeTable:
             del self._by_identity[node.identity]
         node.identity = identity(attr)
         self._by_identity[node.identity] = node
+
+    def export(self) -> list[NodeState]:
+        """Return all nodes, in no order."""
+        return [
+            NodeState(
+                node.id,
+                node.references,
+                node.identity,
+                [(parent.id, name) for parent, name in node.places],
+                node.told,
+                None if node.watched is None else list(node.watched.absent),
+            )
+            for node in self
+        ]
+
+    def restore(self, states: list[NodeState]) -> None:
+        """Know, in an empty table, the nodes of an earlier one. Raises ValueError when they do not fit together.
+
+        The root is the one of now, and devices are numbered as it is: the host may have been started anew.
+        """
+        old_root = next((state for state in states if state.id == ROOT), None)
+        if old_root is None or old_root.identity[1:] != self.root.identity[1:]:
+            raise ValueError("the saved nodes are those of another directory")
+        for state in states:
+            node = self.root if state.id == ROOT else self._restored(state, old_root.identity[0])
+            node.told = state.told
+        for state in states:
+            for parent, name in state.places:
+                if parent not in self._by_id:
+                    raise ValueError(f"the saved node {state.id} is in a directory that is not")
+                self._place(self._by_id[state.id], self._by_id[parent], name)
+
+    def _restored(self, state: NodeState, old_device: int) -> HostNode:
+        device = state.identity[0]
+        key = (self.root.identity[0] if device == old_device else device, *state.identity[1:])
+        node = HostNode(state.id, key)
+        node.references = state.references
+        self._by_id[node.id] = self._by_identity[key] = node
+        self._next = max(self._next, node.id + 1)
+        return node
 
     def _add(self, key: Identity) -> HostNode:
         if len(self._by_id) >= MAX_NODES:

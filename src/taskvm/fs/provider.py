@@ -12,13 +12,15 @@ The names that reach a provider are single components, checked by the decoder (w
 4. No method keeps an argument that is a memoryview beyond its return.
 5. `readonly` is asked before each call that changes something, so a read-only provider need not refuse each one.
 6. A provider that learns of changes from elsewhere calls `changes` (from any thread); until then it must answer with
-   lifetimes short enough that a guest may believe them.
+   lifetimes short enough that a guest may believe them. What it learns them from can be a descriptor (`sources`).
+7. A provider that wraps others passes on their `sources`, and what they tell through `changes`, in its own nodes.
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -56,6 +58,21 @@ class Change(msgspec.Struct, frozen=True, gc=False):
     name: bytes | None = None
 
 
+class Absent(FileNotFoundError):  # noqa: N818 - what a lookup finds, like StopIteration
+    """The ENOENT of `lookup`, for a name whose absence the guest may remember for `lifetime_ns`."""
+
+    def __init__(self, lifetime_ns: int) -> None:
+        super().__init__(errno.ENOENT, "ENOENT")
+        self.lifetime_ns = lifetime_ns
+
+
+class Source(NamedTuple):
+    """A descriptor, and what the server's thread calls whenever it is readable."""
+
+    fd: int
+    ready: Callable[[], None]
+
+
 def refuse(number: int) -> OSError:
     """Return the error that answers a request with `number`."""
     return OSError(number, errno.errorcode.get(number, "?"))
@@ -69,8 +86,6 @@ class Provider:
     """What serves a mount. Every method here refuses as a file system without that ability does."""
 
     readonly: bool = False
-    negative_ns: int = 0
-    """How long the guest may remember that a name does not exist."""
     lasting: bool = False
     """Whether lifetimes are long, so that the guest may keep whole listings. With short ones a listing
     that it kept costs a LOOKUP for each name that is used; one that it reads again brings the attributes
@@ -90,10 +105,29 @@ class Provider:
     def close(self) -> None:
         """Let go of everything held. Idempotent; no other call follows."""
 
+    def sources(self) -> Sequence[Source]:
+        """Return what to watch on behalf of this provider, from `opened` to `close`; not while the guest is at rest."""
+        return ()
+
+    def rest(self) -> None:
+        """Let go of what is only kept for speed: the guest has asked for nothing for a second."""
+
+    def export_state(self) -> bytes:
+        """Return what `import_state` needs to give the nodes of now their numbers again; the guest is at rest."""
+        raise refuse(errno.EOPNOTSUPP)
+
+    def import_state(self, state: bytes) -> None:
+        """Go on, freshly opened, where `export_state` of an earlier provider of the same thing stopped.
+
+        Tells through `changes` what is no longer as the guest knows it; a node that is not there any more is ESTALE.
+        Raises ValueError when `state` is not one.
+        """
+        raise refuse(errno.EOPNOTSUPP)
+
     # Names.
 
     def lookup(self, parent: Node, name: bytes) -> Entry:
-        """Return what `name` stands for; ENOENT when nothing."""
+        """Return what `name` stands for; ENOENT when nothing, as Absent where that may be remembered."""
         raise refuse(errno.ENOENT)
 
     def forget(self, node: Node, count: int) -> None:

@@ -4,8 +4,12 @@ One daemon thread serves all mounts of one guest with blocking calls, so that ne
 disk waits for the other. Requests are served in the order of their arrival, and what a request needs is only held
 until its answer is sent: a guest that does not read its answers stops its own thread and nothing else.
 
-Locks, always taken alone: `_serving` while a request is served, so that a mount is never removed under one;
-`_sending` while bytes go to the socket, so that frames of different threads do not mix.
+At rest (from `quiesce` or a mount that is taken up again, until `resume`) nothing is sent that was not asked for: what
+providers have to tell is kept, and their sources are not watched.
+
+Locks, in this order: `_serving` while a request or a source is served, so that a mount is never removed under one;
+`_sending` while bytes go to the socket, so that frames of different threads do not mix. The server's own thread sends
+without `_serving`, so who waits for it waits for a provider and never for the guest.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
+import select
 import socket
 import struct
 import termios
@@ -22,7 +27,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from taskvm.errors import GuestProtocolError, SandboxLostError, SandboxStateError, UsageError
-from taskvm.fs.provider import Change, Provider
+from taskvm.fs.provider import Change, Provider, Source
 from taskvm.fs.session import Reply, Session
 from taskvm.wire.frames import (
     GUEST_STREAM_BIT,
@@ -39,6 +44,7 @@ from taskvm.wire.fuse_replies import encode_error
 QUIESCE_TIMEOUT_S = 10.0
 # One read of the socket: what a Unix socket holds by default (net.core.rmem_default) is a little less.
 RECEIVE_SIZE = 256 * 1024
+REST_AFTER_S = 1.0
 # Answers are sent when this much is ready; at most one answer (1 MiB) comes on top of it.
 SEND_SIZE = 256 * 1024
 # A short answer is cheaper to copy behind its header than to name to sendmsg.
@@ -76,13 +82,21 @@ class FsServer:
         self._reported: set[tuple[str, type[Exception]]] = set()
         self._outgoing: list[bytes] = []
         self._outgoing_size = 0
+        self._held: list[bytes] | None = None  # what is to be told, at rest; under `_sending`
+        self._sources: dict[int, Source] = {}
+        self._readable = select.epoll()
+        self._readable.register(self._sock, select.EPOLLIN)
         self._thread = threading.Thread(target=self._run, name="taskvm-fs", daemon=True)
         self._thread.start()
 
     # What the sandbox calls, from any thread.
 
-    def add_mount(self, mount_id: int, provider: Provider) -> None:
-        """Serve the stream `mount_id` from `provider.opened()`. Call it before the guest mounts."""
+    def add_mount(self, mount_id: int, provider: Provider, state: bytes | None = None) -> None:
+        """Serve the stream `mount_id` from `provider.opened()`. Call it before the guest mounts.
+
+        With `state`, of `export_mounts`, the guest has mounted it before it was saved; call it before `resume`. Raises
+        UsageError when this is not the state of such a mount.
+        """
         if not 0 < mount_id < GUEST_STREAM_BIT:
             raise UsageError(f"add the mount {mount_id}", "the id is out of range", "Count from 1")
         with self._serving:
@@ -92,22 +106,44 @@ class FsServer:
                 raise UsageError(f"add the mount {mount_id}", "the id is taken", "Remove it first")
             opened = provider.opened()
             opened.changes = lambda change: self._notify(mount_id, change)
-            self._mounts[mount_id] = Session(opened, self._report)
+            session = Session(opened, self._report)
+            if state is not None:
+                self._rest()
+                _take_up(mount_id, session, state)
+            self._mounts[mount_id] = session
+            self._watch(session)
 
     def remove_mount(self, mount_id: int) -> None:
         """Stop serving a mount and close its provider; the guest gets ENODEV from then on. Idempotent."""
         with self._serving:
             session = self._mounts.pop(mount_id, None)
             if session is not None:
+                self._unwatch(session)
                 session.provider.close()
 
+    def export_mounts(self) -> dict[int, bytes]:
+        """Return what `add_mount` of another server needs to serve on what the guest has mounted; only at rest.
+
+        Raises UsageError for a mount whose provider cannot be taken up again.
+        """
+        with self._serving:
+            return {mount_id: _export(mount_id, one) for mount_id, one in self._mounts.items()}
+
     def quiesce(self) -> None:
-        """Return when the guest's side is at rest and has taken all answers.
+        """Return when the guest's side is at rest and has taken all answers; nothing is told until `resume`.
 
         Raises TimeoutError after QUIESCE_TIMEOUT_S, SandboxLostError when the port ends before.
         """
         deadline = time.monotonic() + QUIESCE_TIMEOUT_S
         self._quiesced.clear()
+        if not self._serving.acquire(timeout=QUIESCE_TIMEOUT_S):
+            raise TimeoutError(
+                "bring the guest's port taskvm.fs to rest: a provider does not return"
+            )
+        try:
+            self._rest()
+        finally:
+            self._serving.release()
         self._send_control(FrameType.QUIESCE, deadline)
         if not self._quiesced.wait(deadline - time.monotonic()):
             raise TimeoutError("bring the guest's port taskvm.fs to rest: no answer to QUIESCE")
@@ -119,8 +155,14 @@ class FsServer:
             time.sleep(0.001)
 
     def resume(self) -> None:
-        """Let the guest's side go on after `quiesce`."""
+        """Let the guest's side go on after `quiesce`, and tell it what has changed meanwhile."""
         self._send_control(FrameType.RESUME, time.monotonic() + QUIESCE_TIMEOUT_S)
+        with self._sending:
+            held, self._held = self._held or [], None
+        self._send(b"".join(held))
+        with self._serving:
+            for session in self._mounts.values():
+                self._watch(session)
 
     def close(self) -> None:
         """End the thread and close the socket and every provider. Idempotent."""
@@ -133,7 +175,30 @@ class FsServer:
             while self._mounts:
                 _id, session = self._mounts.popitem()
                 session.provider.close()
+        self._readable.close()
         self._sock.close()
+
+    # What the providers watch. Under `_serving`.
+
+    def _watch(self, session: Session) -> None:
+        if self._held is not None:
+            return
+        for source in session.provider.sources():
+            if source.fd not in self._sources:
+                self._sources[source.fd] = source
+                self._readable.register(source.fd, select.EPOLLIN)
+
+    def _unwatch(self, session: Session) -> None:
+        for source in session.provider.sources():
+            if self._sources.pop(source.fd, None) is not None:
+                self._readable.unregister(source.fd)
+
+    def _rest(self) -> None:
+        with self._sending:
+            if self._held is None:
+                self._held = []
+        for session in self._mounts.values():
+            self._unwatch(session)
 
     # The thread.
 
@@ -152,13 +217,44 @@ class FsServer:
     def _serve(self) -> None:
         decoder = FrameDecoder()
         buffer = bytearray(RECEIVE_SIZE)
-        view = memoryview(buffer)
-        while count := self._sock.recv_into(buffer):
-            for frame in decoder.feed(view[:count]):
+        while count := self._receive(buffer):
+            for frame in decoder.feed(memoryview(buffer)[:count]):
                 self._handle(frame)
                 if self._outgoing_size >= SEND_SIZE or len(self._outgoing) >= _MAX_IOVECS:
                     self._flush()
             self._flush()
+
+    def _receive(self, buffer: bytearray) -> int:
+        """Wait for bytes of the port, and serve the sources meanwhile: what they tell comes before the next answer."""
+        socket_fd = self._sock.fileno()
+        timeout: float | None = REST_AFTER_S
+        while True:
+            ready = [fd for fd, _events in self._readable.poll(timeout)]
+            if not ready:
+                self._let_rest()
+                timeout = None
+            for fd in ready:
+                if fd != socket_fd:
+                    self._attend(fd)
+            if socket_fd in ready:
+                return self._sock.recv_into(buffer)
+
+    def _let_rest(self) -> None:
+        with self._serving:
+            for session in self._mounts.values():
+                session.provider.rest()
+
+    def _attend(self, fd: int) -> None:
+        with self._serving:
+            source = self._sources.get(fd)  # not any more, if its mount was just removed
+            if source is None:
+                return
+            try:
+                source.ready()
+            except Exception as error:  # noqa: BLE001 - a provider's bug must not end the sandbox
+                self._report("the source of a provider", error)
+                self._readable.unregister(self._sources.pop(fd).fd)
+        self._flush()
 
     def _handle(self, frame: Frame) -> None:
         if frame.type is FrameType.QUIESCED and frame.stream == 0:
@@ -210,10 +306,21 @@ class FsServer:
     def _notify(self, mount_id: int, change: Change) -> None:
         self.frames += 1
         message = Session.notification(change)
-        header = encode_header(FrameType.FUSE, 0, mount_id, len(message))
-        # A port that ended has nobody left who could remember anything wrongly.
-        with self._sending, suppress(OSError):
-            _send_all(self._sock, [header + message])
+        told = encode_header(FrameType.FUSE, 0, mount_id, len(message)) + message
+        if threading.current_thread() is self._thread and self._held is None:
+            self._outgoing.append(told)  # behind the answers before it, and outside `_serving`
+            self._outgoing_size += len(told)
+        else:
+            self._send(told)
+
+    def _send(self, told: bytes) -> None:
+        with self._sending:
+            if self._held is not None:
+                self._held.append(told)
+                return
+            # A port that ended has nobody left who could remember anything wrongly.
+            with suppress(OSError):
+                self._sock.sendall(told)
 
     def _send_control(self, kind: FrameType, deadline: float) -> None:
         operation = f"send {kind.name} to the guest's port {PORT_FS}"
@@ -225,6 +332,29 @@ class FsServer:
             raise SandboxLostError(operation, error.strerror or str(error)) from error
         finally:
             self._sending.release()
+
+
+def _export(mount_id: int, session: Session) -> bytes:
+    try:
+        return session.export()
+    except OSError as error:
+        raise UsageError(
+            f"save the mount {mount_id}",
+            f"{type(session.provider).__name__} cannot be taken up again ({error.strerror})",
+            "Unmount it first, or save the disk without the memory",
+        ) from error
+
+
+def _take_up(mount_id: int, session: Session, state: bytes) -> None:
+    try:
+        session.resume(state)
+    except (ValueError, OSError) as error:
+        session.provider.close()
+        raise UsageError(
+            f"take up the saved mount {mount_id}",
+            f"its state is not one of {type(session.provider).__name__}",
+            "Mount what was mounted there when the guest was saved",
+        ) from error
 
 
 def _gone(message: memoryview) -> Reply | None:

@@ -14,7 +14,9 @@ import errno
 from collections.abc import Callable
 from typing import Any
 
-from taskvm.fs.provider import Change, DirEntry, Provider
+import msgspec
+
+from taskvm.fs.provider import Absent, Change, DirEntry, Provider
 from taskvm.wire.fuse import (
     WRITE_CACHE,
     Allocate,
@@ -107,6 +109,13 @@ _XATTR = frozenset({Opcode.GETXATTR, Opcode.SETXATTR, Opcode.LISTXATTR, Opcode.R
 _SILENT = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT, Opcode.NOTIFY_REPLY})
 
 
+class SessionState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What of a session is saved with its guest."""
+
+    started: bool
+    provider: bytes
+
+
 class Session:
     """Serves one mount from `provider`. `report` gets (what was asked, the unexpected exception)."""
 
@@ -182,6 +191,19 @@ class Session:
             return encode_inval_inode(change.node)
         return encode_inval_entry(change.node, change.name)
 
+    # A saved guest.
+
+    def export(self) -> bytes:
+        """Return what a later session needs to serve this mount on."""
+        state = SessionState(started=self._started, provider=self.provider.export_state())
+        return msgspec.msgpack.encode(state)
+
+    def resume(self, exported: bytes) -> None:
+        """Serve on, as the first thing, what an earlier session has exported. Raises ValueError."""
+        state = msgspec.msgpack.decode(exported, type=SessionState)
+        self.provider.import_state(state.provider)
+        self._started = state.started
+
     # The mount.
 
     def _init(self, request: Request, init: Init) -> Reply:
@@ -206,10 +228,8 @@ class Session:
     def _lookup(self, request: Request, lookup: Name) -> Reply:
         try:
             entry = self.provider.lookup(request.node, lookup.name)
-        except FileNotFoundError:
-            if self.provider.negative_ns:
-                return encode_negative_entry(request.unique, self.provider.negative_ns)
-            raise
+        except Absent as error:
+            return encode_negative_entry(request.unique, error.lifetime_ns)
         return encode_entry(request.unique, entry.node, entry.attr, entry.lifetime)
 
     def _opendir(self, request: Request, _arguments: None) -> Reply:

@@ -11,7 +11,10 @@ import errno
 import os
 import stat
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import msgspec
 
 from taskvm.fs.nodes import Identity
 from taskvm.fs.provider import DirEntry, refuse
@@ -41,9 +44,15 @@ class Special:
     st_ctime_ns: int
     st_nlink: int = 1
     st_dev: int = DEVICE
+    st_birth_ns: int = 0
     st_size: int = 0
     st_blocks: int = 0
     st_blksize: int = 4096
+
+    @property
+    def times_ns(self) -> tuple[int, int, int]:
+        """Of access, modification and change."""
+        return self.st_atime_ns, self.st_mtime_ns, self.st_ctime_ns
 
     def change(self, changes: SetAttr, mode_mask: int) -> None:
         """Apply what SETATTR asks; a size is EINVAL, as truncate(2) says."""
@@ -58,6 +67,16 @@ class Special:
         if changes.valid & SetAttrField.MTIME:
             now = changes.valid & SetAttrField.MTIME_NOW
             self.st_mtime_ns = self.st_ctime_ns if now else changes.mtime_ns
+
+
+class SpecialState(msgspec.Struct, frozen=True, array_like=True):
+    """One as it is saved."""
+
+    directory: Identity
+    name: bytes
+    ino: int
+    mode: int
+    times_ns: tuple[int, int, int]
 
 
 class Specials:
@@ -121,6 +140,23 @@ class Specials:
             for name, special in named
             if (after := FIRST_OFFSET + special.st_ino - _FIRST_INO + 1) > offset
         ]
+
+    def export(self) -> Sequence[SpecialState]:
+        """Return those that have a name."""
+        return [
+            SpecialState(directory, name, one.st_ino, one.st_mode, one.times_ns)
+            for directory, named in self._named.items()
+            for name, one in named.items()
+        ]
+
+    def restore(self, states: Sequence[SpecialState], device: int) -> None:
+        """Have again, to begin with, what was exported; the host's `device` may have another number by now."""
+        for state in states:
+            special = Special(state.ino, state.mode, os.getuid(), os.getgid(), *state.times_ns)
+            directory = (device, *state.directory[1:])
+            self._by_ino[special.st_ino] = special
+            self._named.setdefault(directory, {})[state.name] = special
+            self._next_ino = max(self._next_ino, special.st_ino + 1)
 
     def _take(self, directory: Identity, name: bytes) -> Special:
         special = self._named[directory].pop(name)

@@ -11,6 +11,8 @@ import os
 import platform
 import struct
 
+import msgspec
+
 from taskvm.errors import UnavailableError
 
 # asm/unistd_64.h and asm-generic/unistd.h; openat2 is newer than the split and has one number everywhere.
@@ -28,6 +30,7 @@ _RESOLVE_BENEATH = 0x08
 _RESOLVE = _RESOLVE_NO_XDEV | _RESOLVE_NO_MAGICLINKS | _RESOLVE_NO_SYMLINKS | _RESOLVE_BENEATH
 
 _AT_EMPTY_PATH = 0x1000
+_NS = 1_000_000_000
 NOW = (0, (1 << 30) - 1)  # UTIME_NOW
 OMIT = (0, (1 << 30) - 2)  # UTIME_OMIT
 RENAME_NOREPLACE = 1
@@ -59,6 +62,78 @@ def _check(result: int) -> int:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     return result
+
+
+class HostAttr(msgspec.Struct, frozen=True, gc=False):
+    """What statx(2) tells; the names are those of os.stat_result, which lacks the time of birth."""
+
+    st_mode: int
+    st_ino: int
+    st_dev: int
+    st_nlink: int
+    st_uid: int
+    st_gid: int
+    st_size: int
+    st_blocks: int
+    st_blksize: int
+    st_atime_ns: int
+    st_mtime_ns: int
+    st_ctime_ns: int
+    st_birth_ns: int
+
+    def without_birth(self) -> HostAttr:
+        """Return the same of a file whose time of birth cannot be relied on."""
+        return msgspec.structs.replace(self, st_birth_ns=0)
+
+
+# struct statx of linux/stat.h, up to stx_dev_minor, and the bits of its mask.
+_STATX = struct.Struct("=II8xIIIHxxQQQ8x" + "qI4x" * 4 + "8xII")
+_StatxBuffer = ctypes.c_char * 256
+_STATX_BASIC_AND_BIRTH = 0x7FF + 0x800
+_STATX_BIRTH = 0x800
+_STATX_FLAGS = 0x100 | _AT_EMPTY_PATH  # AT_SYMLINK_NOFOLLOW
+_libc.statx.argtypes = (
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.c_int,
+    ctypes.c_uint,
+    _StatxBuffer,
+)
+
+
+def stat_at(directory: int, name: bytes) -> HostAttr:
+    """Return the attributes of `name`, which is not followed; with an empty one those of `directory` itself."""
+    buffer = _StatxBuffer()
+    _check(_libc.statx(directory, name, _STATX_FLAGS, _STATX_BASIC_AND_BIRTH, buffer))
+    mask, blksize, nlink, uid, gid, mode, ino, size, blocks, *rest = _STATX.unpack_from(buffer)
+    atime, atime_ns, birth, birth_ns, ctime, ctime_ns, mtime, mtime_ns, major, minor = rest
+    return HostAttr(
+        mode,
+        ino,
+        os.makedev(major, minor),
+        nlink,
+        uid,
+        gid,
+        size,
+        blocks,
+        blksize,
+        atime * _NS + atime_ns,
+        mtime * _NS + mtime_ns,
+        ctime * _NS + ctime_ns,
+        birth * _NS + birth_ns if mask & _STATX_BIRTH else 0,
+    )
+
+
+def stat_fd(fd: int) -> HostAttr:
+    """Return the attributes of what `fd` refers to, an O_PATH descriptor too."""
+    return stat_at(fd, b"")
+
+
+def filesystem_type(fd: int) -> int:
+    """Return the magic number of the file system that `fd` is on (statfs(2))."""
+    buffer = ctypes.create_string_buffer(256)
+    _check(_libc.fstatfs(ctypes.c_int(fd), buffer))
+    return int(ctypes.c_ulong.from_buffer(buffer).value)
 
 
 _OPENAT2_NUMBER = ctypes.c_long(_OPENAT2)

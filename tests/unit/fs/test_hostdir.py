@@ -175,7 +175,7 @@ def test_a_deep_tree_needs_no_deep_descriptors(host: Path) -> None:
     provider.create(at, b"leaf", 0o644, 0)
 
     assert sorted(listed(provider, at)) == [b".", b"..", b"leaf"]
-    assert open_descriptors() - before <= 2 * provider._directories._limit
+    assert open_descriptors() - before <= 2 * provider._tree._directories._limit
     provider.close()
     assert open_descriptors() == before - 1
 
@@ -218,7 +218,7 @@ def test_the_host_that_moves_directories_into_each_other_makes_no_circle(
     (host / "a" / "b").rename(host / "b")
     (host / "a").rename(host / "b" / "a")
     outer = provider.lookup(inner, b"a").node
-    provider._directories.close()  # as after a second
+    provider._tree._directories.close()  # as after a second
 
     assert failure(provider.lookup, outer, b"x") == errno.ESTALE
 

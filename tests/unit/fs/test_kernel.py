@@ -1,7 +1,7 @@
 """The workspace file system under a real kernel: this host's, which mounts /dev/fuse as a guest's does.
 
-The fixture does what the guest agent does: it copies messages between /dev/fuse and the port, and knows nothing of
-them. It needs root and /dev/fuse; without them every test here is skipped with the reason.
+tests/support/kernel_mount.py does what the guest agent does: it copies messages between /dev/fuse and the port, and
+knows nothing of them. It needs root and /dev/fuse; without them every test here is skipped with the reason.
 """
 
 from __future__ import annotations
@@ -11,129 +11,21 @@ import errno
 import fcntl
 import os
 import shutil
-import socket
 import sqlite3
 import stat
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from tests.support.kernel_mount import libc
 
 from taskvm.fs.hostdir import HostDir
 from taskvm.fs.memory import Memory
 from taskvm.fs.provider import Provider
-from taskvm.fs.server import FsServer
-from taskvm.wire.frames import FrameDecoder, FrameType, encode_header
-
-MS_NOSUID, MS_NODEV, MS_PRIVATE, MS_REC = 2, 4, 1 << 18, 1 << 14
-MNT_DETACH = 2
-CLONE_NEWNS = 0x20000
-FRAME_FUSE = FrameType.FUSE
-MOUNT_ID = 7
-
-libc = ctypes.CDLL(None, use_errno=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def private_mounts() -> None:
-    """Mounts of these tests are seen by this process and its children only, and end with it."""
-    if os.geteuid() != 0 or not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        pytest.skip("mounting FUSE needs root and /dev/fuse: the kernel tests did NOT run")
-    if libc.unshare(CLONE_NEWNS) or libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None):
-        pytest.skip(f"no private mount namespace ({os.strerror(ctypes.get_errno())}): NOT run")
-
-
-class KernelMount:
-    """A mount of this host's kernel, pumped to an FsServer."""
-
-    def __init__(self, provider: Provider, path: Path) -> None:
-        self.path = path
-        self.refused: list[tuple[int, bytes]] = []
-        self.failures: list[Exception] = []
-        ours, theirs = socket.socketpair()
-        self.server = FsServer(theirs, on_failure=self.failures.append)
-        self.server.add_mount(MOUNT_ID, provider)
-        self._sock = ours
-        self._fuse = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-        path.mkdir(exist_ok=True)
-        options = (
-            f"fd={self._fuse},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions"
-        )
-        flags = MS_NOSUID | MS_NODEV
-        if libc.mount(b"taskvm", os.fsencode(path), b"fuse", flags, options.encode()):
-            pytest.skip(f"cannot mount FUSE: {os.strerror(ctypes.get_errno())}: NOT run")
-        self._threads = [
-            threading.Thread(target=self._up, daemon=True),
-            threading.Thread(target=self._down, daemon=True),
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def _up(self) -> None:
-        buffer = bytearray((1 << 20) + 65536)
-        while True:
-            try:
-                count = os.readv(self._fuse, [buffer])
-            except OSError as error:
-                if error.errno in (errno.ENOENT, errno.EINTR):
-                    continue
-                return  # ENODEV: unmounted
-            message = memoryview(buffer)[:count]
-            try:
-                self._sock.sendmsg([encode_header(FRAME_FUSE, 0, MOUNT_ID, count)])
-                self._sock.sendall(message)
-            except OSError:
-                return
-
-    def _down(self) -> None:
-        decoder = FrameDecoder()
-        while data := self._sock.recv(1 << 18):
-            for frame in decoder.feed(data):
-                try:
-                    os.write(self._fuse, frame.payload)
-                except OSError as error:
-                    if error.errno != errno.ENOENT:
-                        self.refused.append((error.errno or 0, bytes(frame.payload[:64])))
-
-    def close(self) -> None:
-        libc.umount2(os.fsencode(self.path), MNT_DETACH)
-        self.server.close()
-        for thread in self._threads:
-            thread.join(10)
-        self._sock.close()
-        os.close(self._fuse)
-
-
-@pytest.fixture
-def mount_of(tmp_path: Path) -> Iterator[Callable[[Provider], Path]]:
-    mounts: list[KernelMount] = []
-
-    def mount(provider: Provider) -> Path:
-        mounts.append(KernelMount(provider, tmp_path / f"mount{len(mounts)}"))
-        return mounts[-1].path
-
-    yield mount
-    for entry in mounts:
-        entry.close()
-        assert entry.refused == []  # the kernel found each reply well-formed
-        assert entry.failures == []
-
-
-@pytest.fixture
-def host(tmp_path: Path) -> Path:
-    path = tmp_path / "host"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture
-def guest(mount_of: Callable[[Provider], Path], host: Path) -> Path:
-    return mount_of(HostDir(host))
 
 
 def names(directory: Path) -> list[str]:

@@ -12,8 +12,12 @@ from taskvm.fs import nodes as nodes_module
 from taskvm.fs.nodes import NodeTable
 
 
-def seen(ino: int, kind: int = stat.S_IFREG, mtime_ns: int = 0) -> SimpleNamespace:
-    return SimpleNamespace(st_dev=1, st_ino=ino, st_mode=kind | 0o644, st_mtime_ns=mtime_ns)
+def seen(
+    ino: int, kind: int = stat.S_IFREG, mtime_ns: int = 0, birth_ns: int = 0
+) -> SimpleNamespace:
+    return SimpleNamespace(
+        st_dev=1, st_ino=ino, st_mode=kind | 0o644, st_mtime_ns=mtime_ns, st_birth_ns=birth_ns
+    )
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from taskvm.errors import GuestProtocolError, SandboxLostError, SandboxStateError, UsageError
+from taskvm.fs import coherence as coherence_module
 from taskvm.fs import server as server_module
 from taskvm.fs.hostdir import HostDir
 from taskvm.fs.memory import Memory
@@ -111,7 +112,7 @@ def test_a_removed_mount_is_gone_and_closed(guest: Guest, tmp_path: Path) -> Non
 
     assert guest.ask(Opcode.GETATTR, 1, bytes(16)) == errno.ENODEV
     assert isinstance(provider, HostDir)
-    assert provider._root == -1
+    assert provider._tree.root == -1
     guest.server.add_mount(1, Memory())
     assert guest.ask(Opcode.INIT, 0, INIT) == 0
 
@@ -136,7 +137,7 @@ def test_closing_is_idempotent_and_final(guest: Guest, tmp_path: Path) -> None:
     guest.server.close()
 
     assert isinstance(provider, HostDir)
-    assert provider._root == -1
+    assert provider._tree.root == -1
     assert guest.sock.recv(1) == b""
     with pytest.raises(SandboxStateError):
         guest.server.add_mount(2, Memory())
@@ -282,7 +283,10 @@ def test_what_the_kernel_does_by_itself_is_left_to_it(
     assert guest.ask(opcode, 1, bytes(16)) == expected
 
 
-def test_listings_are_kept_only_while_what_is_told_lasts(guest: Guest, tmp_path: Path) -> None:
+def test_listings_are_kept_only_while_what_is_told_lasts(
+    guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coherence_module, "_LOCAL", frozenset())
     guest.server.add_mount(1, HostDir(tmp_path))
     guest.ask(Opcode.INIT, 0, INIT)
 

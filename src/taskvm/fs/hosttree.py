@@ -1,0 +1,269 @@
+"""How the nodes of a HostDir are reached: from the root's descriptor, never out of it. No policy and no bookkeeping.
+
+Rule 1: every path is walked by openat2 from the root's descriptor, beneath it, across no symbolic link and no mount
+    point; the last step of an operation names one component in a directory that was reached so.
+Rule 2: a descriptor of a directory is used for at most WALK_AGE_S after its path was walked, and one of a file after
+    it was seen to be inside, so what the host moves out of the tree is out of reach a second later.
+Rule 3: only regular files are opened for their contents, without blocking. What was opened is compared with the node
+    before it is used; there is no check before an open.
+Rule 4: a descriptor that a method returns is valid until the next call; the sets that hold them are bounded.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from taskvm.fs import syscalls
+from taskvm.fs.descriptors import DescriptorSet, Held, descriptor_budget
+from taskvm.fs.nodes import HostNode, NodeTable, identity
+from taskvm.fs.provider import refuse
+from taskvm.fs.syscalls import HostAttr
+
+WALK_AGE_S = 1.0
+# Far deeper than PATH_MAX allows; ends the walk when the host has moved directories into a circle of stale places.
+MAX_DEPTH = 4096
+CONTENT = os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC
+NODE = os.O_PATH | os.O_NOFOLLOW
+
+_SET_ID = stat.S_ISUID | stat.S_ISGID
+# linux/magic.h. The birth of a file there is that of the layer it is in, and changes when it is copied up.
+_OVERLAYFS = 0x794C7630
+
+
+class HostTree:
+    """What is beneath the directory `root`, a descriptor that this object takes over."""
+
+    def __init__(self, root: int) -> None:
+        self.root = root
+        self.filesystem = syscalls.filesystem_type(root)
+        self._release_root = weakref.finalize(self, os.close, root)
+        self._has_births = self.filesystem != _OVERLAYFS
+        self.nodes = NodeTable(self.stat_fd(root))
+        budget = descriptor_budget()
+        self._contents = DescriptorSet(budget)
+        self._directories = DescriptorSet(budget)
+        # Unlinked files that the guest still uses. O_PATH: opened for reading or writing through /proc when needed.
+        self._pins = DescriptorSet(budget)
+
+    def close(self) -> None:
+        """Close every descriptor. Idempotent."""
+        for held in (self._contents, self._directories, self._pins):
+            held.close()
+        self._release_root()
+        self.root = -1
+
+    def forget(self, node: HostNode) -> None:
+        """Let go of what is open for a node."""
+        for held in (self._contents, self._directories, self._pins):
+            held.drop(node.id)
+
+    # Directories.
+
+    def walk(self, directory: HostNode) -> int:
+        """Return a descriptor of `directory`, reached from the root a moment ago."""
+        root = self.nodes.root
+        if directory is root:
+            return self.root
+        now = time.monotonic()
+        steps: list[HostNode] = []
+        fd, until = self.root, now + WALK_AGE_S
+        step = directory
+        while step is not root:
+            held = self._directories.get(step.id)
+            if held is not None and held.until > now:
+                fd, until = held.fd, held.until
+                break
+            if not step.places or len(steps) >= MAX_DEPTH:
+                raise refuse(errno.ESTALE)
+            steps.append(step)
+            step = step.places[-1][0]
+        for step in reversed(steps):
+            fd = self._open_node(fd, step, step.places[-1][1], os.O_PATH | os.O_DIRECTORY)
+            self._directories.put(step.id, Held(fd, until=until))
+        return fd
+
+    @contextmanager
+    def walk_two(self, first: HostNode, second: HostNode) -> Iterator[tuple[int, int]]:
+        """Yield descriptors of two directories. The second walk could close the first one's: hence the copy."""
+        if first is second:
+            fd = self.walk(first)
+            yield fd, fd
+            return
+        copy = os.dup(self.walk(first))
+        try:
+            yield copy, self.walk(second)
+        finally:
+            os.close(copy)
+
+    @contextmanager
+    def reading(self, directory: HostNode) -> Iterator[int]:
+        """Yield a descriptor to list or sync a directory with; the ones that are walked from are O_PATH."""
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        fd = os.open(b".", flags, dir_fd=self.walk(directory))
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def parent_of(self, node: HostNode) -> HostNode:
+        """Return the directory that `node` was last seen in."""
+        if not node.places:
+            raise refuse(errno.ESTALE)
+        return node.places[-1][0]
+
+    # Attributes.
+
+    def stat_name(self, directory: HostNode, name: bytes) -> HostAttr:
+        """Return the attributes of what `name` stands for."""
+        return self._told(syscalls.stat_at(self.walk(directory), name))
+
+    def stat_fd(self, fd: int) -> HostAttr:
+        """Return the attributes of what `fd` refers to."""
+        return self._told(syscalls.stat_fd(fd))
+
+    def stat(self, node: HostNode) -> HostAttr:
+        """Return the attributes of a node; ESTALE when it is not where it was seen."""
+        held = self._held_content(node) or self._pins.get(node.id)
+        if held is not None:
+            return self.stat_fd(held.fd)
+        if node.kind == stat.S_IFDIR:
+            return self.stat_fd(self.walk(node))
+        parent = self.parent_of(node)
+        try:
+            attr = self.stat_name(parent, node.places[-1][1])
+        except FileNotFoundError:
+            raise refuse(errno.ESTALE) from None
+        if identity(attr) != node.identity:
+            raise refuse(errno.ESTALE)
+        return attr
+
+    def exists(self, directory: HostNode, name: bytes) -> bool:
+        """Tell whether `name` stands for anything."""
+        try:
+            self.stat_name(directory, name)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _told(self, attr: HostAttr) -> HostAttr:
+        return attr if self._has_births else attr.without_birth()
+
+    @contextmanager
+    def handle(self, node: HostNode) -> Iterator[int]:
+        """Yield a descriptor of the node of whatever type, good for its attributes (it may be O_PATH)."""
+        held = self._held_content(node) or self._pins.get(node.id)
+        if held is not None:
+            yield held.fd
+        elif node.kind == stat.S_IFDIR:
+            yield self.walk(node)
+        else:
+            parent = self.walk(self.parent_of(node))
+            fd = self._open_node(parent, node, node.places[-1][1], NODE)
+            try:
+                yield fd
+            finally:
+                os.close(fd)
+
+    # Contents.
+
+    def content(self, node: HostNode, *, write: bool) -> int:
+        """Return a descriptor to read from or write to."""
+        held = self._held_content(node)
+        if held is not None and (held.writable if write else held.readable):
+            return held.fd
+        if node.kind != stat.S_IFREG:
+            raise refuse(errno.EISDIR if node.kind == stat.S_IFDIR else errno.EINVAL)
+        opened = self._open_writable(node) if write else self._open_content(node, os.O_RDONLY)
+        self._contents.put(node.id, opened)
+        return opened.fd
+
+    def any_content(self, node: HostNode) -> int:
+        """Return a descriptor of the contents, such as fsync(2) needs."""
+        held = self._held_content(node)
+        return held.fd if held is not None else self.content(node, write=False)
+
+    def keep_created(self, node: HostNode, fd: int) -> None:
+        """Keep the descriptor of a file that was just created, which its mode may not allow to be opened again."""
+        self._contents.put(node.id, Held(fd, True, True, time.monotonic() + WALK_AGE_S))
+
+    def close_writable(self) -> None:
+        """Close what can be opened again: the host cannot run a program that is open for writing (ETXTBSY)."""
+        for number, held in self._contents.items():
+            if held.writable and os.fstat(held.fd).st_mode & stat.S_IWUSR:
+                self._contents.drop(number)
+
+    def pin(self, parent: HostNode, name: bytes) -> None:
+        """Keep what is about to lose its name `name`, if the guest has it and knows no other name of it."""
+        node = parent.children.get(name)
+        if node is None or len(node.places) > 1 or node.kind not in (stat.S_IFREG, stat.S_IFDIR):
+            return
+        try:
+            fd = self._open_node(self.walk(parent), node, name, NODE)
+        except OSError:
+            return  # the host was faster: what is there by now is not what the guest has
+        self._pins.put(node.id, Held(fd))
+
+    def _held_content(self, node: HostNode) -> Held | None:
+        """Return the descriptor that is kept for a file, unless the host has moved the file out."""
+        held = self._contents.get(node.id)
+        if held is None:
+            return None
+        now = time.monotonic()
+        if held.until <= now:
+            if not self._is_inside(held.fd):
+                self._contents.drop(node.id)
+                return None
+            self._contents.renew(node.id, now + WALK_AGE_S)
+        return held
+
+    def _is_inside(self, fd: int) -> bool:
+        # The kernel tells the place a descriptor has now, and for an unlinked file the one it had.
+        root, place = (os.readlink(through_proc(one)) for one in (self.root, fd))  # noqa: PTH115
+        return place.startswith(root.rstrip("/") + "/")
+
+    def _open_writable(self, node: HostNode) -> Held:
+        try:
+            opened = self._open_content(node, os.O_RDWR)
+        except PermissionError:
+            opened = self._open_content(node, os.O_WRONLY)
+        mode = os.fstat(opened.fd).st_mode
+        if mode & _SET_ID:
+            # Not the owner, so not root either: the host's kernel takes the bits away with the write.
+            with suppress(PermissionError):
+                os.fchmod(opened.fd, stat.S_IMODE(mode) & ~_SET_ID)
+        return opened
+
+    def _open_content(self, node: HostNode, access: int) -> Held:
+        pin = self._pins.get(node.id)
+        if pin is not None:
+            fd = os.open(through_proc(pin.fd), access | (CONTENT & ~os.O_NOFOLLOW))
+        else:
+            parent = self.walk(self.parent_of(node))
+            fd = self._open_node(parent, node, node.places[-1][1], access | CONTENT)
+        until = time.monotonic() + WALK_AGE_S
+        return Held(fd, access != os.O_WRONLY, access != os.O_RDONLY, until)
+
+    def _open_node(self, directory: int, node: HostNode, name: bytes, flags: int) -> int:
+        """Open `name`; ESTALE unless it is `node`."""
+        try:
+            fd = syscalls.open_beneath(directory, name, flags)
+        except OSError as error:
+            # Gone, or a symbolic link or something else by now: in each case no longer this node.
+            if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
+                raise refuse(errno.ESTALE) from None
+            raise
+        if identity(self.stat_fd(fd)) != node.identity:
+            os.close(fd)
+            raise refuse(errno.ESTALE)
+        return fd
+
+
+def through_proc(fd: int) -> str:
+    """Return a path that leads to what `fd` refers to, an O_PATH descriptor too, and to nothing else."""
+    return f"/proc/self/fd/{fd}"
