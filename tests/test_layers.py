@@ -28,6 +28,9 @@ PURE = (
     "taskvm.suggestion",
     "taskvm.identity",
     "taskvm.injection",
+    "taskvm.boundsecret",
+    "taskvm.redaction",
+    "taskvm.replacing",
     "taskvm.ring",
     "taskvm.wire.*",
 )

@@ -46,6 +46,7 @@ from taskvm.process import ByteStream, ExecResult, Process
 from taskvm.resources import ExecLimits, ExecUsage
 from taskvm.sandbox import Sandbox
 from taskvm.secret import Secret
+from taskvm.secretcommand import command_output
 from taskvm.suggestion import Suggestion, suggest_policy
 from taskvm.supervisor.attachment import Attachment
 from taskvm.supervisor.client import Supervisor
@@ -61,6 +62,7 @@ __all__ = [
     "Checkpoint",
     "HostDir",
     "Secret",
+    "command_output",
     "ExecResult",
     "ExecUsage",
     "ExecLimits",

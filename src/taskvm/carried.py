@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import msgspec
 
-from taskvm.injection import BoundSecret
+from taskvm.boundsecret import BoundSecret
 from taskvm.net.gateway import GatewayState
 from taskvm.vm.control import ControlState
 

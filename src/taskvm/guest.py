@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from taskvm.background import Background
+from taskvm.boundsecret import BoundSecret
 from taskvm.carried import Carried
 from taskvm.errors import SandboxLostError, TaskvmError, UsageError
 from taskvm.fs.provider import Provider
@@ -28,7 +29,6 @@ from taskvm.identity import (
     identity_request,
     refresh_request,
 )
-from taskvm.injection import BoundSecret
 from taskvm.net.auditlog import AuditLog
 from taskvm.net.certs import CertificateAuthority
 from taskvm.net.gateway import Gateway
@@ -72,8 +72,8 @@ class Origin:
 class Guest:
     """A machine with its control port and its owner's name. `on_lost` is called once when it is gone.
 
-    `id` names the sandbox. `placeholders` are what it sees instead of secrets, `audit_path` where its egress is
-    written down, once it is equipped.
+    `id` names the sandbox. `audit_path` is where its egress is written down, once it is
+    equipped.
     """
 
     def __init__(
@@ -90,7 +90,6 @@ class Guest:
         self.origin = origin
         self.user: GuestUser = origin.user
         self.on_lost: Callable[[Exception], None] = lambda error: None
-        self.placeholders: Mapping[str, str] = {}
         self.audit_path: Path = Path()
         self.watch: Watch | None = None
         self.gateway: Gateway | None = None
@@ -126,6 +125,11 @@ class Guest:
             await machine.kill()
             run_dir.remove()
             raise
+
+    @property
+    def placeholders(self) -> Mapping[str, str]:
+        """What it sees instead of each secret that it has now."""
+        return {} if self.gateway is None else self.gateway.keyring.placeholders
 
     @property
     def directory(self) -> Path:
@@ -236,7 +240,6 @@ class Guest:
     def _make_gateway(
         self, options: SandboxOptions, bound: Sequence[BoundSecret], net: FramePort
     ) -> Gateway:
-        self.placeholders = {item.secret.name: item.placeholder for item in bound}
         self.audit_path = (
             options.audit_path or private_dir(state_dir() / "audit") / f"{self.id}.jsonl"
         )

@@ -10,11 +10,11 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from taskvm.boundsecret import BoundSecret, bind_secrets
 from taskvm.carried import Carried
 from taskvm.checkpointfile import Memory, Saved, verify_checkpoint
 from taskvm.errors import CheckpointError, ImageError
 from taskvm.guest import Guest, Origin
-from taskvm.injection import BoundSecret, bind_secrets
 from taskvm.limits import Limits
 from taskvm.options import SandboxOptions
 from taskvm.paths import cache_dir

@@ -87,7 +87,6 @@ class Sandbox:
         self._started_s = time.monotonic()
         self._environment = {
             **guest.environment,
-            **guest.placeholders,
             **options.env,
         }
         self.id: str = guest.id
@@ -165,6 +164,27 @@ class Sandbox:
     def placeholders(self) -> Mapping[str, str]:
         """What the guest sees instead of each secret, by the secret's name."""
         return dict(self._guest.placeholders)
+
+    def put_secret(self, secret: Secret) -> str:
+        """Add a secret, or replace the one of this name, and return its placeholder, which stays the same.
+
+        Commands that start from now on find it in the variable of its name. A value that was replaced is still
+        looked for in what leaves. Raises UsageError when one of its hosts is not allowed, or `env` has the name.
+        """
+        self._require_running("give a sandbox a secret")
+        if secret.name in self._options.env:
+            raise UsageError(
+                f"give a sandbox the secret {secret.name}", "env has a variable of the same name"
+            )
+        return self._gateway.keyring.put(self._gateway.policy, secret)
+
+    def revoke_secret(self, name: str) -> None:
+        """Let a secret go nowhere from now on; requests with its placeholder are refused.
+
+        Raises UsageError for a secret that the sandbox does not have.
+        """
+        self._require_running("revoke a secret of a sandbox")
+        self._gateway.keyring.revoke(name)
 
     @property
     def policy(self) -> Policy:
@@ -373,7 +393,7 @@ class Sandbox:
                 f"an argument has more than {MAX_ARGUMENT_BYTES} bytes (MAX_ARG_STRLEN)",
                 "Pass it through stdin or a file",
             )
-        environment = {**self._environment, **(env or {})}
+        environment = {**self._guest.placeholders, **self._environment, **(env or {})}
         if account != self._own_account:
             environment |= {**account.environment, **(env or {})}
         return ExecRequest(

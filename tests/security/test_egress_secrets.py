@@ -133,7 +133,7 @@ async def test_a_body_is_sent_as_it_is(server: HttpServer) -> None:
         answer = await send(lab, server, f"Content-Length: {len(body)}", line=line, body=body)
 
     assert server.requests[0].body == body
-    assert answer.endswith(body)
+    assert body in answer
 
 
 async def test_a_placeholder_in_a_trailer_breaks_the_request_off(server: HttpServer) -> None:

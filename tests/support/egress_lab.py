@@ -26,8 +26,8 @@ import msgspec
 import trustme
 
 from taskvm.audit import AuditEvent, parse_event
+from taskvm.boundsecret import BoundSecret, bind_secrets
 from taskvm.errors import TaskvmError, UpstreamError
-from taskvm.injection import BoundSecret, bind_secrets
 from taskvm.net.auditlog import AuditLog
 from taskvm.net.certs import CertificateAuthority
 from taskvm.net.gateway import Gateway

@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import GUEST
 from tests.servers import http_server, tls_context
 
-from taskvm import Sandbox, Secret, UsageError
+from taskvm import Policy, Sandbox, Secret, UsageError
 
 pytestmark = pytest.mark.vm
 
@@ -193,3 +193,30 @@ async def test_a_secret_must_fit_the_policy(monkeypatch: pytest.MonkeyPatch) -> 
         await Sandbox.create(**GUEST, secrets=[Secret.from_env("API_TOKEN", hosts=["api.test"])])
 
     assert CANARY not in str(caught.value)
+
+
+async def test_policy_and_secrets_change_while_a_sandbox_runs(tmp_path: Path) -> None:
+    """Widened, given a secret, the secret rotated, narrowed in the middle of a download, revoked."""
+    ca = tmp_path / "ca.pem"
+    with http_server(tls_context("api.test", ca)) as seen:
+        async with Sandbox.create(**{**reaching(seen.port, ca), "allow": []}) as vm:
+            get = f'curl -sS -m 20 -H "Authorization: $K" https://api.test:{seen.port}/'
+            before = await vm.exec(get)
+            vm.change_policy(vm.policy.allowing(f"api.test:{seen.port}"))
+            placeholder = vm.put_secret(Secret("K", CANARY, hosts=[f"api.test:{seen.port}"]))
+            first = await vm.exec(get)
+            vm.put_secret(Secret("K", CANARY + "-2", hosts=[f"api.test:{seen.port}"]))
+            second = await vm.exec(get)
+            shown = await vm.exec("echo $K")
+            vm.revoke_secret("K")
+            revoked = await vm.exec(get.replace("$K", placeholder))
+            vm.change_policy(Policy())
+            after = await vm.exec(get)
+
+    assert "Could not resolve" in before.stderr
+    assert "Could not resolve" in after.stderr
+    assert "revoked" in revoked.stdout
+    assert shown.stdout == placeholder + "\n"
+    assert first.stdout == second.stdout == '{"user": "me"}\n'
+    sent = [_lower(headers)["authorization"] for _, _, headers, _ in seen.requests]
+    assert sent == [CANARY, CANARY + "-2"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from taskvm import (
     Secret,
     Shadow,
     UsageError,
+    command_output,
 )
 from taskvm.cli.group import progress, silent
 
@@ -101,6 +103,13 @@ SANDBOX_OPTIONS = (
         help="The same with the value from FILE.",
     ),
     click.option(
+        "--secret-command",
+        "secret_commands",
+        multiple=True,
+        metavar="NAME=COMMAND@HOST[,HOST…]",
+        help="The same with the value that COMMAND prints on this host.",
+    ),
+    click.option(
         "--ca-file",
         "ca_files",
         multiple=True,
@@ -170,6 +179,7 @@ class SandboxArguments:
     resolve: tuple[str, ...]
     secrets: tuple[str, ...]
     secret_files: tuple[str, ...]
+    secret_commands: tuple[str, ...]
     ca_files: tuple[str, ...]
     env: tuple[str, ...]
     cwd: str | None
@@ -264,6 +274,7 @@ class SandboxArguments:
         return [
             *(_secret(text, variables) for text in self.secrets),
             *(_secret_file(text, variables) for text in self.secret_files),
+            *(_secret_command(text, variables) for text in self.secret_commands),
         ]
 
 
@@ -359,6 +370,20 @@ def _secret_file(text: str, variables: Mapping[str, str] | None) -> Secret:
     if variables is not None:
         return Secret.from_value(name, variables.get(name, ""), hosts=_hosts(hosts))
     return Secret.from_file(path, name=name, hosts=_hosts(hosts))
+
+
+def _secret_command(text: str, variables: Mapping[str, str] | None) -> Secret:
+    name, equals, rest = text.partition("=")
+    command, separator, hosts = rest.rpartition("@")
+    try:
+        argv = shlex.split(command)
+    except ValueError:
+        argv = []
+    if not (name and equals and argv and separator):
+        raise UsageError(f"read --secret-command {text}", "it is not NAME=COMMAND@HOST[,HOST…]")
+    if variables is not None:
+        return Secret.from_value(name, variables.get(name, ""), hosts=_hosts(hosts))
+    return Secret.from_callback(name, command_output(argv), hosts=_hosts(hosts))
 
 
 def _hosts(text: str) -> Iterable[str]:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from taskvm.audit import Kind, Verdict
-from taskvm.injection import Injector
 from taskvm.net.auditlog import AuditLog
 from taskvm.net.certs import CertificateAuthority
+from taskvm.net.keyring import Keyring
 from taskvm.net.names import SyntheticNames
 from taskvm.net.upstream import Dialer
 from taskvm.policy import Decision, Policy, decide_name
@@ -19,11 +19,11 @@ from taskvm.wire.message import Origin
 class Egress:
     """The parts that decide about, and carry, what leaves one sandbox.
 
-    `policy` and `injector` are replaced while it runs: who decides asks here, at that moment.
+    The policy and the secrets change while it runs: who decides asks here, at that moment.
     """
 
     policy: Policy
-    injector: Injector
+    keyring: Keyring
     audit: AuditLog
     ca: CertificateAuthority
     dialer: Dialer

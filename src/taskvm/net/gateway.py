@@ -21,13 +21,14 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from taskvm.boundsecret import BoundSecret
 from taskvm.errors import SandboxLostError
-from taskvm.injection import BoundSecret, Injector
 from taskvm.net.auditlog import AuditLog
 from taskvm.net.certs import CertificateAuthority
 from taskvm.net.connection import Destination, GuestConnection
 from taskvm.net.egress import Egress
 from taskvm.net.ingress import Ingress
+from taskvm.net.keyring import Keyring
 from taskvm.net.names import SyntheticNames
 from taskvm.net.nameserver import NameServer
 from taskvm.net.resolver import Resolver
@@ -69,8 +70,9 @@ class _Stream:
 class Gateway:
     """Mediates what leaves one sandbox. It owns the port's callbacks from its creation on.
 
-    `ingress` has the streams that the host opens; it may be used before `run`, and ends with it.
-    `saved` continues what a saved guest knows: its names keep their addresses; its connections are `reset`.
+    `keyring` has its secrets. `ingress` has the streams that the host opens; it may be used before
+    `run`, and ends with it. `saved` continues what a saved guest knows: its names keep their
+    addresses; its connections are `reset`.
     """
 
     def __init__(
@@ -88,8 +90,9 @@ class Gateway:
         saved = saved or GatewayState()
         self.ingress: Ingress = Ingress(port, audit, used=saved.used)
         self.names: SyntheticNames = SyntheticNames(saved.names)
+        self.keyring: Keyring = Keyring(secrets)
         dialer = Dialer(policy, resolver, extra_ca_files)
-        self._egress = Egress(policy, Injector(secrets), audit, ca, dialer, self.names)
+        self._egress = Egress(policy, self.keyring, audit, ca, dialer, self.names)
         self._nameserver = NameServer(self._egress.judge_name, self.names, audit)
         self._audit = audit
         self._port = port

@@ -8,15 +8,42 @@ Rule 2: secrets come last, after every decision, so nothing that decides or reco
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
-from taskvm.injection import InjectionRefused
+from taskvm.injection import Injected, InjectionRefused, Injector
 from taskvm.net.egress import UNRECORDED, Refusal, Session
 from taskvm.policy import Intent, decide_request
-from taskvm.wire.message import Asked, Header, HttpRefused, RequestHead, ResponseHead
+from taskvm.redaction import Redactor, is_readable
+from taskvm.wire.message import (
+    Asked,
+    BodyFilter,
+    Header,
+    HttpRefused,
+    RequestHead,
+    ResponseHead,
+    without_length,
+)
 
 # What frameworks take for the method instead of the one in the request line.
 _METHOD_OVERRIDES = frozenset({b"x-http-method-override", b"x-http-method", b"x-method-override"})
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A request as it is sent; `echoes` is what a server that repeats it could give away."""
+
+    head: RequestHead
+    body: BodyFilter | None = None
+    echoes: Mapping[bytes, tuple[str, bytes]] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A response as the guest gets it."""
+
+    head: ResponseHead
+    body: BodyFilter | None = None
 
 
 class Judge:
@@ -24,29 +51,44 @@ class Judge:
 
     def __init__(self, session: Session, denied: Refusal | None = None) -> None:
         self._session = session
-        self._injector = session.egress.injector
         self._denied = denied
 
-    async def admit(self, asked: Asked) -> RequestHead:
-        """Return the head to send, secrets in it. Raises Refusal; either way it is recorded."""
+    async def admit(self, asked: Asked) -> Admitted:
+        """Return the request to send, secrets in it. Raises Refusal; either way it is recorded."""
         seen = self._describe(asked)
-        record = self._session.record
         try:
-            rule, head, secrets = self._decide(asked)
+            head = self._check(asked)
+            rule = self._decide(head)
+            await self._renew(head)
+            injected = self._inject(head)
         except Refusal as refusal:
-            record("request", "deny", rule=refusal.rule, reason=refusal.reason, **seen)
+            self._session.record(
+                "request", "deny", rule=refusal.rule, reason=refusal.reason, **seen
+            )
             raise
-        recorded = record("request", "allow", rule=rule, secrets=secrets, **seen)
-        if secrets:
-            recorded &= record("secret", "allow", rule=rule, secrets=secrets)
+        recorded = self._session.record(
+            "request", "allow", rule=rule, secrets=injected.used, **seen
+        )
         if not recorded:
             raise Refusal.of(UNRECORDED)
-        return head
+        for name in injected.used:
+            self._record_use(name)
+        return self._admitted(head, injected)
 
-    async def admit_response(self, request: RequestHead, response: ResponseHead) -> ResponseHead:
-        """Return the head of the answer to an admitted request, as the guest gets it."""
-        del request
-        return response
+    async def admit_response(self, admitted: Admitted, response: ResponseHead) -> Answered:
+        """Return the answer to an admitted request, as the guest gets it."""
+        origin = self._session.origin
+        known = [
+            bound for bound in self._injector.secrets if bound.is_known_to(origin.host, origin.port)
+        ]
+        if not known:
+            return Answered(response)
+        redactor = Redactor(known, admitted.echoes, _once(self._record_reflection))
+        headers = redactor.headers(response.headers)
+        if response.ended or response.status == 101 or not is_readable(headers):
+            return Answered(replace(response, headers=headers))
+        # The placeholder has another length than the value.
+        return Answered(replace(response, headers=without_length(headers)), redactor.body())
 
     def admit_trailer(self, fields: list[Header]) -> list[Header]:
         """Return the trailer to send after a body.
@@ -66,13 +108,22 @@ class Judge:
         self._session.record("request", "deny", rule="http", reason=reason)
         return Refusal(status, "bad_request", "http", reason)
 
-    def _decide(self, asked: Asked) -> tuple[str, RequestHead, tuple[str, ...]]:
+    # Deciding.
+
+    @property
+    def _injector(self) -> Injector:
+        return self._session.egress.keyring.injector
+
+    def _check(self, asked: Asked) -> RequestHead:
         if self._denied is not None:
             raise self._denied
-        origin, head = self._session.origin, asked.head
-        if isinstance(head, HttpRefused):
-            kind = "egress_denied" if head.status == 403 else "bad_request"
-            raise Refusal(head.status, kind, "http", head.reason) from head
+        if isinstance(asked.head, HttpRefused):
+            kind = "egress_denied" if asked.head.status == 403 else "bad_request"
+            raise Refusal(asked.head.status, kind, "http", asked.head.reason) from asked.head
+        return asked.head
+
+    def _decide(self, head: RequestHead) -> str:
+        origin = self._session.origin
         intent = Intent(
             origin.scheme, origin.host, origin.port, head.method.decode("ascii"), head.target,
             overrides_method=any(name.lower() in _METHOD_OVERRIDES for name, _ in head.headers),
@@ -80,28 +131,94 @@ class Judge:
         decision = decide_request(self._session.egress.policy, intent)
         if not decision.allowed:
             raise Refusal.of(decision)
+        return decision.rule
+
+    # Secrets.
+
+    async def _renew(self, head: RequestHead) -> None:
+        keyring = self._session.egress.keyring
+        try:
+            await keyring.renew(keyring.injector.mentioned(head.target, head.headers))
+        except InjectionRefused as error:
+            raise self._refuse_secret(error) from error
+
+    def _inject(self, head: RequestHead) -> Injected:
+        origin = self._session.origin
         try:
             self._injector.refuse_traces(head.method, "the method")
-            injected = self._injector.inject(
+            return self._injector.inject(
                 origin.scheme, origin.host, origin.port, head.target, head.headers
             )
         except InjectionRefused as error:
             raise self._refuse_secret(error) from error
-        return decision.rule, replace(head, headers=injected.headers), injected.used
+
+    def _admitted(self, head: RequestHead, injected: Injected) -> Admitted:
+        origin, body, headers = self._session.origin, None, injected.headers
+        if head.has_body and not head.websocket:
+            kind = next((value for name, value in headers if name.lower() == b"content-type"), b"")
+            body, changes = self._injector.body(
+                origin.scheme, origin.host, origin.port, kind, _once(self._record_use)
+            )
+            headers = without_length(headers) if changes else headers
+        sent = replace(head, target=injected.target, headers=headers)
+        return Admitted(sent, body and _Refusing(body, self._refuse_secret), injected.echoes)
+
+    def _record_use(self, name: str) -> None:
+        if not self._session.record("secret", "allow", secrets=(name,)):
+            raise Refusal.of(UNRECORDED)
+
+    def _record_reflection(self, name: str) -> None:
+        self._session.record(
+            "secret", "deny", rule="reflection", secrets=(name,),
+            reason="the response had the value: the guest got the placeholder",
+        )  # fmt: skip
 
     def _refuse_secret(self, error: InjectionRefused) -> Refusal:
         self._session.record("secret", "deny", reason=error.reason, secrets=(error.secret,))
         return Refusal(403, "egress_denied", "secret", error.reason, error.hint)
 
     def _describe(self, asked: Asked) -> dict[str, str]:
-        """Return what the record says of a request: nothing, where a secret's trace is in it."""
+        """Return what the record says of a request: names for placeholders, nothing with a value."""
+        texts = [
+            self._injector.without_placeholders(text)
+            for text in (asked.method, asked.target.partition(b"?")[0])
+        ]
         try:
-            for text in (asked.method, asked.target):
-                self._injector.refuse_traces(text, "the request line")
+            for text in (*texts, asked.target.partition(b"?")[2]):
+                self._injector.refuse_traces(self._injector.without_placeholders(text), "the line")
         except InjectionRefused:
             return {}
-        return {
-            "scheme": self._session.origin.scheme,
-            "method": asked.method.decode("latin-1"),
-            "path": asked.target.partition(b"?")[0].decode("latin-1"),
-        }
+        method, path = (text.decode("latin-1") for text in texts)
+        return {"scheme": self._session.origin.scheme, "method": method, "path": path}
+
+
+class _Refusing:
+    """A body's filter whose refusals answer the request."""
+
+    def __init__(self, inner: BodyFilter, refuse: Callable[[InjectionRefused], Refusal]) -> None:
+        self._inner = inner
+        self._refuse = refuse
+
+    def feed(self, data: bytes) -> bytes:
+        try:
+            return self._inner.feed(data)
+        except InjectionRefused as error:
+            raise self._refuse(error) from None
+
+    def finish(self) -> bytes:
+        try:
+            return self._inner.finish()
+        except InjectionRefused as error:
+            raise self._refuse(error) from None
+
+
+def _once(record: Callable[[str], None]) -> Callable[[str], None]:
+    """Return a callback that tells each name once."""
+    told: set[str] = set()
+
+    def tell(name: str) -> None:
+        if name not in told:
+            told.add(name)
+            record(name)
+
+    return tell

@@ -18,11 +18,11 @@ from taskvm.audit import Verdict
 from taskvm.errors import UpstreamError
 from taskvm.net.egress import Refusal, Session
 from taskvm.net.exchange import GuestExchange, ServerExchange, StreamEnded
-from taskvm.net.judge import Judge
+from taskvm.net.judge import Admitted, Answered, Judge
 from taskvm.wire.message import (
+    BodyFilter,
     Header,
     HttpRefused,
-    RequestHead,
     ResponseHead,
     render_refusal,
 )
@@ -65,12 +65,12 @@ class Relay:
     async def serve(self, guest: GuestExchange) -> None:
         """Serve one request to its end. Raises OSError when the guest is gone."""
         try:
-            head = await self._judge.admit(guest.asked)
+            admitted = await self._judge.admit(guest.asked)
             server = await self._upstreams.open()
         except Refusal as refusal:
             await self.refuse(guest, refusal)
             return
-        await _Forwarding(self, guest, server, head).run()
+        await _Forwarding(self, guest, server, admitted).run()
 
     async def refuse_unread(self, guest: GuestExchange, status: int) -> None:
         """Answer bytes that are no request."""
@@ -80,9 +80,9 @@ class Relay:
         """Return the trailer of a request to send. Raises Refusal."""
         return self._judge.admit_trailer(fields)
 
-    async def admit_response(self, head: RequestHead, response: ResponseHead) -> ResponseHead:
+    async def admit_response(self, admitted: Admitted, response: ResponseHead) -> Answered:
         """Return the response to send. Raises Refusal."""
-        return await self._judge.admit_response(head, response)
+        return await self._judge.admit_response(admitted, response)
 
     async def refuse(self, guest: GuestExchange, refusal: Refusal) -> None:
         """Answer with the refusal, in the same shape whatever was refused."""
@@ -107,12 +107,13 @@ class _Forwarding:
     """One admitted request on its way, and its answer."""
 
     def __init__(
-        self, relay: Relay, guest: GuestExchange, server: ServerExchange, head: RequestHead
+        self, relay: Relay, guest: GuestExchange, server: ServerExchange, admitted: Admitted
     ) -> None:
         self._relay = relay
         self._guest = guest
         self._server = server
-        self._head = head
+        self._admitted = admitted
+        self._head = admitted.head
         self._count = _Count()
         self._deadline = asyncio.timeout(None)
         self._stall_s = STALL_TIMEOUT_S
@@ -165,19 +166,25 @@ class _Forwarding:
             raise failures.exceptions[0] from failures
 
     async def _send_body(self) -> None:
-        while data := await self._guest.read():
-            self._count.bytes_up += len(data)
-            self._moved()
-            try:
-                await self._server.send(data)
-            except UpstreamError:
-                return  # the server reads no more; what it answers decides
+        body = self._admitted.body
+        try:
+            while data := await self._guest.read():
+                self._count.bytes_up += len(data)
+                self._moved()
+                await self._send_up(data if body is None else body.feed(data))
+            await self._send_up(b"" if body is None else body.finish())
+        except UpstreamError:
+            return  # the server reads no more; what it answers decides
         trailer = await self._relay.admit_trailer(self._guest.trailer)
         self._moved()
         try:
             await self._server.end(trailer)
         except UpstreamError:
             return
+
+    async def _send_up(self, data: bytes) -> None:
+        if data:
+            await self._server.send(data)
 
     async def _relay_response(self) -> None:
         head = await self._next_head()
@@ -187,18 +194,23 @@ class _Forwarding:
         await self._finish_response(head)
 
     async def _finish_response(self, head: ResponseHead) -> None:
-        head = await self._relay.admit_response(self._head, head)
-        self._count.status = head.status
-        await self._guest.send_head(head)
-        await self._pipe_down()
+        answered = await self._relay.admit_response(self._admitted, head)
+        self._count.status = answered.head.status
+        await self._guest.send_head(answered.head)
+        await self._pipe_down(answered.body)
 
-    async def _pipe_down(self) -> None:
+    async def _pipe_down(self, body: BodyFilter | None) -> None:
         while data := await self._server.read():
             self._count.bytes_down += len(data)
             self._moved()
+            await self._send_down(data if body is None else body.feed(data))
+        await self._send_down(b"" if body is None else body.finish())
+        await self._guest.end(self._server.trailer)
+
+    async def _send_down(self, data: bytes) -> None:
+        if data:
             await self._guest.send(data)
             self._moved()
-        await self._guest.end(self._server.trailer)
 
     async def _exchange_websocket(self) -> None:
         head = await self._next_head()

@@ -118,6 +118,29 @@ class Sandbox:
         """What the guest sees instead of each secret, by the secret's name."""
         return self._sandbox.placeholders
 
+    def put_secret(self, secret: Secret) -> str:
+        """Add a secret, or replace the one of this name, and return its placeholder, which stays the same.
+
+        Commands that start from now on find it in the variable of its name. A value that was replaced is still
+        looked for in what leaves. Raises UsageError when one of its hosts is not allowed, or `env` has the name.
+        """
+
+        async def put() -> str:
+            return self._sandbox.put_secret(secret)
+
+        return self._bridge.call(put)
+
+    def revoke_secret(self, name: str) -> None:
+        """Let a secret go nowhere from now on; requests with its placeholder are refused.
+
+        Raises UsageError for a secret that the sandbox does not have.
+        """
+
+        async def revoke() -> None:
+            self._sandbox.revoke_secret(name)
+
+        self._bridge.call(revoke)
+
     @property
     def policy(self) -> Policy:
         """What it may reach now."""

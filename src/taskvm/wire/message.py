@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -108,6 +108,16 @@ class Asked:
     head: RequestHead | HttpRefused
 
 
+class BodyFilter(Protocol):
+    """What a body goes through, piece by piece. What it raises breaks the message off."""
+
+    def feed(self, data: bytes) -> bytes:
+        """Return what is sure of the body after another piece of it; it may be nothing."""
+
+    def finish(self) -> bytes:
+        """Return the rest, after the last piece."""
+
+
 # Checks that both versions make.
 
 
@@ -197,6 +207,11 @@ def response_fields(headers: Iterable[Header], named: Iterable[bytes] = ()) -> l
     except HttpRefused:
         raise HttpRefused(502, "the server's response has a head that is too long") from None
     return kept
+
+
+def without_length(headers: Iterable[Header]) -> list[Header]:
+    """Return the fields of a message whose body will have another length."""
+    return [item for item in headers if item[0].lower() != b"content-length"]
 
 
 def trailer_fields(headers: Iterable[Header]) -> list[Header]:

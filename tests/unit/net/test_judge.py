@@ -8,11 +8,12 @@ import h11
 import pytest
 
 from taskvm.audit import AuditEvent, parse_event
-from taskvm.injection import Injector, bind_secrets
+from taskvm.boundsecret import bind_secrets
 from taskvm.net.auditlog import AuditLog
 from taskvm.net.certs import CertificateAuthority
 from taskvm.net.egress import Egress, Refusal, Session
-from taskvm.net.judge import Judge
+from taskvm.net.judge import Admitted, Judge
+from taskvm.net.keyring import Keyring
 from taskvm.net.names import SyntheticNames
 from taskvm.net.resolver import HostResolver
 from taskvm.net.upstream import Dialer
@@ -32,7 +33,7 @@ class Court:
     def __init__(self, host: str = "api.test", max_bytes: int = 100_000) -> None:
         self.lines: list[bytes] = []
         egress = Egress(
-            POLICY, Injector([BOUND]), AuditLog(self.lines.append, "box", max_bytes=max_bytes),
+            POLICY, Keyring([BOUND]), AuditLog(self.lines.append, "box", max_bytes=max_bytes),
             CertificateAuthority.create(), Dialer(POLICY, HostResolver()), SyntheticNames(),
         )  # fmt: skip
         self.origin = Origin("https", host, 443)
@@ -40,7 +41,7 @@ class Court:
 
     async def admit(
         self, *headers: tuple[str, str], host: str = "api.test", target: str = "/"
-    ) -> RequestHead:
+    ) -> Admitted:
         request = h11.Request(method="GET", target=target, headers=[("Host", host), *headers])
         return await self.judge.admit(read_request(request, self.origin))
 
@@ -99,7 +100,9 @@ async def test_a_path_with_a_value_in_it_is_not_recorded() -> None:
         with pytest.raises(Refusal):
             await court.admit(target=target)
 
-    assert {event.path for event in court.events} == {""}
+    assert {event.path for event in court.events} == {"", "/{KEY}"}
+    assert VALUE.encode() not in b"".join(court.lines)
+    assert BOUND.placeholder.encode() not in b"".join(court.lines)
 
 
 async def test_what_cannot_be_recorded_is_refused() -> None:
@@ -120,4 +123,9 @@ async def test_a_trailer_is_searched() -> None:
 async def test_an_answer_passes_as_it_came() -> None:
     response = ResponseHead(200, [(b"X", b"1")])
 
-    assert await Court().judge.admit_response(RequestHead(b"GET", b"/", []), response) is response
+    admitted = Admitted(RequestHead(b"GET", b"/", []))
+
+    answered = await Court(host="other.test").judge.admit_response(admitted, response)
+
+    assert answered.head is response
+    assert answered.body is None
