@@ -83,6 +83,7 @@ def test_another_user_is_hung_up_on(place: Path) -> None:
         (place / "socket").chmod(0o666)
         answer = Nobody(place, _connect).said()
         supervisor.terminate()
+    place.chmod(0o700)
 
     assert answer == b"greeted with "
     assert f"refused a connection of the user {NOBODY}" in (place / "log").read_text()

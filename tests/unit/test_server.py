@@ -145,9 +145,14 @@ async def test_a_second_one_cannot_be_started(place: Path) -> None:
     assert Place(place).lock() is None
 
 
-def test_a_directory_of_others_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tmp_path.chmod(0o777)
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o755, 0o701])
+def test_a_directory_that_others_may_enter_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int
+) -> None:
+    """Nor is it changed: it may be the user's for something else."""
+    tmp_path.chmod(mode)
     monkeypatch.setenv("TASKVM_RUNTIME", str(tmp_path))
 
-    with pytest.raises(HostError, match="may write to it"):
+    with pytest.raises(HostError, match="may (write to|enter) it"):
         Place.of_user()
+    assert tmp_path.stat().st_mode & 0o777 == mode

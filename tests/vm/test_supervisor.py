@@ -151,27 +151,36 @@ def test_a_detached_command_runs_to_its_end_and_is_remembered(runtime: Path) -> 
     assert not (run_base() / started.stdout.strip()).exists()
 
 
-def test_output_beyond_the_ring_is_gone_and_the_last_is_kept(work: str) -> None:
-    """`logs` has the last 256 KiB; the command was not held by nobody's reading."""
-    process = subprocess.Popen(
-        [TASKVM, "exec", "-t", work, "sh", "-c", "read x; seq 60000 | cat; echo done; sleep 600"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    wait_until(lambda: listed()[work]["execs"][-1]["attached"])
-    number = str(listed()[work]["execs"][-1]["number"])
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write(b"\n")
-    process.stdin.flush()
-    wait_until(lambda: b"done" in process.stdout.read1())
-    process.kill()  # a client that dies leaves its command
-    process.communicate()
+def test_a_command_is_left_in_the_background(work: str) -> None:
+    """Its number finds it again."""
+    script = "while ! test -e /tmp/on; do sleep 0.1; done; echo over; exit 3"
+    number = taskvm("exec", "-d", work, "sh", "-c", script).stdout.strip()
 
-    kept = subprocess.run([TASKVM, "logs", work, number], stdout=subprocess.PIPE).stdout
+    taskvm("exec", work, "touch", "/tmp/on")
+    done = taskvm("attach", work, number)
+
+    assert (done.stdout, done.returncode) == ("over\n", 3)
+
+
+def test_output_beyond_the_ring_is_gone_and_the_last_is_kept(work: str) -> None:
+    """`logs` has the last 256 KiB of a command that nobody read, and that waited for nobody."""
+    script = "seq 60000; echo done; sleep 600"
+    number = taskvm("exec", "-d", work, "sh", "-c", script).stdout.strip()
+
+    wait_until(lambda: taskvm("logs", work, number).stdout.endswith("done\n"))
+    kept = taskvm("logs", work, number).stdout
 
     assert len(kept) == 256 * 1024
-    assert kept.endswith(b"59999\r\n60000\r\ndone\r\n")
+    assert kept.endswith("59999\n60000\ndone\n")
+
+
+def test_a_client_that_is_killed_leaves_its_command(work: str) -> None:
+    command = [TASKVM, "exec", "-t", work, "sh", "-c", "echo up; sleep 600"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as client:
+        assert client.stdout is not None
+        assert client.stdout.readline() == b"up\r\n"
+        client.kill()
+
     wait_until(lambda: listed()[work]["execs"][-1]["attached"] == 0)
     assert listed()[work]["execs"][-1]["exit_code"] is None
 

@@ -95,6 +95,9 @@ def shell(
 @click.option("--env", "-e", "env", multiple=True, metavar="K=V", help="Set a variable.")
 @click.option("--cwd", "-w", metavar="DIR", help="Working directory in the guest.")
 @click.option("--timeout", type=float, metavar="S", help="Kill the command after S seconds.")
+@click.option(
+    "--detach", "-d", is_flag=True, help="Print the command's number and leave it running."
+)
 @detach_keys
 @click.argument("sandbox")
 @click.argument("command", nargs=-1, required=True)
@@ -105,6 +108,7 @@ def exec_(
     env: tuple[str, ...],
     cwd: str | None,
     timeout: float | None,
+    detach: bool,
     detach_keys: str,
     sandbox: str,
     command: tuple[str, ...],
@@ -130,7 +134,12 @@ def exec_(
             timeout_s=timeout,
         )
         started.append(attached)
-        return await _converse(attached, terminal, keys, sandbox, owns_input=True)
+        if detach:
+            click.echo(attached.number)
+            await attached.detach()
+            return 0
+        again = f"{sandbox} {attached.number}"
+        return await _converse(attached, terminal, keys, again, owns_input=True)
 
     async def on_signal(number: int) -> None:
         if started and not (terminal and number == signal.SIGHUP):
@@ -156,7 +165,8 @@ def attach(detach_keys: str, sandbox: str, number: int | None) -> None:
         attached = await Supervisor().attach(sandbox, number, size=size)
         ours = terminal if attached.pty else None
         keys = DetachKeys.parse(detach_keys) if ours else None
-        return await _converse(attached, ours, keys, sandbox)
+        again = sandbox if number is None else f"{sandbox} {number}"
+        return await _converse(attached, ours, keys, again)
 
     sys.exit(_run(work(), None))
 
@@ -199,19 +209,22 @@ async def _converse(
     attached: Attachment,
     terminal: Terminal | None,
     keys: DetachKeys | None,
-    sandbox: str,
+    again: str,
     *,
     owns_input: bool = False,
 ) -> int:
-    """Give the standard streams to the command until it ends, or the user leaves it."""
+    """Give the standard streams to the command until it ends, or the user leaves it: `attach` `again` comes back."""
     async with attached:
         try:
             with terminal or contextlib.nullcontext():
                 result = await relay(attached, terminal, keys=keys, owns_input=owns_input)
         except DetachedError:
-            which = f"{sandbox} {attached.number}"
-            click.echo(f"\ntaskvm: left running; come back with: taskvm attach {which}", err=True)
+            click.echo(f"\ntaskvm: left running; come back with: taskvm attach {again}", err=True)
             return 0
+        except TaskvmError:
+            if terminal:
+                click.echo(err=True)  # the guest has left the cursor anywhere
+            raise
     if attached.skipped:
         click.echo(f"taskvm: {attached.skipped} bytes of output were not shown in time", err=True)
     if result.timed_out:

@@ -220,6 +220,7 @@ class Holding:
             del self.jobs[job.number]
 
     def _fail(self, error: BaseException) -> None:
+        _logger.error("%s failed", self.vm.id, exc_info=error)
         self.end(f"the supervisor failed: {error}")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import stat
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -37,12 +38,17 @@ class Place:
         """Return the place of this user's supervisor, made 0700: `TASKVM_RUNTIME`, else `supervisor` in the cache.
 
         Not XDG_RUNTIME_DIR: that is removed at logout, and what is supervised here outlives a login.
-        Raises HostError when another user owns it or may write to it.
+        Raises HostError when another user owns it or may enter it.
         """
         chosen = os.environ.get(RUNTIME_VARIABLE)
-        place = cls(private_dir(Path(chosen) if chosen else cache_path() / "supervisor"))
-        place.directory.chmod(0o700)
-        return place
+        directory = private_dir(Path(chosen) if chosen else cache_path() / "supervisor")
+        if directory.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise HostError(
+                f"use the directory {directory}",
+                "others may enter it",
+                f"chmod it to 700, or set {RUNTIME_VARIABLE} to a directory that is not there yet",
+            )
+        return cls(directory)
 
     @property
     def log(self) -> Path:
