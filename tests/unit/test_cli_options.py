@@ -57,19 +57,21 @@ def test_options_that_do_not_exist_are_refused(options: dict[str, object]) -> No
 def test_values_of_secrets_travel_beside_the_options(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the environment and from files; the options name them only."""
+    """From the environment, files and commands; the options name them only."""
     monkeypatch.setenv("TOKEN", "canary-1")
     (tmp_path / "file").write_text("canary-2")
     arguments = SandboxArguments.of(
         {
             "secrets": ["TOKEN@a.example"],
             "secret_files": [f"KEY={tmp_path / 'file'}@a.example"],
+            "secret_commands": ["PRINTED=echo canary-3@a.example"],
             "allow": ["a.example"],
         }
     )
 
-    assert arguments.variables() == {"TOKEN": "canary-1", "KEY": "canary-2"}
-    assert "canary" not in str(arguments.portable())
+    assert arguments.variables() == {"TOKEN": "canary-1", "KEY": "canary-2", "PRINTED": "canary-3"}
+    assert "canary-1" not in str(arguments.portable())
+    assert "canary-2" not in str(arguments.portable())
 
 
 def test_every_option_is_an_argument() -> None:

@@ -192,12 +192,13 @@ async def start_held(
     arguments: SandboxArguments, launch: Launch | None, name: str | None
 ) -> SandboxStatus:
     """Start a sandbox in the supervisor and tell where its ports are."""
-    arguments.create()  # what is wrong is said before a supervisor is started
+    variables = arguments.variables()
+    arguments.create(variables)  # what is wrong is said before a supervisor is started
     status = await Supervisor().start(
         arguments.portable(),
         launch=launch,
         name=name,
-        variables=arguments.variables(),
+        variables=variables,
         on_progress=arguments.on_progress,
     )
     for address, port in status.forwards.items():
