@@ -29,6 +29,7 @@ PURE = (
     "taskvm.identity",
     "taskvm.injection",
     "taskvm.boundsecret",
+    "taskvm.passthrough",
     "taskvm.redaction",
     "taskvm.replacing",
     "taskvm.ring",

@@ -30,7 +30,7 @@ class AuditEvent(
     """One decision, or the end of what was decided. Fields without a value are left out.
 
     kind: `dns` a name was asked for; `connect` the guest opened, or the host dialled, a connection;
-    `tls` a handshake;
+    `tls` a handshake (with `passthrough` as its rule: bytes that pass unread, begun, and ended);
     `request` a request was judged (written before its first byte leaves); `response` how that
     request ended;
     `secret` a secret was put into a request, or kept out of it;

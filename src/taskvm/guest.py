@@ -28,11 +28,13 @@ from taskvm.identity import (
     guest_environment,
     identity_request,
     refresh_request,
+    trust_requests,
 )
 from taskvm.net.auditlog import AuditLog
 from taskvm.net.certs import CertificateAuthority
 from taskvm.net.gateway import Gateway
 from taskvm.net.resolver import HostResolver, MappedResolver
+from taskvm.net.truststore import make_bundle
 from taskvm.options import SandboxOptions
 from taskvm.paths import private_dir, state_dir
 from taskvm.port import FramePort
@@ -227,6 +229,8 @@ class Guest:
         if self._carried is not None:
             self.control.adopt(self._carried.control)
             self.control.port.resume()
+        if options.passthrough:
+            await self._widen_trust(options.extra_ca_files)
         await self._mount(server, options.mounts)
         self.watch = Watch(
             self,
@@ -236,6 +240,14 @@ class Guest:
             traffic=lambda: net.frames + server.frames,
         )
         self._background.start(self.watch.run(), f"watch over {self.id}")
+
+    async def _widen_trust(self, extra_ca_files: Sequence[Path]) -> None:
+        """Let the guest trust this host's authorities too: it verifies some servers itself."""
+        bundle = await asyncio.to_thread(make_bundle, self._ca.certificate_pem, extra_ca_files)
+        for request in trust_requests(
+            bundle, hostname=self.id, random_bytes=os.urandom, time_ns=time.time_ns
+        ):
+            await self._ask(request, "give the guest the host's authorities")
 
     def _make_gateway(
         self, options: SandboxOptions, bound: Sequence[BoundSecret], net: FramePort
@@ -255,6 +267,7 @@ class Guest:
             ca=self._ca,
             resolver=MappedResolver(options.resolve, resolver),
             extra_ca_files=options.extra_ca_files,
+            passthrough=options.passthrough,
             saved=self._carried.gateway if self._carried else None,
         )
 

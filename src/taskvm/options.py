@@ -15,6 +15,7 @@ from taskvm.fs.hostdir import HostDir
 from taskvm.fs.provider import Provider
 from taskvm.fs.wrapper import Wrapper
 from taskvm.limits import LimitArguments, Limits
+from taskvm.passthrough import NOTHING, Passthrough
 from taskvm.policy import Policy
 from taskvm.secret import Secret
 from taskvm.vm.warm import AcceleratorChoice
@@ -57,6 +58,7 @@ class ResumeArguments(LimitArguments, total=False):
     env: Mapping[str, str] | None
     resolve: Mapping[str, str] | None
     extra_ca_files: Sequence[str | os.PathLike[str]]
+    passthrough: Sequence[str]
     audit_path: str | os.PathLike[str] | None
     on_progress: Callable[[str], None]
 
@@ -73,6 +75,7 @@ class SandboxOptions:
     env: Mapping[str, str] = field(default_factory=dict)
     resolve: Mapping[str, str] = field(default_factory=dict)
     extra_ca_files: Sequence[Path] = ()
+    passthrough: Passthrough = NOTHING
     audit_path: Path | None = None
     image: str | None = None
     checkpoint: Saved | None = None
@@ -128,15 +131,18 @@ def read_options(machinery: Machinery, **given: Unpack[ResumeArguments]) -> Sand
     cpus, memory_mib = machinery.cpus, machinery.memory_mib
     if saved is not None and saved.memory is not None:
         cpus, memory_mib = saved.facts.cpus, saved.facts.memory_mib
+    policy = (policy or Policy()).joined(
+        Policy.parse(given.get("allow", ()), given.get("allow_addresses", ()))
+    )
+    secrets = tuple(given.get("secrets", ()))
     return SandboxOptions(
         mounts=dict(given.get("mounts") or {}),
-        policy=(policy or Policy()).joined(
-            Policy.parse(given.get("allow", ()), given.get("allow_addresses", ()))
-        ),
-        secrets=tuple(given.get("secrets", ())),
+        policy=policy,
+        secrets=secrets,
         env=dict(given.get("env") or {}),
         resolve=dict(given.get("resolve") or {}),
         extra_ca_files=tuple(Path(path) for path in given.get("extra_ca_files", ())),
+        passthrough=Passthrough.parse(given.get("passthrough", ()), policy, secrets),
         audit_path=None if audit_path is None else Path(audit_path),
         image=machinery.image,
         checkpoint=saved,

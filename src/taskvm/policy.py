@@ -214,11 +214,16 @@ class Policy:
             return False
         before = [rule for rule in self.rules if rule.names_host(host, port)]
         after = [rule for rule in newer.rules if rule.names_host(host, port)]
-        if after == before or (after and after[0].allow and after[0].is_whole):
+        if after == before or newer.allows_all(host, port):
             return True
         # What no rule names may have been allowed by an address rule: a literal's new rules count.
         is_name = parse_address(host) is None
         return is_name and bool(before) and after[: len(before)] == before
+
+    def allows_all(self, host: str, port: int) -> bool:
+        """Say whether the first rule that names this host and port allows every request to it."""
+        first = next((rule for rule in self.rules if rule.names_host(host, port)), None)
+        return first is not None and first.allow and first.is_whole
 
     def to_toml(self) -> str:
         """Return the policy file that means this policy."""

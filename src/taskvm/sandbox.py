@@ -106,6 +106,7 @@ class Sandbox:
         env: Mapping[str, str] | None = None,
         resolve: Mapping[str, str] | None = None,
         extra_ca_files: Sequence[str | os.PathLike[str]] = (),
+        passthrough: Sequence[str] = (),
         audit_path: str | os.PathLike[str] | None = None,
         image: str | None = None,
         checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
@@ -128,6 +129,8 @@ class Sandbox:
         secrets: values that the guest never sees; it finds a placeholder in the variable of the secret's name.
         env: further variables for every command. resolve: name → address, instead of the host's resolver.
         extra_ca_files: PEM files that upstream certificates are verified with, besides the host's own.
+        passthrough: allowed hosts whose TLS is not intercepted, for programs that pin certificates; no secret can be
+            for one, and the guest trusts this host's authorities besides (a second for each program without KVM).
         audit_path: file that every egress decision is appended to as a JSON line; default below the user's
         state directory.
         image: a name or digest of the image store; default the standard image, built when missing (minutes, once).
@@ -145,7 +148,8 @@ class Sandbox:
         options = read_options(
             Machinery(image, find_checkpoint(checkpoint), cpus, memory_mib, accel, warm, pool),
             mounts=mounts, allow=allow, allow_addresses=allow_addresses, policy=policy, secrets=secrets, env=env,
-            resolve=resolve, extra_ca_files=extra_ca_files, audit_path=audit_path, on_progress=on_progress, **limits,
+            resolve=resolve, extra_ca_files=extra_ca_files, passthrough=passthrough, audit_path=audit_path,
+            on_progress=on_progress, **limits,
         )  # fmt: skip
         return Opening(partial(cls._start, options))
 

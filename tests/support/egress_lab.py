@@ -33,6 +33,7 @@ from taskvm.net.certs import CertificateAuthority
 from taskvm.net.gateway import Gateway
 from taskvm.net.streams import GuestStream
 from taskvm.net.tlsstream import TlsStream
+from taskvm.passthrough import Passthrough
 from taskvm.policy import Policy
 from taskvm.port import FramePort, Inlet, Outlet, StreamReset
 from taskvm.secret import Secret
@@ -236,6 +237,7 @@ class Lab:
     resolver: RecordingResolver
     ca_file: str
     lines: list[bytes]
+    audit: AuditLog
     failure: Exception | None = None
 
     @property
@@ -284,11 +286,13 @@ async def egress_lab(
     rules: str = "",
     hosts: dict[str, Sequence[str]] | None = None,
     secrets: Sequence[Secret] = (),
+    passthrough: Sequence[str] = (),
     max_log_bytes: int = 10_000_000,
 ) -> AsyncIterator[Lab]:
     """Run a gateway for a policy (`rules` is a policy file's text); `hosts` is what the host's resolver knows."""
     policy = Policy.from_text(rules).joined(Policy.parse(allow, allow_addresses))
     bound = bind_secrets(policy, secrets, os.urandom)
+    passed = Passthrough.parse(passthrough, policy, secrets)
     lines: list[bytes] = []
     audit = AuditLog(lines.append, "box", max_bytes=max_log_bytes)
     resolver = RecordingResolver(hosts or {})
@@ -300,10 +304,10 @@ async def egress_lab(
         port = await FramePort.open(host_end, "taskvm.net")
         gateway = Gateway(
             port, policy=policy, secrets=bound, audit=audit, ca=ca, resolver=resolver,
-            extra_ca_files=[server_ca],
+            extra_ca_files=[server_ca], passthrough=passed,
         )  # fmt: skip
         guest = Guest(await FramePort.open(guest_end, "the host"))
-        lab = Lab(guest, gateway, policy, bound, ca, resolver, our_ca, lines)
+        lab = Lab(guest, gateway, policy, bound, ca, resolver, our_ca, lines, audit)
         async with asyncio.TaskGroup() as group:
             running = group.create_task(_run(lab))
             try:
@@ -449,6 +453,23 @@ async def read_all(stream: TlsStream) -> bytes:
     while data := await stream.read():
         received += data
     return received
+
+
+def hello_with_ech(name: bytes) -> bytes:
+    """Return a real ClientHello with an encrypted_client_hello extension put at its end."""
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = ssl.create_default_context().wrap_bio(incoming, outgoing, server_hostname=name.decode())
+    with contextlib.suppress(ssl.SSLWantReadError):
+        tls.do_handshake()
+    body = outgoing.read()[9:]
+    at = 2 + 32
+    at += 1 + body[at]
+    at += 2 + int.from_bytes(body[at : at + 2], "big")
+    at += 1 + body[at]
+    extensions = body[at + 2 :] + b"\xfe\x0d\x00\x0a" + bytes(10)
+    body = body[:at] + struct.pack(">H", len(extensions)) + extensions
+    message = b"\x01" + len(body).to_bytes(3, "big") + body
+    return b"\x16\x03\x01" + struct.pack(">H", len(message)) + message
 
 
 def dns_query(name: str, qtype: int = 1) -> bytes:

@@ -116,6 +116,12 @@ SANDBOX_OPTIONS = (
         metavar="PEM",
         help="Verify servers with these certificates too.",
     ),
+    click.option(
+        "--passthrough",
+        multiple=True,
+        metavar="HOST",
+        help="Do not intercept TLS to this allowed host (for programs that pin its certificate).",
+    ),
     click.option("--env", "env", multiple=True, metavar="K=V", help="Set a variable in the guest."),
     click.option(
         "--cwd",
@@ -181,6 +187,7 @@ class SandboxArguments:
     secret_files: tuple[str, ...]
     secret_commands: tuple[str, ...]
     ca_files: tuple[str, ...]
+    passthrough: tuple[str, ...]
     env: tuple[str, ...]
     cwd: str | None
     timeout: float | None
@@ -258,6 +265,7 @@ class SandboxArguments:
             resolve=read_table(self.resolve),
             secrets=self._secrets(variables),
             extra_ca_files=[Path(path) for path in self.ca_files],
+            passthrough=self.passthrough,
             env=dict(pair(text, "--env", "K=V") for text in self.env),
             audit_path=self.audit,
             image=self.image,

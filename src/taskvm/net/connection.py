@@ -23,6 +23,7 @@ from taskvm.net.egress import UNRECORDED, Egress, Refusal, Session
 from taskvm.net.http1guest import Http1Guest
 from taskvm.net.http2guest import Http2Guest
 from taskvm.net.names import SYNTHETIC_NETWORK
+from taskvm.net.splice import pass_through
 from taskvm.net.streams import ByteStream, GuestStream
 from taskvm.net.tlsstream import TlsStream
 from taskvm.net.upstream import H1, H2
@@ -124,6 +125,11 @@ class GuestConnection:
     async def _serve_tls(self, hello: ClientHello | None) -> None:
         assert hello is not None, "https is sniffed by its ClientHello"
         denied = self._denial() or self._judge_hello(hello)
+        if denied is None and self._egress.passthrough.names(self._host, self._destination.port):
+            session = self._session("https", self._host)
+            denied = await pass_through(session, self._stream, hello)
+            if denied is None:
+                return
         # A client verifies against the name that it sent: a refusal in TLS must have that name.
         name = hello.server_name or self._host
         stream = TlsStream(self._stream, self._egress.ca.server_context(name), server_side=True)
@@ -160,8 +166,7 @@ class GuestConnection:
     async def _serve(
         self, scheme: Scheme, stream: ByteStream, host: str, denied: Refusal | None
     ) -> None:
-        origin = Origin(scheme, host, self._destination.port)
-        session = Session(self._egress, origin, self._number)
+        session = self._session(scheme, host)
         speaks_http2 = isinstance(stream, TlsStream) and stream.protocol == H2
         serving = (Http2Guest if speaks_http2 else Http1Guest)(session, stream, denied)
         try:
@@ -170,6 +175,10 @@ class GuestConnection:
                 await stream.end()
         except (ssl.SSLError, TimeoutError):
             self._stream.abort()
+
+    def _session(self, scheme: Scheme, host: str) -> Session:
+        origin = Origin(scheme, host, self._destination.port)
+        return Session(self._egress, origin, self._number)
 
     def _denial(self) -> Refusal | None:
         return None if self._decision.allowed else Refusal.of(self._decision)

@@ -11,6 +11,7 @@ from taskvm.net.certs import CertificateAuthority
 from taskvm.net.keyring import Keyring
 from taskvm.net.names import SyntheticNames
 from taskvm.net.upstream import Dialer
+from taskvm.passthrough import NOTHING, Passthrough
 from taskvm.policy import Decision, Policy, decide_name
 from taskvm.wire.message import Origin
 
@@ -28,6 +29,7 @@ class Egress:
     ca: CertificateAuthority
     dialer: Dialer
     names: SyntheticNames
+    passthrough: Passthrough = NOTHING
 
     def judge_name(self, host: str, port: int | None = None) -> Decision:
         """Judge a canonical name or literal before anything is looked up; without a port, for DNS."""

@@ -34,6 +34,7 @@ from taskvm.net.nameserver import NameServer
 from taskvm.net.resolver import Resolver
 from taskvm.net.streams import GuestStream
 from taskvm.net.upstream import Dialer
+from taskvm.passthrough import NOTHING, Passthrough
 from taskvm.policy import Policy
 from taskvm.port import FramePort, Inlet, Outlet, StreamReset
 from taskvm.wire.connect import decode_connect
@@ -85,6 +86,7 @@ class Gateway:
         ca: CertificateAuthority,
         resolver: Resolver,
         extra_ca_files: Iterable[str | os.PathLike[str]] = (),
+        passthrough: Passthrough = NOTHING,
         saved: GatewayState | None = None,
     ) -> None:
         saved = saved or GatewayState()
@@ -92,7 +94,7 @@ class Gateway:
         self.names: SyntheticNames = SyntheticNames(saved.names)
         self.keyring: Keyring = Keyring(secrets)
         dialer = Dialer(policy, resolver, extra_ca_files)
-        self._egress = Egress(policy, self.keyring, audit, ca, dialer, self.names)
+        self._egress = Egress(policy, self.keyring, audit, ca, dialer, self.names, passthrough)
         self._nameserver = NameServer(self._egress.judge_name, self.names, audit)
         self._audit = audit
         self._port = port

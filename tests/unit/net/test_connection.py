@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
-import ssl
-import struct
 
 import pytest
-from tests.support.egress_lab import egress_lab, http_server, read_all
+from tests.support.egress_lab import egress_lab, hello_with_ech, http_server, read_all
 
 from taskvm.net import connection
 from taskvm.port import StreamReset
@@ -51,7 +48,7 @@ async def test_a_client_that_speaks_no_http_is_told_in_tls() -> None:
 
 async def test_an_encrypted_server_name_is_ignored_and_the_outer_one_counts() -> None:
     """GREASE, which browsers always send, and the real thing look alike: both go on as if without."""
-    outer = {name: _hello_with_ech(name) for name in (b"api.test", b"evil.test")}
+    outer = {name: hello_with_ech(name) for name in (b"api.test", b"evil.test")}
     async with egress_lab(allow=["api.test"]) as lab:
         answered = {}
         for name, hello in outer.items():
@@ -64,23 +61,6 @@ async def test_an_encrypted_server_name_is_ignored_and_the_outer_one_counts() ->
         assert [denied.reason for denied in lab.denials("tls")] == [
             "the TLS handshake names another server than the connection was made to"
         ]
-
-
-def _hello_with_ech(name: bytes) -> bytes:
-    """Return a real ClientHello with an encrypted_client_hello extension put at its end."""
-    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-    tls = ssl.create_default_context().wrap_bio(incoming, outgoing, server_hostname=name.decode())
-    with contextlib.suppress(ssl.SSLWantReadError):
-        tls.do_handshake()
-    body = outgoing.read()[9:]
-    at = 2 + 32
-    at += 1 + body[at]
-    at += 2 + int.from_bytes(body[at : at + 2], "big")
-    at += 1 + body[at]
-    extensions = body[at + 2 :] + b"\xfe\x0d\x00\x0a" + bytes(10)
-    body = body[:at] + struct.pack(">H", len(extensions)) + extensions
-    message = b"\x01" + len(body).to_bytes(3, "big") + body
-    return b"\x16\x03\x01" + struct.pack(">H", len(message)) + message
 
 
 async def test_random_bytes_end_connections_and_nothing_else() -> None:
