@@ -36,5 +36,5 @@ async def test_a_pinned_host_is_verified_by_the_guest_itself(tmp_path: Path) -> 
 
     assert "issuer: O=trustme" in seen.stdout, seen.stdout
     assert '{"user": "me"}' in seen.stdout
-    assert [line["rule"] for line in audit if line["kind"] == "tls"][0] == "passthrough"
+    assert next(line["rule"] for line in audit if line["kind"] == "tls") == "passthrough"
     assert "/quiet" not in json.dumps(audit)
