@@ -29,6 +29,8 @@ async def test_a_program_leaves_a_sandbox_and_finds_it_again(tmp_path: Path) -> 
 
     assert (found.id, found.name, found.state) == (started.id, "sdk", "running")
     assert (said, result.exit_code) == (b"hello\ntyped\n", 0)
+    assert result.usage is not None
+    assert result.usage.memory_peak_bytes > 0
     assert (tmp_path / "out").read_text() == "hello\n"
     assert (await supervisor.stop("sdk")).outcome == "it was stopped"
     assert await supervisor.list() == []
@@ -72,6 +74,13 @@ async def test_a_slow_reader_of_a_terminal_misses_output_and_stops_nobody() -> N
     assert late.endswith(b"200000\r\nend\r\n")
     assert slow.skipped > 0
     assert slow.skipped + len(late) == quick.skipped + len(seen)
+
+
+async def test_a_path_that_is_relative_is_refused() -> None:
+    """The supervisor's working directory is `/`: "." would be all of the host."""
+    for options in ({"mounts": [".:/workspace"]}, {"audit": "log"}, {"mounts": [":/workspace"]}):
+        with pytest.raises(UsageError, match="a path is relative"):
+            await Supervisor().start({**SMALL, **options})
 
 
 async def test_a_start_that_is_given_up_leaves_nothing() -> None:

@@ -12,7 +12,7 @@ from logging.handlers import RotatingFileHandler
 import click
 
 import taskvm
-from taskvm import HostError, Supervisor
+from taskvm import HostError, Supervisor, UsageError
 from taskvm.cli.options import SandboxArguments, published
 from taskvm.supervisor.holding import Recipe
 from taskvm.supervisor.place import Place
@@ -89,6 +89,11 @@ async def _serve(server: Server, ready: int | None) -> None:
 def make_recipe(request: StartRequest, on_progress: Callable[[str], None]) -> Recipe:
     """Return the sandbox that `request` asks for, to be started. Raises UsageError."""
     arguments = SandboxArguments.of(request.options)
+    if SandboxArguments.of(arguments.portable()) != arguments:
+        # "." would be this process's own working directory, which is "/".
+        raise UsageError(
+            "start a sandbox in the supervisor", "a path is relative", "Write absolute paths"
+        )
     return Recipe(
         starting=arguments.create(request.variables, on_progress),
         image=arguments.image,

@@ -6,9 +6,12 @@ import signal as signals
 from types import TracebackType
 from typing import Self
 
+import msgspec
+
 from taskvm.errors import SandboxLostError
 from taskvm.port import StreamReset
 from taskvm.process import ByteStream, ExecResult, pty_size
+from taskvm.resources import ExecUsage
 from taskvm.supervisor.ports import Caller
 from taskvm.wire.supervision import Ended, ExecStatus, Kill, Notice, Resize
 
@@ -73,7 +76,12 @@ class Attachment:
         ended = await self._ended()
         if ended.error is not None:
             raise ended.error.to_error()
-        return ExecResult(exit_code=ended.exit_code, signal=ended.signal, timed_out=ended.timed_out)
+        return ExecResult(
+            exit_code=ended.exit_code,
+            signal=ended.signal,
+            timed_out=ended.timed_out,
+            usage=None if ended.usage is None else msgspec.convert(ended.usage, ExecUsage),
+        )
 
     async def detach(self) -> None:
         """Leave the command running. Idempotent."""

@@ -44,7 +44,8 @@ class Supervisor:
     ) -> SandboxStatus:
         """Start a sandbox that outlives this program.
 
-        options: those of `taskvm run` by their long names with `_` for `-`, as texts: `{"mounts": [".:/workspace"]}`.
+        options: those of `taskvm run` by their names, as texts: `{"mounts": ["/src:/workspace:ro"], "memory": 1024}`.
+            Paths of the host are absolute.
         launch: its main command: it ends with it. None: it lives until it is stopped, or a limit ends it.
         variables: the values that `secrets` of `options` name.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import suppress
+from dataclasses import asdict
 
 from taskvm.errors import SandboxLostError, TaskvmError
 from taskvm.port import StreamReset
@@ -177,4 +178,9 @@ async def _record(stream: ByteStream, tape: Tape) -> None:
 
 
 def _ended(result: ExecResult, *, timed_out: bool = False) -> Ended:
-    return Ended(exit_code=result.exit_code, signal=result.signal, timed_out=timed_out)
+    return Ended(
+        exit_code=result.exit_code,
+        signal=result.signal,
+        timed_out=timed_out,
+        usage=None if result.usage is None else asdict(result.usage),
+    )

@@ -72,7 +72,7 @@ class Launch(_Message, frozen=True, kw_only=True):
     env: dict[str, str] = {}
     user: str | None = None
     pty: tuple[int, int] | None = None
-    timeout_s: float | None = None
+    timeout_s: Annotated[float, Meta(gt=0)] | None = None
 
 
 class StartRequest(Request, frozen=True, kw_only=True, tag="start"):
@@ -236,12 +236,16 @@ class Notice(_Message, frozen=True, kw_only=True):
 
 
 class Ended(_Message, frozen=True, kw_only=True):
-    """The last word about a command one was attached to; `running` says that it goes on without this client."""
+    """The last word about a command one was attached to; `running` says that it goes on without this client.
+
+    `usage` has the fields of ExecUsage.
+    """
 
     exit_code: int = 0
     signal: int | None = None
     timed_out: bool = False
     running: bool = False
+    usage: dict[str, int | float] | None = None
     error: Refusal | None = None
 
 
