@@ -140,8 +140,10 @@ async def main(only: list[str], cpus: int, memory_mib: int, *, limit: bool) -> d
     try:
         async with Sandbox.create(cpus=cpus, memory_mib=memory_mib, mounts=mounts) as vm:
             await vm.exec("mount -t tmpfs -o mode=1777 none /mnt", user="root", check=True)
+            # The kernel learns at its first OPEN that it need not ask.
+            (root / "opened").touch()
             await vm.exec(
-                "git config --global --add safe.directory '*'; cat /dev/null; grep x /dev/null; true"
+                "git config --global --add safe.directory '*'; grep x /workspace/opened /ro/opened; true"
             )
             for workload in chosen:
                 figures[workload.name] = await measure(vm, workload, root, counts)

@@ -127,11 +127,41 @@ static void mount_end(struct fuse_mount *mount)
 /* Requests: kernel to host. */
 
 /* Nobody waits for one: it goes along with the request that follows, which spares the host and us a wake-up. */
-static bool is_forget(const uint8_t *message)
+static bool is_forget(const struct fuse_question *question)
 {
-	struct fuse_question head;
-	memcpy(&head, message, sizeof(head));
-	return head.opcode == FUSE_OPCODE_FORGET || head.opcode == FUSE_OPCODE_BATCH_FORGET;
+	return question->opcode == FUSE_OPCODE_FORGET || question->opcode == FUSE_OPCODE_BATCH_FORGET;
+}
+
+/* The errno of what every host refuses, or 0. The kernel asks again and again: each first write to a file for security.capability,
+ * each open() of Python whether the file is a terminal. `message` ends with a NUL where a name is due. */
+static int refusal(const struct fuse_question *question, const uint8_t *message, size_t length)
+{
+	const size_t name = sizeof(*question) + sizeof(struct fuse_attribute_question);
+	if (question->opcode == FUSE_OPCODE_IOCTL)
+		return ENOSYS; /* the caller gets ENOTTY */
+	if (question->opcode != FUSE_OPCODE_GETXATTR || length <= name)
+		return 0;
+	const char *attribute = (const char *)message + name;
+	bool foreign = strncmp(attribute, "security.", 9) == 0 || strncmp(attribute, "system.", 7) == 0;
+	return foreign ? EOPNOTSUPP : 0;
+}
+
+static bool refused_here(const struct fuse_mount *mount, const struct fuse_question *question, int error)
+{
+	struct fuse_answer answer = {.length = sizeof(answer), .error = -error, .unique = question->unique};
+	return error && write(mount->fd, &answer, sizeof(answer)) == sizeof(answer);
+}
+
+/* Returns whether the message is left in the ring for now. */
+static bool take_request(const struct fuse_mount *mount, const uint8_t *message, size_t length, bool late)
+{
+	struct fuse_question question;
+	memcpy(&question, message, sizeof(question)); /* the kernel sends no less */
+	if (refused_here(mount, &question, refusal(&question, message, length)))
+		return late;
+	late = is_forget(&question);
+	(late ? port_send_late : port_send_wait)(&fs_port, FRAME_FUSE, 0, mount->id, message, length);
+	return late;
 }
 
 static void *read_requests(void *argument)
@@ -148,10 +178,9 @@ static void *read_requests(void *argument)
 			late = false;
 		}
 		ssize_t length = read(mount->fd, message, MAX_PAYLOAD);
-		if (length > 0) {
-			late = is_forget(message);
-			(late ? port_send_late : port_send_wait)(&fs_port, FRAME_FUSE, 0, mount->id, message, (size_t)length);
-		} else if (errno != EINTR && errno != EAGAIN && errno != ENOENT) /* ENOENT: interrupted meanwhile */
+		if (length > 0)
+			late = take_request(mount, message, (size_t)length, late);
+		else if (errno != EINTR && errno != EAGAIN && errno != ENOENT) /* ENOENT: interrupted meanwhile */
 			break;
 	}
 	if (errno != ENODEV)

@@ -41,8 +41,16 @@ struct random_pool_info {
 /* linux/fuse.h */
 struct fuse_question {
 	uint32_t length, opcode;
+	uint64_t unique, node;
+	uint32_t uid, gid, pid, more;
+};
+struct fuse_attribute_question {
+	uint32_t size, padding;
+	char name[];
 };
 #define FUSE_OPCODE_FORGET 2
+#define FUSE_OPCODE_GETXATTR 22
+#define FUSE_OPCODE_IOCTL 39
 #define FUSE_OPCODE_BATCH_FORGET 42
 struct fuse_answer {
 	uint32_t length;
