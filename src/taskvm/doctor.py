@@ -14,6 +14,8 @@ from typing import Literal
 import msgspec
 
 from taskvm.errors import TaskvmError
+from taskvm.image.build import runs_programs_of
+from taskvm.image.manifest import DEBIAN_ARCHITECTURES
 from taskvm.image.store import ImageStore
 from taskvm.paths import cache_dir
 from taskvm.vm.accel import kvm_obstacle, recall_verdict
@@ -67,6 +69,30 @@ def _qemu() -> Finding:
     return Finding(
         name="qemu", status="ok", text=f"{qemu.path} {qemu.version}, machine {qemu.machine}"
     )
+
+
+def _other_architecture() -> Finding:
+    """Guests of the other processor: emulated, and only for who asks for them by an image."""
+    other = "aarch64" if host_arch() == "x86_64" else "x86_64"
+    try:
+        qemu = find_qemu(other)
+        agent = guest_binary(other)
+    except TaskvmError as error:
+        return Finding(
+            name="other guests",
+            status="note",
+            text=f"no {other} guests: {error.operation}: {error.cause}",
+            remedy=error.next_step,
+        )
+    text = f"{other} by TCG: {qemu.path} {qemu.version}, machine {qemu.machine}, {agent.name}"
+    if not runs_programs_of(DEBIAN_ARCHITECTURES[other]):
+        return Finding(
+            name="other guests",
+            status="note",
+            text=f"{text}; images of it cannot be built here",
+            remedy="apt-get install arch-test qemu-user-static binfmt-support",
+        )
+    return Finding(name="other guests", status="ok", text=text)
 
 
 def _accelerator() -> Finding:
@@ -200,6 +226,7 @@ def _leftovers() -> Finding:
 _CHECKS: dict[str, Callable[[], Finding]] = {
     "host": _platform,
     "qemu": _qemu,
+    "other guests": _other_architecture,
     "accelerator": _accelerator,
     "confinement": _confinement,
     "agent": _guest_agent,

@@ -1,4 +1,4 @@
-"""Which machine is meant: this host's QEMU, an image of the store with the current agent, an accelerator and a size."""
+"""Which machine is meant: an image of the store, the agent and QEMU of its architecture, an accelerator, a size."""
 
 from __future__ import annotations
 
@@ -28,17 +28,23 @@ async def find_wanted(
 
     Raises UnavailableError without QEMU, ImageError for an image that is not there or cannot be built, UsageError.
     """
-    qemu = await asyncio.to_thread(find_qemu, host_arch())
-    guest = await asyncio.to_thread(_guest_files, image, qemu.arch, progress)
+    if image is None:
+        await asyncio.to_thread(find_qemu, host_arch())  # before minutes of work for nothing
+    found = await asyncio.to_thread(_find_image, image, progress)
+    qemu = await asyncio.to_thread(find_qemu, found.manifest.arch)
+    guest = await asyncio.to_thread(_guest_files, found)
     return Wanted(
         qemu=qemu, guest=guest, accel=accel, cpus=cpus, memory_mib=memory_mib, progress=progress
     )
 
 
-def _guest_files(name: str | None, arch: str, progress: Progress) -> GuestFiles:
+def _find_image(name: str | None, progress: Progress) -> Image:
     store = ImageStore()
-    image = store.ensure(ImageSpec(arch=arch), progress) if name is None else store.get(name)
-    agent = guest_binary(arch)
+    return store.ensure(ImageSpec(arch=host_arch()), progress) if name is None else store.get(name)
+
+
+def _guest_files(image: Image) -> GuestFiles:
+    agent = guest_binary(image.manifest.arch)
     files = _boot_files(image.path, image, agent, agent.stat().st_mtime_ns)
     if not files.boot.initrd.exists():  # pruned since
         _boot_files.cache_clear()

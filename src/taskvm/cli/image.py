@@ -22,11 +22,19 @@ def image() -> None:
 )
 @click.option("--suite", default=ImageSpec().suite, show_default=True, help="Debian suite.")
 @click.option("--include", multiple=True, metavar="PKG", help="A further package to install.")
+@click.option(
+    "--arch",
+    type=click.Choice(["x86_64", "aarch64"]),
+    default=ImageSpec().arch,
+    help="Processor of the guest. [default: this host's]",
+)
 @click.option("--name", metavar="NAME", help="Give the image a name.")
-def image_build(mirror: str | None, suite: str, include: tuple[str, ...], name: str | None) -> None:
+def image_build(
+    mirror: str | None, suite: str, include: tuple[str, ...], arch: str, name: str | None
+) -> None:
     """Build a guest image (about a minute), whether or not it was built before."""
     store = ImageStore()
-    built = store.build(ImageSpec(suite=suite, mirror=mirror, include=include), progress)
+    built = store.build(ImageSpec(suite=suite, mirror=mirror, include=include, arch=arch), progress)
     if name is not None:
         store.tag(built, name)
     click.echo(built.digest)

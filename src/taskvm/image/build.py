@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,13 +56,21 @@ def build_assets(spec: ImageSpec, target: Path, progress: Callable[[str], None])
     return BuiltAssets(release, packages)
 
 
+def runs_programs_of(debian_arch: str) -> bool:
+    """Whether the kernel runs them, itself or by an emulator that is registered with it (binfmt_misc)."""
+    tester = shutil.which("arch-test")
+    if tester is None:
+        return False
+    return subprocess.run([tester, debian_arch], capture_output=True, check=False).returncode == 0
+
+
 def _check_host(spec: ImageSpec, target: Path) -> None:
     operation = f"build a guest image of {spec.suite} for {spec.arch}"
-    if spec.arch != host_architecture():
+    if spec.arch != host_architecture() and not runs_programs_of(spec.debian_arch):
         raise ImageError(
             operation,
-            f"this host is {host_architecture()}, and its packages cannot be set up here",
-            f"Build it on a machine with a {spec.arch} processor and the same taskvm",
+            f"this host is {host_architecture()} and runs no programs of {spec.arch}, whose packages set themselves up",
+            "Let it: apt-get install arch-test qemu-user-static binfmt-support",
         )
     for name, package in _TOOLS.items():
         require_tool(name, package)

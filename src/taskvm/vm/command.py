@@ -58,7 +58,9 @@ class MachineShape:
         """
         if self.accelerator == "kvm":
             return "host"
-        return "max,-erms,-fsrm" if self.arch == "x86_64" else "max"
+        # pauth-impdef: pointers are signed with a cheap hash, not by the architecture's cipher, which is expensive to
+        # emulate (QEMU, docs/system/arm/cpu-features.rst).
+        return "max,-erms,-fsrm" if self.arch == "x86_64" else "max,pauth-impdef=on"
 
     @property
     def kernel_arguments(self) -> str:

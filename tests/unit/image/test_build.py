@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 
 from taskvm.errors import ImageError
-from taskvm.image.build import build_assets
+from taskvm.image.build import build_assets, runs_programs_of
 from taskvm.image.manifest import DEBIAN_ARCHITECTURES, ImageSpec
 
 
@@ -25,11 +25,26 @@ def refuse_progress(line: str) -> None:
     raise AssertionError(line)
 
 
-def test_another_architecture_cannot_be_built_here(tmp_path: Path) -> None:
+def test_another_architecture_needs_a_host_that_runs_its_programs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     foreign = next(name for name in DEBIAN_ARCHITECTURES if name != platform.machine())
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
 
-    with pytest.raises(ImageError, match=f"on a machine with a {foreign} processor"):
+    with pytest.raises(ImageError, match=f"runs no programs of {foreign}.*qemu-user-static"):
         build_assets(ImageSpec(arch=foreign), tmp_path, refuse_progress)
+
+
+@pytest.mark.parametrize(("status", "runs"), [(0, True), (1, False)])
+def test_whether_the_host_runs_programs_is_asked_of_arch_test(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, runs: bool
+) -> None:
+    tester = tmp_path / "arch-test"
+    tester.write_text(f'#!/bin/sh\ntest "$1" = arm64 && exit {status}\n')
+    tester.chmod(0o700)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+    assert runs_programs_of("arm64") is runs
 
 
 def test_a_full_disk_is_noticed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

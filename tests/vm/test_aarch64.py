@@ -1,0 +1,77 @@
+"""A guest of another processor than the host's: emulated, and otherwise like any. The image is built once (minutes)."""
+
+import pytest
+
+from taskvm import HostDir, ImageSpec, ImageStore, Sandbox, examine
+from taskvm.image.build import runs_programs_of
+from taskvm.image.manifest import DEBIAN_ARCHITECTURES
+from taskvm.vm.qemu import host_arch
+
+OTHER = "aarch64" if host_arch() == "x86_64" else "x86_64"
+pytestmark = [
+    pytest.mark.vm,
+    pytest.mark.timeout(900),  # the first run builds the image under emulation
+    pytest.mark.skipif(
+        not runs_programs_of(DEBIAN_ARCHITECTURES[OTHER]),
+        reason=f"this host runs no {OTHER} programs (binfmt_misc), so it cannot build an image of them",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def image() -> str:
+    return ImageStore().ensure(ImageSpec(arch=OTHER), print).digest
+
+
+async def test_a_guest_of_the_other_processor_runs_commands_and_serves_files(
+    image: str, workspace: object
+) -> None:
+    """Forked from a warm template of its own: commands, files, a terminal, a mount, limits."""
+    mounts = {"/workspace": HostDir(str(workspace))}
+    async with Sandbox.create(image=image, cpus=1, memory_mib=256, mounts=mounts) as vm:
+        machine = await vm.exec("uname -m; python3 -c 'print(6 * 7)'; git --version", check=True)
+        failed = await vm.exec("echo out; echo err >&2; exit 3")
+        await vm.files.write_bytes("/tmp/data", bytes(range(256)) * 4096)
+        back = await vm.files.read_bytes("/tmp/data")
+        await vm.exec("sha256sum /tmp/data > /workspace/sum", check=True)
+        async with await vm.spawn("stty size; exit 7", pty=(30, 100)) as shell:
+            screen = b"".join([piece async for piece in shell.stdout])
+        killed = await vm.exec("sleep 100 & sleep 100", timeout_s=1)
+
+        assert machine.stdout.split("\n")[:2] == [OTHER, "42"]
+        assert (failed.stdout, failed.stderr, failed.exit_code) == ("out\n", "err\n", 3)
+        assert back == bytes(range(256)) * 4096
+        assert screen.split() == [b"30", b"100"]
+        assert killed.timed_out
+        assert killed.usage is not None
+        assert killed.usage.processes_peak >= 2
+        assert vm.accelerator == "tcg"
+
+
+async def test_two_forks_of_the_other_processor_share_nothing_that_must_be_unique(
+    image: str,
+) -> None:
+    ask = "cat /proc/sys/kernel/random/uuid /etc/machine-id; hostname; date +%Y"
+    answers = []
+    for _ in range(2):
+        async with Sandbox.create(image=image, cpus=1, memory_mib=256) as vm:
+            answers.append((await vm.exec(ask, check=True)).stdout.split())
+
+    (*first, year), (*second, _) = answers
+    assert not set(first) & set(second)
+    assert int(year) >= 2025
+
+
+async def test_the_network_of_the_other_processor_is_closed_unless_allowed(image: str) -> None:
+    async with Sandbox.create(image=image, cpus=1, memory_mib=256) as vm:
+        refused = await vm.exec("curl -sS --max-time 10 http://example.com/")
+
+        assert not refused.ok
+        assert '"decision":"deny"' in vm.audit_path.read_text()
+
+
+async def test_the_doctor_knows_both_processors() -> None:
+    (finding,) = [each for each in await examine() if each.name == "other guests"]
+
+    assert finding.status == "ok"
+    assert finding.text.startswith(f"{OTHER} by TCG")
