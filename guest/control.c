@@ -19,6 +19,7 @@
 #include "kernel.h"
 #include "log.h"
 #include "pool.h"
+#include "review.h"
 #include "watch.h"
 
 #ifndef AGENT_VERSION
@@ -152,6 +153,8 @@ static const struct operation {
 	{"readlink", files_readlink, &file_pool, false},
 	{"mount", fusepump_mount, &file_pool, false},
 	{"unmount", fusepump_unmount, &file_pool, false},
+	{"renew", fusepump_renew, &file_pool, false},
+	{"settle", review_settle, &file_pool, false},
 	{"poweroff", turn_off, &file_pool, false},
 	{"watch", watch_run, &watch_pool, false},
 	{"grow", grow_root, &file_pool, false},

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "kernel.h"
+#include "review.h"
 #include "tree.h"
 
 enum { MODE_BITS = 07777 };
@@ -297,6 +298,7 @@ void files_stat(struct transfer *transfer)
 
 struct listing {
 	struct transfer *transfer;
+	bool layer; /* it is an upper directory of overlayfs: tell what each entry stands for */
 	size_t used;
 	uint8_t bytes[MAX_DATA];
 };
@@ -319,11 +321,15 @@ static bool add_entry(struct listing *listing, int directory, const char *name)
 		return false;
 	uint8_t *place = listing->bytes + listing->used;
 	struct msgpack_writer map = {.bytes = place + 4, .capacity = ENTRY_ROOM - 4};
-	msgpack_write_map(&map, 5);
+	msgpack_write_map(&map, listing->layer ? 6 : 5);
 	msgpack_write_string(&map, "name");
 	msgpack_write_bytes(&map, name, strlen(name));
 	write_type(&map, &status);
 	write_mtime(&map, &status);
+	if (listing->layer) {
+		msgpack_write_string(&map, "mark");
+		msgpack_write_string(&map, review_mark(directory, name, &status));
+	}
 	encode_u32(place, (uint32_t)map.length);
 	listing->used += 4 + map.length;
 	return true;
@@ -361,6 +367,7 @@ void files_list(struct transfer *transfer)
 	} else {
 		transfer_done(transfer);
 		listing->transfer = transfer;
+		listing->layer = request_flag(transfer->request, "layer", false);
 		listing->used = 0;
 		send_entries(listing, entries);
 		closedir(entries);

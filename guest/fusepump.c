@@ -19,6 +19,7 @@
 
 #include "kernel.h"
 #include "log.h"
+#include "review.h"
 #include "tree.h"
 
 /* INIT offers 128 KiB; larger reads would arrive in pieces of twice that. */
@@ -38,7 +39,8 @@ struct fuse_mount {
 	struct fuse_mount *next;
 	uint32_t id;
 	int fd, users; /* the table and each thread that holds it; under `mounts_lock` */
-	char path[PATH_MAX];
+	char path[PATH_MAX]; /* where the host's files are */
+	char layer[PATH_MAX], view[PATH_MAX]; /* of a review mount: its directory, and where programs see it; else empty */
 
 	pthread_mutex_t lock;
 	pthread_cond_t news;
@@ -283,6 +285,15 @@ void fusepump_start(int fd)
 
 /* Operations. */
 
+static bool read_places(struct fuse_mount *mount, const struct request *request, struct failure *failure)
+{
+	struct msgpack_value layer;
+	if (!request_find(request, "layer", &layer) || layer.type != MSGPACK_BYTES)
+		return request_path(request, "path", mount->path, failure);
+	return request_path(request, "path", mount->view, failure) && request_path(request, "layer", mount->layer, failure) &&
+	       review_lower(mount->layer, mount->path, failure);
+}
+
 static struct fuse_mount *mount_new(const struct request *request, struct failure *failure)
 {
 	struct fuse_mount *mount = calloc(1, sizeof(*mount));
@@ -298,7 +309,7 @@ static struct fuse_mount *mount_new(const struct request *request, struct failur
 	pthread_mutex_init(&mount->lock, NULL);
 	pthread_cond_init(&mount->news, NULL);
 	mount->fd = -1;
-	if (request_path(request, "path", mount->path, failure)) {
+	if (read_places(mount, request, failure)) {
 		mount->fd = open("/dev/fuse", O_RDWR | O_CLOEXEC);
 		if (mount->fd >= 0)
 			return mount;
@@ -360,6 +371,12 @@ static bool start_thread(struct fuse_mount *mount, void *(*run)(void *), struct 
 	return fail_call(failure, error, "pthread_create");
 }
 
+static bool cover(const struct fuse_mount *mount, struct failure *failure)
+{
+	return !mount->layer[0] ||
+	       (make_mount_point(mount->view, failure) && review_cover(mount->layer, mount->view, failure));
+}
+
 /* The reader begins after mount(2): before it, /dev/fuse belongs to no file system. */
 static bool bring_up(struct fuse_mount *mount, bool readonly, struct failure *failure)
 {
@@ -367,7 +384,7 @@ static bool bring_up(struct fuse_mount *mount, bool readonly, struct failure *fa
 		return false;
 	bool attached = attach(mount, readonly, failure);
 	if (attached && start_thread(mount, write_notifications, failure) &&
-	    start_thread(mount, read_requests, failure) && prove(mount, failure))
+	    start_thread(mount, read_requests, failure) && prove(mount, failure) && cover(mount, failure))
 		return true;
 	mount_end(mount);
 	if (attached)
@@ -385,14 +402,33 @@ void fusepump_mount(struct transfer *transfer)
 	answer(transfer, good, &failure);
 }
 
+static struct fuse_mount *requested_mount(const struct request *request, struct failure *failure)
+{
+	int64_t id = request_integer(request, "id", -1);
+	struct fuse_mount *mount = id < 0 || id > UINT32_MAX ? NULL : mount_get((uint32_t)id);
+	if (!mount)
+		fail_call(failure, ENOENT, "id");
+	return mount;
+}
+
 void fusepump_unmount(struct transfer *transfer)
 {
 	struct failure failure = {0};
-	int64_t id = request_integer(transfer->request, "id", -1);
-	struct fuse_mount *mount = id < 0 || id > UINT32_MAX ? NULL : mount_get((uint32_t)id);
-	bool good = mount != NULL || fail_call(&failure, ENOENT, "id");
+	struct fuse_mount *mount = requested_mount(transfer->request, &failure);
+	bool good = mount && (!mount->layer[0] || review_uncover(mount->view, &failure));
 	if (good && umount2(mount->path, UMOUNT_NOFOLLOW) < 0)
 		good = fail_call(&failure, errno, "umount");
+	if (mount)
+		mount_put(mount);
+	answer(transfer, good, &failure);
+}
+
+void fusepump_renew(struct transfer *transfer)
+{
+	struct failure failure = {0};
+	struct fuse_mount *mount = requested_mount(transfer->request, &failure);
+	bool good = mount && (mount->layer[0] ? review_renew(mount->layer, mount->view, &failure)
+					      : fail_call(&failure, EINVAL, "id"));
 	if (mount)
 		mount_put(mount);
 	answer(transfer, good, &failure);

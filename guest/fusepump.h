@@ -9,5 +9,6 @@ void fusepump_start(int fd);
 /* The operations of the control port. */
 void fusepump_mount(struct transfer *transfer);
 void fusepump_unmount(struct transfer *transfer);
+void fusepump_renew(struct transfer *transfer);
 
 #endif

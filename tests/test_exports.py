@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # 0.2 on a quiet machine; CPU time grows by half when its cores are shared.
 MAX_IMPORT_S = 0.45
 # Public on the asynchronous class for the engine's own use, which has no blocking form.
-ENGINES_OWN = {"WarmPool.take"}
+ENGINES_OWN = {"Files.list_layer", "Files.settle_layer", "WarmPool.take"}
 # What is awaited or entered; the blocking surface returns the thing itself, which is entered.
 AWAITED = {"Opening"}
 TWINS = [name for name in sync.__all__ if getattr(sync, name) is not getattr(taskvm, name)]

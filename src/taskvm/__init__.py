@@ -7,6 +7,7 @@ async with Sandbox.create(mounts={"/workspace": HostDir(".")}, allow=["api.examp
 from taskvm.audit import AuditEvent
 from taskvm.auditreading import find_audit_log, read_audit
 from taskvm.cache import Cache
+from taskvm.changes import Change, ChangeSet, Outcome, printable
 from taskvm.checkpoint import Checkpoint, CheckpointStore
 from taskvm.doctor import Finding, examine, render_findings
 from taskvm.errors import (
@@ -73,6 +74,10 @@ __all__ = [
     "FileWatch",
     "FileChange",
     "CopyLimits",
+    "ChangeSet",
+    "Change",
+    "Outcome",
+    "printable",
     "Policy",
     "Decision",
     "explain",

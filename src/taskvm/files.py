@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import builtins
 import os
 import struct
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
@@ -28,6 +29,7 @@ from taskvm.wire.control import (
     FileType,
     LinkTarget,
     ListRequest,
+    Mark,
     MkdirRequest,
     ReadlinkRequest,
     ReadRequest,
@@ -35,6 +37,7 @@ from taskvm.wire.control import (
     RemoveRequest,
     RenameRequest,
     Request,
+    SettleRequest,
     StatRequest,
     SymlinkRequest,
     WatchRequest,
@@ -51,8 +54,8 @@ MAX_CONCURRENT = 32
 MAX_READ_BYTES = 256 * 1024 * 1024
 # A listing becomes objects, five times its size: this is about 200 000 entries.
 MAX_LISTING_BYTES = 16 * 1024 * 1024
-# Removing a large tree takes the guest's kernel minutes; all else is one system call.
-REMOVE_TREE_TIMEOUT_S = 600.0
+# Removing or copying a large tree takes the guest's kernel minutes; all else is one system call.
+TREE_TIMEOUT_S = 600.0
 # Walking a large tree on a mount, a directory a millisecond.
 WATCH_TIMEOUT_S = 120.0
 _NOT_FOUND = 2  # ENOENT in linux/errno-base.h
@@ -235,8 +238,21 @@ class Files:
 
         Raises UsageError when they take more than MAX_LISTING_BYTES.
         """
+        return [_file_info(entry) for entry in await self._list(path, layer=False)]
+
+    async def list_layer(self, path: GuestPath) -> builtins.list[tuple[FileInfo, Mark | None]]:
+        """Return the entries of a directory of overlayfs' upper layer, each with what it stands for."""
+        return [(_file_info(entry), entry.mark) for entry in await self._list(path, layer=True)]
+
+    async def settle_layer(self, path: GuestPath) -> None:
+        """Copy all below `path`, in a file system with an upper layer, into that layer."""
+        operation = f"copy {path} into its layer"
+        request = SettleRequest(path=_encoded(path, operation))
+        await self._request(request, Done, operation, TREE_TIMEOUT_S)
+
+    async def _list(self, path: GuestPath, *, layer: bool) -> builtins.list[DirEntry]:
         operation = f"list {path}"
-        request = ListRequest(path=_encoded(path, operation))
+        request = ListRequest(path=_encoded(path, operation), layer=layer)
         async with self._slots:
             call = self._control.open_call(request, operation, channels=(1,))
             try:
@@ -347,7 +363,7 @@ class Files:
         request = RemoveRequest(
             path=_encoded(path, operation), recursive=recursive, missing_ok=missing_ok
         )
-        timeout_s = REMOVE_TREE_TIMEOUT_S if recursive else None
+        timeout_s = TREE_TIMEOUT_S if recursive else None
         await self._request(request, Done, operation, timeout_s)
 
     async def _request(
@@ -405,7 +421,7 @@ async def _once(data: bytes) -> AsyncIterator[bytes]:
     yield data
 
 
-def _entries(listing: bytes) -> list[FileInfo]:
+def _entries(listing: bytes) -> list[DirEntry]:
     entries = []
     position = 0
     while position < len(listing):
@@ -417,13 +433,15 @@ def _entries(listing: bytes) -> list[FileInfo]:
         if isinstance(entry, Failure):
             raise ValueError("an entry is a failure")
         position += size
-        entries.append(
-            FileInfo(
-                name=os.fsdecode(entry.name),
-                type=entry.type,
-                mode=entry.mode,
-                size=entry.size,
-                mtime_ns=entry.mtime_ns,
-            )
-        )
+        entries.append(entry)
     return entries
+
+
+def _file_info(entry: DirEntry) -> FileInfo:
+    return FileInfo(
+        name=os.fsdecode(entry.name),
+        type=entry.type,
+        mode=entry.mode,
+        size=entry.size,
+        mtime_ns=entry.mtime_ns,
+    )

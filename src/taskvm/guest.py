@@ -30,6 +30,7 @@ from taskvm.identity import (
     refresh_request,
     trust_requests,
 )
+from taskvm.mounted import ReviewMount
 from taskvm.net.auditlog import AuditLog
 from taskvm.net.certs import CertificateAuthority
 from taskvm.net.gateway import Gateway
@@ -52,6 +53,7 @@ from taskvm.wire.control import (
     ExecRequest,
     GrowRequest,
     MountRequest,
+    RenewRequest,
     Request,
     Started,
     SyncRequest,
@@ -60,6 +62,8 @@ from taskvm.wire.frames import PORT_NET
 
 # Writing what programs left in mapped pages of a mount back to the host, when a sandbox is closed.
 FLUSH_TIMEOUT_S = 10.0
+# Removing what a guest made of a large tree.
+RENEW_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +99,7 @@ class Guest:
         self.audit_path: Path = Path()
         self.watch: Watch | None = None
         self.gateway: Gateway | None = None
+        self.reviews: dict[str, ReviewMount] = {}
         self.layers: Layers = Layers(machine, run_dir.path)
         self._net: FramePort | None = None
         self._server: FsServer | None = None
@@ -288,8 +293,22 @@ class Guest:
             provider = mounts[path]
             server.add_mount(number, provider)
             self._flushes = self._flushes or not provider.readonly
-            request = MountRequest(id=number, path=path.encode(), readonly=provider.readonly)
+            review = ReviewMount.of(number, path, provider)
+            if review is not None:
+                self.reviews[path] = review
+            request = MountRequest(
+                id=number,
+                path=path.encode(),
+                readonly=provider.readonly,
+                layer=None if review is None else review.layer.encode(),
+            )
             await self._ask(request, f"mount {path} in the guest")
+
+    async def renew(self, review: ReviewMount) -> None:
+        """Drop what the guest changed in a review mount. Raises GuestError (EBUSY) while a program uses it."""
+        operation = f"discard the changes in {review.path}"
+        request = RenewRequest(id=review.id)
+        await self.control.request(request, Done, operation, RENEW_TIMEOUT_S)
 
     async def flush(self, *, urgent: bool = False) -> None:
         """Write what programs left in mapped pages of the mounts back to the host.

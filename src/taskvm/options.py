@@ -189,10 +189,10 @@ def _check_checkpoint_path(saved: Saved | None, provider: Provider) -> None:
 
 
 def is_writable_in(provider: Provider, path: Path) -> bool:
-    """Say whether a guest that `provider` is mounted in may write to the host's `path`."""
+    """Say whether what a guest writes, where `provider` is mounted, may come to the host's `path`, by a review too."""
     if isinstance(provider, Wrapper) and not provider.readonly:
         return is_writable_in(provider.inner, path)
-    if provider.readonly or not isinstance(provider, HostDir):
+    if not isinstance(provider, HostDir) or provider.mode == "ro":
         return False
     return path.resolve().is_relative_to(provider.path)
 

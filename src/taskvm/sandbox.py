@@ -24,6 +24,7 @@ from typing import Literal, Self, Unpack
 import msgspec
 
 from taskvm.accounts import Account, Accounts
+from taskvm.changes import ChangeSet
 from taskvm.checkpoint import Checkpoint, checkpoint_path, find_checkpoint
 from taskvm.errors import (
     CommandError,
@@ -37,6 +38,7 @@ from taskvm.fs.provider import Provider
 from taskvm.guest import Guest
 from taskvm.launch import launch
 from taskvm.limits import LimitArguments
+from taskvm.mounted import ReviewMount
 from taskvm.net.gateway import Gateway
 from taskvm.net.ingress import LOCALHOST, Forward
 from taskvm.opening import Opening
@@ -55,6 +57,8 @@ from taskvm.process import KILL_TIMEOUT_S, Capture, ExecResult, Process, pty_siz
 from taskvm.resources import ExecLimits, bounds_of
 from taskvm.saving import save
 from taskvm.secret import Secret
+from taskvm.survey import CHANGE_LIMITS, take_changes
+from taskvm.treecopy import CopyLimits
 from taskvm.usage import Statistics, measure
 from taskvm.vm.warm import AcceleratorChoice
 from taskvm.wire.control import ExecRequest, Started
@@ -344,6 +348,30 @@ class Sandbox:
             await self.close()
         return Checkpoint(saved)
 
+    # What it changed.
+
+    async def changes(
+        self,
+        path: GuestPath = "/workspace",
+        *,
+        limits: CopyLimits = CHANGE_LIMITS,
+    ) -> ChangeSet:
+        """Copy what the guest changed in the review mount at `path`, to be looked at and applied.
+
+        The set is of this moment: take it when the programs that write there have ended. Raises UsageError when
+        nothing is mounted there in the mode "review", CopyError when there are more files than `limits` allow,
+        HostError, SandboxStateError, SandboxLostError.
+        """
+        return await take_changes(self.files, self._review(path, "take the changes in"), limits)
+
+    async def discard(self, path: GuestPath = "/workspace") -> None:
+        """Drop what the guest changed in the review mount at `path`: it shows the host's files as they are now.
+
+        Raises GuestError (EBUSY) while a program of the guest has a file open or its directory there; UsageError,
+        SandboxStateError, SandboxLostError.
+        """
+        await self._guest.renew(self._review(path, "discard the changes in"))
+
     async def close(self) -> None:
         """End the sandbox and everything in it, and remove what it kept on the host. Idempotent.
 
@@ -440,6 +468,17 @@ class Sandbox:
     def _gateway(self) -> Gateway:
         assert self._guest.gateway is not None, "a sandbox's guest is equipped"
         return self._guest.gateway
+
+    def _review(self, path: GuestPath, operation: str) -> ReviewMount:
+        self._require_running(f"{operation} {path}")
+        review = self._guest.reviews.get(str(path))
+        if review is None:
+            raise UsageError(
+                f"{operation} {path}",
+                "no directory is mounted there for review",
+                'Mount it with HostDir(path, mode="review")',
+            )
+        return review
 
     def _require_running(self, operation: str) -> None:
         if self._state == "lost":

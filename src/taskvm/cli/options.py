@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Concatenate, ParamSpec
+from typing import Concatenate, Literal, ParamSpec
 
 import click
 import msgspec
@@ -78,8 +78,8 @@ SANDBOX_OPTIONS = (
         "--mount",
         "mounts",
         multiple=True,
-        metavar="HOST:GUEST[:ro]",
-        help="Mount a host directory, read-write or read-only.",
+        metavar="HOST:GUEST[:MODE]",
+        help="Mount a host directory: rw (the default), ro, or review: changes stay in the guest until you apply them.",
     ),
     click.option(
         "--hide",
@@ -318,6 +318,13 @@ def _ignore(arguments: SandboxArguments) -> None:
     """For a command that is only parsed."""
 
 
+_MOUNT_MODES: dict[str, Literal["direct", "ro", "review"]] = {
+    "rw": "direct",
+    "ro": "ro",
+    "review": "review",
+}
+
+
 def _absolute_mount(text: str) -> str:
     host, colon, rest = text.partition(":")
     return f"{Path(host or '.').absolute()}{colon}{rest}"
@@ -329,13 +336,16 @@ def _absolute(path: str | None) -> str | None:
 
 def _mount(text: str, hide: tuple[str, ...]) -> tuple[str, Provider]:
     parts = text.split(":")
-    if len(parts) == 3 and parts[2] in ("ro", "rw"):
-        host, guest, mode = parts
-    elif len(parts) == 2:
-        (host, guest), mode = parts, "rw"
-    else:
-        raise UsageError(f"read --mount {text}", "it is not HOST:GUEST or HOST:GUEST:ro")
-    directory = HostDir(host or ".", mode="ro" if mode == "ro" else "direct")
+    if len(parts) == 2:
+        parts.append("rw")
+    if len(parts) != 3 or parts[2] not in _MOUNT_MODES:
+        raise UsageError(
+            f"read --mount {text}",
+            "it is not HOST:GUEST or HOST:GUEST:MODE",
+            "MODE is rw, ro or review",
+        )
+    host, guest, mode = parts
+    directory = HostDir(host or ".", mode=_MOUNT_MODES[mode])
     return guest, Shadow(directory, hide) if hide else directory
 
 

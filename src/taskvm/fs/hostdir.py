@@ -16,7 +16,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
@@ -24,6 +24,7 @@ from taskvm.errors import UsageError
 from taskvm.fs import inotify, syscalls
 from taskvm.fs.coherence import Coherence
 from taskvm.fs.hosttree import CONTENT, NODE, HostTree, through_proc
+from taskvm.fs.lower import Lower
 from taskvm.fs.nodes import HostNode, NodeState, identity
 from taskvm.fs.provider import Absent, DirEntry, Entry, Node, Provider, Source, refuse
 from taskvm.fs.specials import END_OFFSET, FIRST_OFFSET, Special, Specials, SpecialState
@@ -32,6 +33,7 @@ from taskvm.fs.syscalls import HostAttr
 from taskvm.wire.fuse import SetAttr, SetAttrField
 from taskvm.wire.fuse_replies import Lifetime, StatFs
 
+Mode = Literal["direct", "ro", "review"]
 # One COPY_FILE_RANGE occupies the server's thread; the guest asks again for the rest.
 COPY_CHUNK = 16 * 1024 * 1024
 
@@ -47,24 +49,26 @@ class HostDirState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class HostDir(Provider):
-    """Serves the directory `path`, which must exist; `mode` "ro" refuses every change."""
+    """Serves the directory `path`, which must exist; `mode` "ro" refuses every change.
 
-    def __init__(
-        self, path: str | os.PathLike[str], *, mode: Literal["direct", "ro"] = "direct"
-    ) -> None:
-        if mode not in ("direct", "ro"):
+    With "review" the guest changes a view of it, and `Sandbox.changes` brings what it did, to be looked at and applied.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, mode: Mode = "direct") -> None:
+        if mode not in get_args(Mode):
             raise UsageError(
                 f"serve the directory {os.fspath(path)}",
                 f"mode {mode!r} does not exist",
-                "Use direct or ro",
+                "Use direct, ro or review",
             )
         resolved = _resolve(path)
         root = os.open(resolved, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._begin(resolved, mode == "ro", root)
+        self._begin(resolved, mode, root)
 
-    def _begin(self, path: Path, readonly: bool, root: int, *, live: bool = False) -> None:
+    def _begin(self, path: Path, mode: Mode, root: int, *, live: bool = False) -> None:
         self.path = path
-        self.readonly = readonly
+        self.mode = mode
+        self.readonly = mode != "direct"
         self._tree = HostTree(root)
         self._nodes = self._tree.nodes
         self._specials = Specials()
@@ -73,14 +77,18 @@ class HostDir(Provider):
         self.lasting = self._coherence.fd is not None
 
     def __repr__(self) -> str:
-        return f"HostDir({str(self.path)!r}, mode={'ro' if self.readonly else 'direct'!r})"
+        return f"HostDir({str(self.path)!r}, mode={self.mode!r})"
 
-    def opened(self) -> HostDir:
+    def opened(self) -> Provider:
         # The same directory, not what is at its path by now: another mount's guest may have replaced that.
         served = HostDir.__new__(HostDir)
-        served._begin(self.path, self.readonly, os.dup(self._tree.root), live=True)
+        served._begin(self.path, self.mode, os.dup(self._tree.root), live=True)
         served.xattrs = self.xattrs
-        return served
+        return Lower(served) if self.mode == "review" else served
+
+    def open_root(self) -> int:
+        """Return a new descriptor (O_PATH) of the directory that is served, wherever it is by now."""
+        return os.dup(self._tree.root)
 
     def close(self) -> None:
         self._coherence.close()

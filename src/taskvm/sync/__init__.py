@@ -8,6 +8,7 @@ with Sandbox.create(mounts={"/workspace": HostDir(".")}) as vm:
 Values, providers and errors are those of `taskvm`. Callbacks and iterators of yours run in the thread that called.
 """
 
+from taskvm.changes import Change, ChangeSet, Outcome, printable
 from taskvm.files import FileInfo
 from taskvm.filewatch import FileChange
 from taskvm.fs.hostdir import HostDir
@@ -46,6 +47,10 @@ __all__ = [  # noqa: RUF022  # most important first, as in taskvm
     "FileWatch",
     "FileChange",
     "CopyLimits",
+    "ChangeSet",
+    "Change",
+    "Outcome",
+    "printable",
     "WarmPool",
     "Limits",
     "Statistics",

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Self, Unpack
 
 from taskvm import sandbox as aio
+from taskvm.changes import ChangeSet
 from taskvm.files import GuestPath
 from taskvm.fs.provider import Provider
 from taskvm.limits import LimitArguments
@@ -23,12 +24,14 @@ from taskvm.process import ExecResult
 from taskvm.resources import ExecLimits
 from taskvm.sandbox import Command, State
 from taskvm.secret import Secret
+from taskvm.survey import CHANGE_LIMITS
 from taskvm.sync.bridge import Bridge, Call
 from taskvm.sync.checkpoint import Checkpoint
 from taskvm.sync.files import Files
 from taskvm.sync.forward import Forward
 from taskvm.sync.pool import WarmPool
 from taskvm.sync.process import Process
+from taskvm.treecopy import CopyLimits
 from taskvm.usage import Statistics
 from taskvm.vm.warm import AcceleratorChoice
 
@@ -277,6 +280,30 @@ class Sandbox:
         if stop:
             self.close()
         return Checkpoint(saved)
+
+    # What it changed.
+
+    def changes(
+        self,
+        path: GuestPath = "/workspace",
+        *,
+        limits: CopyLimits = CHANGE_LIMITS,
+    ) -> ChangeSet:
+        """Copy what the guest changed in the review mount at `path`, to be looked at and applied.
+
+        The set is of this moment: take it when the programs that write there have ended. Raises UsageError when
+        nothing is mounted there in the mode "review", CopyError when there are more files than `limits` allow,
+        HostError, SandboxStateError, SandboxLostError.
+        """
+        return self._bridge.call(self._sandbox.changes, path, limits=limits)
+
+    def discard(self, path: GuestPath = "/workspace") -> None:
+        """Drop what the guest changed in the review mount at `path`: it shows the host's files as they are now.
+
+        Raises GuestError (EBUSY) while a program of the guest has a file open or its directory there; UsageError,
+        SandboxStateError, SandboxLostError.
+        """
+        self._bridge.call(self._sandbox.discard, path)
 
     def close(self) -> None:
         """End the sandbox and everything in it, and remove what it kept on the host. Idempotent.

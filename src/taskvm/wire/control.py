@@ -11,6 +11,9 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
+# What an entry of an upper directory stands for: a name that is gone, a directory that hides the lower one, one that
+# shows another of the lower layer (it was renamed), what was copied from the lower layer, what was made.
+Mark = Literal["whiteout", "opaque", "redirect", "copied", "new"]
 FileType = Literal["file", "dir", "symlink", "fifo", "socket", "block", "char"]
 # The kernel's own limit of an errno (MAX_ERRNO in linux/err.h).
 MAX_ERRNO = 4095
@@ -122,7 +125,10 @@ class ReadlinkRequest(_Request, frozen=True, kw_only=True, tag="readlink"):
 
 
 class ListRequest(_Request, frozen=True, kw_only=True, tag="list"):
+    """With `layer` the directory is one of overlayfs' upper layer, and each entry says what it stands for."""
+
     path: bytes
+    layer: bool = False
 
 
 class MkdirRequest(_Request, frozen=True, kw_only=True, tag="mkdir"):
@@ -159,13 +165,28 @@ class GrowRequest(_Request, frozen=True, kw_only=True, tag="grow"):
 
 
 class MountRequest(_Request, frozen=True, kw_only=True, tag="mount"):
+    """With `layer`, a directory of the guest's disk, changes are kept there by overlayfs."""
+
     id: int
     path: bytes
     readonly: bool = False
+    layer: bytes | None = None
 
 
 class UnmountRequest(_Request, frozen=True, kw_only=True, tag="unmount"):
     id: int
+
+
+class RenewRequest(_Request, frozen=True, kw_only=True, tag="renew"):
+    """Drop what the layer of a mount holds."""
+
+    id: int
+
+
+class SettleRequest(_Request, frozen=True, kw_only=True, tag="settle"):
+    """Copy all below a path into the layer: what was renamed needs the host's directory of the old name no more."""
+
+    path: bytes
 
 
 class SyncRequest(_Request, frozen=True, kw_only=True, tag="sync"):
@@ -194,6 +215,8 @@ Request = (
     | GrowRequest
     | MountRequest
     | UnmountRequest
+    | RenewRequest
+    | SettleRequest
     | SyncRequest
     | PoweroffRequest
 )
@@ -283,6 +306,7 @@ class DirEntry(_Answer, frozen=True, kw_only=True):
     mode: _Mode
     size: _Count
     mtime_ns: int
+    mark: Mark | None = None
 
     def __post_init__(self) -> None:
         if self.name in (b"", b".", b"..") or b"/" in self.name or b"\0" in self.name:

@@ -73,7 +73,7 @@ def test_what_is_no_directory_cannot_be_served(tmp_path: Path, make: object) -> 
 
 
 def test_a_mode_that_does_not_exist_is_refused(host: Path) -> None:
-    with pytest.raises(UsageError, match="Use direct or ro"):
+    with pytest.raises(UsageError, match="Use direct, ro or review"):
         HostDir(host, mode="rw")  # type: ignore[arg-type] - the mistake
 
 
