@@ -138,7 +138,7 @@ def test_a_tree_goes_in_and_comes_out(work: str, tmp_path: Path) -> None:
 
 def test_a_detached_command_runs_to_its_end_and_is_remembered(runtime: Path) -> None:
     """Its output and its status are there after both ends; the sandbox has ended with it."""
-    script = "echo out; echo err >&2; sleep 1; echo last; exit 4"
+    script = "cat; echo out; echo err >&2; sleep 1; echo last; exit 4"  # its input is empty
     started = taskvm("run", "-d", *SMALL, "--name", "job", "--", "sh", "-c", script)
     followed = taskvm("logs", "-f", "job")
     status = taskvm("attach", "job").returncode
@@ -153,7 +153,7 @@ def test_a_detached_command_runs_to_its_end_and_is_remembered(runtime: Path) -> 
 
 def test_a_command_is_left_in_the_background(work: str) -> None:
     """Its number finds it again."""
-    script = "while ! test -e /tmp/on; do sleep 0.1; done; echo over; exit 3"
+    script = "cat; while ! test -e /tmp/on; do sleep 0.1; done; echo over; exit 3"
     number = taskvm("exec", "-d", work, "sh", "-c", script).stdout.strip()
 
     taskvm("exec", work, "touch", "/tmp/on")

@@ -132,6 +132,7 @@ def exec_(
             user=user,
             pty=(terminal.size if terminal else DEFAULT_SIZE) if tty else None,
             timeout_s=timeout,
+            stdin=tty or not detach,
         )
         started.append(attached)
         if detach:
@@ -175,7 +176,11 @@ def attach(detach_keys: str, sandbox: str, number: int | None) -> None:
 
 
 def make_launch(
-    arguments: SandboxArguments, command: tuple[str, ...], pty: tuple[int, int] | None
+    arguments: SandboxArguments,
+    command: tuple[str, ...],
+    pty: tuple[int, int] | None,
+    *,
+    stdin: bool = True,
 ) -> Launch:
     """Return the main command of a sandbox in the supervisor."""
     return Launch(
@@ -184,6 +189,7 @@ def make_launch(
         env=terminal_environment(arguments.env) if pty else {},
         user=arguments.user,
         pty=pty,
+        stdin=stdin,
         timeout_s=arguments.timeout,
     )
 

@@ -67,7 +67,7 @@ def _execute(arguments: SandboxArguments, command: tuple[str, ...], *, tty: bool
 async def _detach(
     arguments: SandboxArguments, command: tuple[str, ...], name: str | None, *, tty: bool
 ) -> int:
-    launch = make_launch(arguments, command, DEFAULT_SIZE if tty else None)
+    launch = make_launch(arguments, command, DEFAULT_SIZE if tty else None, stdin=tty)
     click.echo((await start_held(arguments, launch, name)).id)
     return 0
 

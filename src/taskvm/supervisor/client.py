@@ -102,10 +102,12 @@ class Supervisor:
         user: str | None = None,
         pty: tuple[int, int] | None = None,
         timeout_s: float | None = None,
+        stdin: bool = True,
     ) -> Attachment:
         """Start a command in a sandbox and return it attached; the arguments are those of `Sandbox.spawn`.
 
-        Nothing of its output is skipped without a terminal: it waits for this program, until that detaches.
+        Without `stdin` its standard input is empty, as is right for one that is left alone. Nothing of its output is
+        skipped without a terminal: it waits for this program, until that detaches.
         """
         launch = Launch(
             command=[*command],
@@ -114,6 +116,7 @@ class Supervisor:
             user=user,
             pty=pty,
             timeout_s=timeout_s,
+            stdin=stdin,
         )
         return await self._attach(messages.ExecRequest(sandbox=sandbox, launch=launch))
 

@@ -96,6 +96,8 @@ class Holding:
         process = await self.vm.spawn(
             launch.command, cwd=launch.cwd, env=launch.env, pty=launch.pty, user=launch.user
         )
+        if not launch.stdin:
+            await process.close_stdin()
         self._last_number += 1
         job = self.jobs[self._last_number] = Job(self._last_number, process, launch)
         self._background.start(job.run(), f"command {job.number} of {self.vm.id}")

@@ -65,13 +65,17 @@ class ListRequest(Request, frozen=True, kw_only=True, tag="list"):
 
 
 class Launch(_Message, frozen=True, kw_only=True):
-    """A command: what `Sandbox.spawn` takes. `pty` is (rows, cols)."""
+    """A command: what `Sandbox.spawn` takes. `pty` is (rows, cols).
+
+    Without `stdin` its standard input is at its end: a command that nobody is attached to would wait for it.
+    """
 
     command: list[str]
     cwd: str | None = None
     env: dict[str, str] = {}
     user: str | None = None
     pty: tuple[int, int] | None = None
+    stdin: bool = True
     timeout_s: Annotated[float, Meta(gt=0)] | None = None
 
 
