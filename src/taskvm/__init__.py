@@ -29,10 +29,13 @@ from taskvm.errors import (
 from taskvm.explanation import Explanation, Step, explain
 from taskvm.files import FileInfo, Files
 from taskvm.filewatch import FileChange, FileWatch
+from taskvm.fs.hooks import Hooks, Operation
 from taskvm.fs.hostdir import HostDir
 from taskvm.fs.memory import Memory
 from taskvm.fs.provider import Provider
+from taskvm.fs.quota import Quota
 from taskvm.fs.readonly import ReadOnly
+from taskvm.fs.router import Router
 from taskvm.fs.shadow import Shadow
 from taskvm.fs.wrapper import Wrapper
 from taskvm.image.manifest import Image, ImageSpec
@@ -101,6 +104,10 @@ __all__ = [
     "Memory",
     "ReadOnly",
     "Shadow",
+    "Router",
+    "Quota",
+    "Hooks",
+    "Operation",
     "Wrapper",
     "Opening",
     "Forward",

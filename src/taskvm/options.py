@@ -13,6 +13,7 @@ from taskvm.checkpointfile import Saved
 from taskvm.errors import UsageError
 from taskvm.fs.hostdir import HostDir
 from taskvm.fs.provider import Provider
+from taskvm.fs.router import Router
 from taskvm.fs.wrapper import Wrapper
 from taskvm.limits import LimitArguments, Limits
 from taskvm.passthrough import NOTHING, Passthrough
@@ -190,6 +191,8 @@ def _check_checkpoint_path(saved: Saved | None, provider: Provider) -> None:
 
 def is_writable_in(provider: Provider, path: Path) -> bool:
     """Say whether what a guest writes, where `provider` is mounted, may come to the host's `path`, by a review too."""
+    if isinstance(provider, Router):
+        return any(is_writable_in(each, path) for each in provider.providers)
     if isinstance(provider, Wrapper) and not provider.readonly:
         return is_writable_in(provider.inner, path)
     if not isinstance(provider, HostDir) or provider.mode == "ro":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -10,7 +11,17 @@ from pathlib import Path
 import pytest
 from tests.conftest import GUEST
 
-from taskvm import HostDir, Memory, ReadOnly, Sandbox, Shadow
+from taskvm import (
+    Hooks,
+    HostDir,
+    Memory,
+    Operation,
+    Quota,
+    ReadOnly,
+    Router,
+    Sandbox,
+    Shadow,
+)
 
 pytestmark = pytest.mark.vm
 
@@ -74,6 +85,45 @@ async def test_providers_nest_and_each_mount_has_its_own(tmp_path: Path) -> None
 
     assert done.stdout == "datax\n1\n1\n"
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["file"]
+
+
+async def test_a_quota_holds_against_programs(workspace: Path) -> None:
+    """By dd, a hole, fallocate and many files; what is removed can be used again."""
+    limited = Quota(HostDir(workspace), limit_bytes=1 << 20, limit_files=20)
+    async with Sandbox.create(mounts={"/workspace": limited}, **GUEST) as vm:
+        await vm.exec(
+            "cd /workspace; dd if=/dev/zero of=big bs=64k count=100; truncate -s 1T hole; fallocate -l 2M more;"
+            " rm -f big hole more; for n in $(seq 100); do echo $n > f$n; done; cat f* > all"
+        )
+        kept = await vm.exec("df -B1 --output=size,iavail /workspace | tail -1")
+
+    files = list(workspace.iterdir())
+    assert len(files) == 20
+    assert sum(path.stat().st_size for path in files) <= 1 << 20
+    assert [int(number) for number in kept.stdout.split()][1] == 0
+
+
+async def test_a_router_and_hooks_serve_a_guest(workspace: Path) -> None:
+    """`mv` copies from one provider to the other, and what a hook refuses does not happen on the host."""
+    seen: list[str] = []
+
+    def guard(asked: Operation) -> None:
+        seen.append(f"{asked.name} {asked.path}")
+        if asked.path.endswith("/forbidden"):
+            raise PermissionError(errno.EACCES, "EACCES")
+
+    routed = Router({"/": HostDir(workspace), "/node_modules": Memory()})
+    hooked = Hooks(routed, before=guard)
+    async with Sandbox.create(mounts={"/workspace": hooked}, **GUEST) as vm:
+        done = await vm.exec(
+            "cd /workspace; mkdir -p a node_modules/b; echo data > a/file; mv a/file node_modules/b/;"
+            " cat node_modules/b/file; ls; touch forbidden; rmdir node_modules; echo $?"
+        )
+
+    assert done.stdout == "data\na\nnode_modules\n1\n"
+    assert sorted(path.name for path in workspace.rglob("*")) == ["a"]
+    assert "create /a/file" in seen
+    assert "create /node_modules/b/file" in seen
 
 
 def test_the_command_line_hides_files(project: Path) -> None:

@@ -10,12 +10,25 @@ from __future__ import annotations
 
 import errno
 
+import msgspec
+
 from taskvm.fs.provider import ROOT, Node, refuse
 
 Path = tuple[bytes, ...]
 
 # Far deeper than PATH_MAX allows; the host can move directories so that what was seen of them is a circle.
 MAX_DEPTH = 4096
+
+
+class PlaceState(msgspec.Struct, frozen=True, array_like=True):
+    """A place as it is saved."""
+
+    node: Node
+    directory: bool
+    references: int
+    handed: int
+    names: list[tuple[Node, bytes]]
+    last: list[bytes]
 
 
 class Place:
@@ -68,6 +81,10 @@ class Places:
             return self._by_node[node]
         except KeyError:
             raise refuse(errno.ESTALE) from None
+
+    def knows(self, node: Node) -> bool:
+        """Say whether the guest has `node`."""
+        return node in self._by_node
 
     def __len__(self) -> int:
         return len(self._by_node)
@@ -127,6 +144,33 @@ class Places:
             for parent, name in list(place.names):
                 self.unbind(parent, name)
         return gone
+
+    def export(self) -> list[PlaceState]:
+        """Return all places, in no order."""
+        return [
+            PlaceState(
+                place.node,
+                place.directory,
+                place.references,
+                place.handed,
+                [(parent.node, name) for parent, name in place.names],
+                list(place.last),
+            )
+            for place in self._by_node.values()
+        ]
+
+    def restore(self, states: list[PlaceState]) -> None:
+        """Know, in an empty table, what another one has exported. Raises ValueError."""
+        for state in states:
+            place = Place(state.node, directory=state.directory)
+            place.references, place.handed = state.references, state.handed
+            place.last = tuple(state.last)
+            self._by_node[state.node] = place
+        for state in states:
+            for parent, name in state.names:
+                if parent not in self._by_node:
+                    raise ValueError(f"the saved node {state.node} is in a directory that is not")
+                self._put(self._by_node[state.node], self._by_node[parent], name)
 
     def _is_needed(self, place: Place) -> bool:
         known = self._by_node.get(place.node) is place

@@ -60,7 +60,7 @@ class Shadow(Tracked):
         def tell(change: Change) -> None:
             try:
                 place = self.places[change.node]
-                if change.name is not None and self.patterns.may_hide(place.below(change.name)):
+                if change.name is not None and self._is_never_shown(place.below(change.name)):
                     return
             except OSError:
                 return  # nobody was told of this node
@@ -73,7 +73,7 @@ class Shadow(Tracked):
     def lookup(self, parent: Node, name: bytes) -> Entry:
         place = self.place(parent)
         path = place.below(name)
-        if self.patterns.hides(path, directory=False) and self.patterns.hides(path, directory=True):
+        if self._is_never_shown(path):
             raise refuse(errno.ENOENT)
         entry = self._inner_lookup(place, name)
         if self._is_hidden(path, entry):
@@ -132,6 +132,11 @@ class Shadow(Tracked):
         super().rename(parent, name, new_parent, new_name, flags)
 
     # Judging...
+
+    def _is_never_shown(self, path: Path) -> bool:
+        return self.patterns.hides(path, directory=False) and self.patterns.hides(
+            path, directory=True
+        )
 
     def _inner_lookup(self, place: Place, name: bytes) -> Entry:
         try:

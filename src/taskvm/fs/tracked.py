@@ -8,12 +8,21 @@ from __future__ import annotations
 
 import stat
 
-from taskvm.fs.places import Place, Places
+import msgspec
+
+from taskvm.fs.places import Place, Places, PlaceState
 from taskvm.fs.provider import DirEntry, Entry, Node
 from taskvm.fs.syscalls import RENAME_EXCHANGE
 from taskvm.fs.wrapper import Wrapper
 from taskvm.wire.fuse import SetAttr
 from taskvm.wire.fuse_replies import Attr, Lifetime, StatFs
+
+
+class TrackedState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is saved with the guest: what the inner provider says, and what the guest knows."""
+
+    inner: bytes
+    places: list[PlaceState]
 
 
 class Tracked(Wrapper):
@@ -22,6 +31,15 @@ class Tracked(Wrapper):
     def begin(self) -> None:
         super().begin()
         self.places = Places()
+
+    def export_state(self) -> bytes:
+        state = TrackedState(inner=self.inner.export_state(), places=self.places.export())
+        return msgspec.msgpack.encode(state)
+
+    def import_state(self, state: bytes) -> None:
+        saved = msgspec.msgpack.decode(state, type=TrackedState)
+        self.places.restore(saved.places)
+        self.inner.import_state(saved.inner)
 
     def place(self, node: Node) -> Place:
         """Return what the guest knows as `node`; ESTALE when it knows nothing by that number."""

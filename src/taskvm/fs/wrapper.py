@@ -9,10 +9,10 @@ Rule 3: an operation that is added to the contract is added here (a test compare
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
-from taskvm.fs.provider import Change, DirEntry, Entry, Node, Provider
+from taskvm.fs.provider import Change, DirEntry, Entry, Node, Provider, Source
 from taskvm.wire.fuse import SetAttr
 from taskvm.wire.fuse_replies import Attr, Lifetime, StatFs
 
@@ -35,6 +35,18 @@ class Wrapper(Provider):
 
     def close(self) -> None:
         self.inner.close()
+
+    def sources(self) -> Sequence[Source]:
+        return self.inner.sources()
+
+    def rest(self) -> None:
+        self.inner.rest()
+
+    def export_state(self) -> bytes:
+        return self.inner.export_state()
+
+    def import_state(self, state: bytes) -> None:
+        self.inner.import_state(state)
 
     # What is set and asked by attribute is the inner provider's own.
 

@@ -11,10 +11,13 @@ Values, providers and errors are those of `taskvm`. Callbacks and iterators of y
 from taskvm.changes import Change, ChangeSet, Outcome, printable
 from taskvm.files import FileInfo
 from taskvm.filewatch import FileChange
+from taskvm.fs.hooks import Hooks
 from taskvm.fs.hostdir import HostDir
 from taskvm.fs.memory import Memory
 from taskvm.fs.provider import Provider
+from taskvm.fs.quota import Quota
 from taskvm.fs.readonly import ReadOnly
+from taskvm.fs.router import Router
 from taskvm.fs.shadow import Shadow
 from taskvm.limits import Limits
 from taskvm.process import ExecResult
@@ -61,5 +64,8 @@ __all__ = [  # noqa: RUF022  # most important first, as in taskvm
     "Memory",
     "ReadOnly",
     "Shadow",
+    "Router",
+    "Quota",
+    "Hooks",
     "Forward",
 ]

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from taskvm.fs.hooks import Hooks
 from taskvm.fs.hostdir import HostDir
 from taskvm.fs.memory import Memory
-from taskvm.fs.provider import DirEntry, Entry, Node, Provider
+from taskvm.fs.provider import ROOT, DirEntry, Entry, Node, Provider
+from taskvm.fs.quota import Quota
+from taskvm.fs.router import Router
 from taskvm.fs.shadow import Shadow
 from taskvm.fs.tracked import Tracked
 from taskvm.fs.wrapper import Wrapper
@@ -43,6 +46,38 @@ class TestShadowInMemory(ProviderConformance):
 class TestShadowOfADirectory(ProviderConformance):
     def make(self, directory: Path) -> Provider:
         return Shadow(HostDir(directory), [".env", "/secrets/", "*.key", "!public.key"])
+
+
+class TestQuota(ProviderConformance):
+    def make(self, directory: Path) -> Provider:
+        return Quota(HostDir(directory), limit_bytes=1 << 30, limit_files=10_000)
+
+
+class TestHooks(ProviderConformance):
+    def make(self, directory: Path) -> Provider:
+        return Hooks(Memory(), before=lambda asked: asked, after=lambda _asked, result: result)
+
+
+class TestRouter(ProviderConformance):
+    """A route, reached through the junctions above it."""
+
+    def make(self, directory: Path) -> Provider:
+        return Router({"/": Memory(), "/a/b": HostDir(directory)})
+
+    def find_root(self) -> Node:
+        return self.provider.lookup(self.provider.lookup(ROOT, b"a").node, b"b").node
+
+
+class TestTheRootOfARouter(ProviderConformance):
+    """A junction whose provider serves its own path."""
+
+    def make(self, directory: Path) -> Provider:
+        return Router({"/": HostDir(directory)})
+
+
+class TestAllOfThem(ProviderConformance):
+    def make(self, directory: Path) -> Provider:
+        return Hooks(Quota(Shadow(Router({"/": HostDir(directory)}), [".env"]), limit_files=9999))
 
 
 # Wrong ones, each in one respect.

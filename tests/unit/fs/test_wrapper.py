@@ -17,9 +17,7 @@ from taskvm.fs.tracked import Tracked
 from taskvm.fs.wrapper import Wrapper
 from taskvm.wire.fuse import SetAttr
 
-CONTRACT = sorted(
-    name for name in vars(Provider) if not name.startswith("_") and name != "negative_ns"
-)
+CONTRACT = sorted(name for name in vars(Provider) if not name.startswith("_"))
 # That take a node or a name, so that a wrapper which keeps nodes from the guest must look at them.
 OPERATIONS = [
     name
