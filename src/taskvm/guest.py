@@ -127,6 +127,8 @@ class Guest:
         """
         try:
             control = await Control.open(machine.take("control"))
+            if carried is not None:
+                control.adopt(carried.control)  # first: the numbers of its streams are taken
             return cls(machine, control, run_dir, origin, carried)
         except BaseException:
             await machine.kill()
@@ -232,7 +234,6 @@ class Guest:
             net.resume()
             server.resume()
         if self._carried is not None:
-            self.control.adopt(self._carried.control)
             self.control.port.resume()
         if options.passthrough:
             await self._widen_trust(options.extra_ca_files)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Unpack
 
@@ -155,6 +155,25 @@ def read_options(machinery: Machinery, **given: Unpack[ResumeArguments]) -> Sand
         limits=Limits(**limits),
         on_progress=given.get("on_progress", ignore_progress),
     )
+
+
+def change_options(options: SandboxOptions, **changes: Unpack[ResumeArguments]) -> SandboxOptions:
+    """Return `options` with what `changes` names; its audit log is a new one. Raises UsageError."""
+    passthrough = changes.pop("passthrough", None)
+    fresh = read_options(Machinery(), **changes)
+    fields = {_FIELD_OF.get(name, name) for name in changes} | {"audit_path"}
+    changed = replace(options, **{name: getattr(fresh, name) for name in fields})
+    if passthrough is None:
+        return changed
+    parsed = Passthrough.parse(passthrough, changed.policy, changed.secrets)
+    return replace(changed, passthrough=parsed)
+
+
+_FIELD_OF = {
+    **dict.fromkeys(LimitArguments.__annotations__, "limits"),
+    "allow": "policy",
+    "allow_addresses": "policy",
+}
 
 
 def _check_mount_path(path: str) -> None:

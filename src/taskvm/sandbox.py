@@ -15,6 +15,7 @@ import os
 import shlex
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from signal import SIGKILL
@@ -31,9 +32,11 @@ from taskvm.errors import (
     GuestError,
     SandboxLostError,
     SandboxStateError,
+    TaskvmError,
     UsageError,
 )
 from taskvm.files import Files, GuestPath
+from taskvm.forking import fork_guest
 from taskvm.fs.provider import Provider
 from taskvm.guest import Guest
 from taskvm.launch import launch
@@ -46,7 +49,9 @@ from taskvm.options import (
     DEFAULT_CPUS,
     DEFAULT_MEMORY_MIB,
     Machinery,
+    ResumeArguments,
     SandboxOptions,
+    change_options,
     ignore_progress,
     is_writable_in,
     read_options,
@@ -348,6 +353,26 @@ class Sandbox:
             await self.close()
         return Checkpoint(saved)
 
+    def fork(self, **changes: Unpack[ResumeArguments]) -> Opening[Sandbox]:
+        """Start a copy of this running sandbox: `await` the result, or use it with `async with`.
+
+        Its disk, memory and running programs are those of this instant, copied on write; its identity is its own, and
+        the connections of its programs are broken off. Options are this sandbox's, or what `changes` says instead;
+        its audit log is its own. What its copied programs write to their standard output is dropped.
+
+        Raises SandboxStateError for a sandbox with mounts, UsageError, HostError, SandboxLostError.
+        """
+        return Opening(partial(self._fork, changes))
+
+    async def fork_many(
+        self, count: int, **changes: Unpack[ResumeArguments]
+    ) -> list[Sandbox | TaskvmError]:
+        """Start `count` copies as `fork` does, all of one instant; a copy that does not start is its error."""
+        self._require_running("fork a sandbox")
+        options = change_options(self._current_options(), **changes)
+        started = await fork_guest(self._guest, [options] * count)
+        return [Sandbox(options, one) if isinstance(one, Guest) else one for one in started]
+
     # What it changed.
 
     async def changes(
@@ -395,6 +420,15 @@ class Sandbox:
         await self.close()
 
     # How.
+
+    async def _fork(self, changes: ResumeArguments) -> Sandbox:
+        (child,) = await self.fork_many(1, **changes)
+        if isinstance(child, TaskvmError):
+            raise child
+        return child
+
+    def _current_options(self) -> SandboxOptions:
+        return replace(self._options, policy=self.policy)
 
     async def _end_late(self, process: Process | None, capture: Capture) -> ExecResult:
         """Kill a command whose time is over. One that has not begun yet is killed by its agent as it begins."""

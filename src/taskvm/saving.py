@@ -42,7 +42,7 @@ async def save(guest: Guest, path: Path, *, memory: bool) -> Saved:
             else:
                 cut, carried = await save_disk(guest.machine, guest.layers, guest.at_rest), None
             try:
-                await flatten(guest.origin.qemu, cut.disk, staging / "disk.qcow2")
+                await asyncio.to_thread(flatten, cut.disk, staging / "disk.qcow2")
             finally:
                 await guest.layers.merge()
         await asyncio.to_thread(_describe, guest, staging, carried)

@@ -1,5 +1,6 @@
 """The options of a sandbox: what exists can be started (taskvm.options)."""
 
+import typing
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from taskvm.errors import UsageError
 from taskvm.fs.hostdir import HostDir
 from taskvm.fs.memory import Memory
 from taskvm.fs.shadow import Shadow
-from taskvm.options import MAX_MOUNTS, SandboxOptions
+from taskvm.options import MAX_MOUNTS, ResumeArguments, SandboxOptions, change_options
 from taskvm.policy import Policy
 from taskvm.secret import Secret
 
@@ -62,3 +63,31 @@ def test_a_guest_cannot_be_given_its_own_audit_log(tmp_path: Path) -> None:
     elsewhere = SandboxOptions(policy=NOTHING, mounts=mounts, audit_path=tmp_path / "audit.jsonl")
 
     assert elsewhere.audit_path == tmp_path / "audit.jsonl"
+
+
+def test_everything_that_a_fork_is_given_anew_changes_an_option() -> None:
+    """What `Sandbox.create` has besides the machine itself; nothing is taken and then forgotten."""
+    before = SandboxOptions(policy=Policy.parse(["c.test", "a.test"]))
+
+    unchanged = {
+        name
+        for name in typing.get_type_hints(ResumeArguments)
+        if change_options(before, **{name: GIVEN.get(name, 77)}) == before
+    }
+
+    assert unchanged == set()
+
+
+GIVEN = {
+    "mounts": {"/workspace": Memory()},
+    "allow": ["d.test"],
+    "allow_addresses": ["10.0.0.1"],
+    "policy": Policy.parse(["b.test"], []),
+    "secrets": [Secret("TOKEN", value="value-of-a-secret", hosts=["a.test"])],
+    "env": {"A": "1"},
+    "resolve": {"a.test": "10.0.0.1"},
+    "extra_ca_files": ["/ca.pem"],
+    "passthrough": ["c.test"],
+    "audit_path": "/audit.jsonl",
+    "on_progress": print,
+}

@@ -22,7 +22,10 @@ UNIQUE = (
     "python3 -c 'import uuid; print(uuid.uuid4())'"
 )
 NET = {"allow": ["api.test"], "resolve": {"api.test": "127.0.0.1"}}
-COUNT = "i=0; while :; do i=$((i+1)); echo $i > /dev/shm/count; echo $i; sleep 0.01; done"
+COUNT = (
+    "i=0; while :; do i=$((i+1)); echo $i > /dev/shm/next; mv /dev/shm/next /dev/shm/count; "
+    "echo $i; sleep 0.01; done"
+)
 
 
 @contextlib.asynccontextmanager
@@ -134,7 +137,10 @@ async def test_programs_go_on_where_they_were_saved(tmp_path: Path) -> None:
 
 async def test_a_program_that_writes_much_goes_on_too(tmp_path: Path) -> None:
     """Nobody reads its output any more, so nothing that it writes may stop it; a finished one is gone."""
-    writes = "i=0; while :; do i=$((i+1)); head -c 1M /dev/zero; echo $i > /dev/shm/count; done"
+    writes = (
+        "i=0; while :; do i=$((i+1)); head -c 1M /dev/zero; echo $i > /dev/shm/next; "
+        "mv /dev/shm/next /dev/shm/count; done"
+    )
     async with Sandbox.create(**GUEST) as vm:
         process = await vm.spawn(writes)  # unread: it stops when its window is full
         await vm.exec("sleep 0.3; echo 0 > /dev/shm/count")

@@ -4,6 +4,9 @@ Covers taskvm.vm.snapshot, taskvm.vm.layers and taskvm.vm.disk.
 """
 
 import asyncio
+import json
+import os
+import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,6 +15,7 @@ import pytest
 from tests.conftest import GUEST
 
 from taskvm import Sandbox
+from taskvm.vm.command import disk_beneath
 from taskvm.vm.disk import flatten, read_header
 from taskvm.vm.qemu import find_qemu, host_arch
 from taskvm.vm.snapshot import save_disk, save_machine
@@ -28,7 +32,7 @@ async def test_a_disk_is_cut_and_its_layers_merged_again(tmp_path: Path) -> None
             await vm.exec(f"echo {number} >> /root/log")
             async with guest.watch.kept_awake():
                 cut = await save_disk(guest.machine, guest.layers, guest.at_rest)
-                await flatten(find_qemu(host_arch()), cut.disk, tmp_path / f"{number}.qcow2")
+                flatten(cut.disk, tmp_path / f"{number}.qcow2")
                 await guest.layers.merge()
         log = await vm.exec("cat /root/log; sync; echo 3 > /proc/sys/vm/drop_caches; cat /root/log")
 
@@ -82,3 +86,29 @@ async def test_a_machine_that_stops_too_early_is_saved_at_the_second_attempt(
         answer = await vm.exec(["echo", "still here"])
 
     assert (len(rests), answer.stdout) == (2, "still here\n")
+
+
+async def test_a_disk_that_is_cut_while_it_is_written_is_a_sound_file_system(
+    tmp_path: Path,
+) -> None:
+    """It has no journal: what programs had written when they were frozen is written back before the cut."""
+    churn = "while :; do cp -r /etc /opt/$RANDOM; rm -rf /opt/1*; done"
+    async with Sandbox.create(**GUEST) as vm:
+        guest = vm._guest
+        churning = await vm.spawn(churn)
+        await asyncio.sleep(2)
+        async with guest.watch.kept_awake():
+            cut = await save_disk(guest.machine, guest.layers, guest.at_rest)
+            flatten(cut.disk, tmp_path / "flat")
+            await guest.layers.merge()
+        await churning.kill_all()
+        base = guest.layers.disk.base
+
+    node = json.dumps(disk_beneath([tmp_path / "flat"], base))
+    raw = tmp_path / "raw"
+    subprocess.run(["qemu-img", "convert", "-O", "raw", f"json:{node}", raw], check=True)
+    environment = {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
+    checked = subprocess.run(
+        ["e2fsck", "-fn", raw], env=environment, capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stdout

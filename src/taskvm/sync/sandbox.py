@@ -13,12 +13,13 @@ from typing import Self, Unpack
 
 from taskvm import sandbox as aio
 from taskvm.changes import ChangeSet
+from taskvm.errors import TaskvmError
 from taskvm.files import GuestPath
 from taskvm.fs.provider import Provider
 from taskvm.limits import LimitArguments
 from taskvm.net import ingress as aio_ingress
 from taskvm.net.ingress import LOCALHOST
-from taskvm.options import DEFAULT_CPUS, DEFAULT_MEMORY_MIB, ignore_progress
+from taskvm.options import DEFAULT_CPUS, DEFAULT_MEMORY_MIB, ResumeArguments, ignore_progress
 from taskvm.policy import Policy
 from taskvm.process import ExecResult
 from taskvm.resources import ExecLimits
@@ -280,6 +281,33 @@ class Sandbox:
         if stop:
             self.close()
         return Checkpoint(saved)
+
+    def fork(self, **changes: Unpack[ResumeArguments]) -> Sandbox:
+        """Start a copy of this running sandbox and return it. See `taskvm.Sandbox.fork`."""
+        (child,) = self.fork_many(1, **changes)
+        if isinstance(child, TaskvmError):
+            raise child
+        return child
+
+    def fork_many(
+        self, count: int, **changes: Unpack[ResumeArguments]
+    ) -> list[Sandbox | TaskvmError]:
+        """Start `count` copies as `fork` does, all of one instant; a copy that does not start is its error."""
+        call = Call(self._bridge)
+        if "on_progress" in changes:
+            changes["on_progress"] = call.callback(changes["on_progress"])
+
+        async def start() -> list[aio.Sandbox | TaskvmError]:
+            started = await self._sandbox.fork_many(count, **changes)
+            for one in started:
+                if isinstance(one, aio.Sandbox):
+                    self._bridge.own(one, one.close)
+            return started
+
+        return [
+            Sandbox(self._bridge, one) if isinstance(one, aio.Sandbox) else one
+            for one in call.run(start)
+        ]
 
     # What it changed.
 

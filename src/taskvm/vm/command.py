@@ -231,14 +231,24 @@ def layer_node(number: int) -> str:
     return f"disk{number}"
 
 
-def top_layer(number: int, path: str) -> dict[str, object]:
-    """Return the block node of a layer that is written, without what lies beneath it."""
+def top_layer(number: int, path: str, *, locking: bool = True) -> dict[str, object]:
+    """Return the block node of a layer that is written, without what lies beneath it.
+
+    A file that QEMU is handed as descriptors is not locked: QEMU would keep one of them with a writer's lock, and
+    refuse the other as a reader's when the layer is no more on top.
+    """
     # no-flush: the overlay is thrown away with the sandbox, so nothing is worth an fsync on the host.
     cache = {"direct": False, "no-flush": True}
     return {
         "driver": "qcow2",
         "node-name": layer_node(number),
-        "file": {"driver": "file", "filename": path, "discard": "unmap", "cache": cache},
+        "file": {
+            "driver": "file",
+            "filename": path,
+            "locking": "auto" if locking else "off",
+            "discard": "unmap",
+            "cache": cache,
+        },
         "discard": "unmap",
         "detect-zeroes": "unmap",
         "cache": cache,

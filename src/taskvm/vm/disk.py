@@ -1,29 +1,29 @@
 """Disks as files: empty layers, and the one file that says what several layers say.
 
 Every format is named, none is ever guessed from a file's content. A layer's bytes come from a guest, and from a QEMU
-that a guest may have taken over: its head is read by `taskvm.wire.qcow2` before a tool opens it, and the tool is
-confined to the files it is given.
+that a guest may have taken over: no tool of the host's opens it, and what is made of it is written by us alone.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import json
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from taskvm.errors import HostError
-from taskvm.vm.command import Disk, confine_command, disk_beneath
-from taskvm.vm.native import confine_binary
-from taskvm.vm.qemu import Qemu
+from taskvm.vm.command import Disk
 from taskvm.wire.qcow2 import (
-    MAX_DISK_BYTES,
+    CLUSTER,
     MAX_HEAD_BYTES,
+    TABLE_ENTRIES,
     Qcow2Error,
     Qcow2Header,
+    decode_clusters,
+    decode_tables,
     encode_empty,
-    encode_header,
+    encode_head,
     parse_header,
 )
 
@@ -56,65 +56,69 @@ def read_header(path: Path) -> Qcow2Header:
         raise HostError(f"read the disk {path}", str(error)) from error
 
 
-async def flatten(qemu: Qemu, disk: Disk, path: Path) -> None:
+def flatten(disk: Disk, path: Path) -> None:
     """Write what all layers of `disk` say to the new file `path`: one layer above the same base, which names nothing.
 
-    Raises HostError with qemu-img's words.
+    Raises HostError when a layer is not one, or the host's disk is full.
     """
-    assert disk.base is not None, "a disk of nothing has no layers"
-    for layer in disk.layers:
-        read_header(layer)
-    source = {**disk_beneath(disk.layers, disk.base), "force-share": True}
-    _make(path)
-    program = [
-        str(qemu.image_tool), "convert", "-q", "-U", "-m", "4", "-W", "-O", "qcow2",
-        "-B", str(disk.base), "-F", "raw", f"json:{json.dumps(source)}", str(path),
-    ]  # fmt: skip
-    await _run_confined(program, read=[*disk.layers, disk.base], write=path)
-    _drop_names(path)
-
-
-def _make(path: Path) -> None:
-    path.touch(mode=0o600, exist_ok=False)  # Landlock knows only files that are there
-
-
-def _drop_names(path: Path) -> None:
-    header = encode_header(read_header(path))
-    with path.open("r+b") as file:
-        file.write(
-            header.ljust(4096, b"\0")
-        )  # qemu-img writes the name of the base into this block
-
-
-async def _run_confined(program: list[str], *, read: list[Path], write: Path) -> None:
-    lifeline, ours = os.pipe()
     with contextlib.ExitStack() as stack:
-        stack.callback(os.close, ours)
-        with contextlib.closing(os.fdopen(lifeline)):
-            command = confine_command(
-                confine_binary(),
-                program,
-                read=read,
-                write=[write],
-                copy_on_write=None,
-                file_size_bytes=MAX_DISK_BYTES,
-                lifeline=lifeline,
-                accelerator="tcg",
-            )
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.PIPE,
-                pass_fds=[lifeline],
-                env={"LC_ALL": "C"},
-                cwd="/",
-            )
-        _, stderr = await process.communicate()
-    if process.returncode != 0:
-        raise HostError(
-            f"write the disk {write}",
-            stderr.decode("utf-8", "replace").strip()[:2000]
-            or f"qemu-img ended with {process.returncode}",
-            "Free disk space, or check the permissions of its directory",
-        )
+        files = [stack.enter_context(layer.open("rb")) for layer in disk.layers]
+        found: dict[int, tuple[int, int]] = {}  # cluster: (which file, offset; 0: zeros)
+        for number, (layer, file) in enumerate(zip(disk.layers, files, strict=True)):
+            try:
+                for cluster, offset in _clusters(file):
+                    found.setdefault(cluster, (number, offset))  # the topmost counts
+            except (OSError, Qcow2Error) as error:
+                raise HostError(f"read the disk {layer}", str(error)) from error
+        clusters = sorted(found)
+        zeros = frozenset(cluster for cluster in clusters if not found[cluster][1])
+        pieces = [found[cluster] for cluster in clusters if cluster not in zeros]
+        try:
+            with path.open("xb") as out:
+                out.write(encode_head(disk_size(disk), clusters, zeros))
+                out.flush()
+                _copy_clusters(files, pieces, out)
+        except OSError as error:
+            raise HostError(
+                f"write the disk {path}", error.strerror or str(error), "Free disk space"
+            ) from error
+
+
+def _clusters(file: BinaryIO) -> Iterator[tuple[int, int]]:
+    """The clusters of a layer, which may say anything: (number, offset), offset 0 for zeros. Raises Qcow2Error."""
+    size = os.fstat(file.fileno()).st_size
+    header = parse_header(file.read(MAX_HEAD_BYTES), size)
+    last = -(-header.size_bytes // CLUSTER)
+    first = os.pread(file.fileno(), header.l1_entries * 8, header.l1_offset)
+    for number, offset in enumerate(decode_tables(first, size)):
+        if not offset:
+            continue
+        for place, data in decode_clusters(os.pread(file.fileno(), CLUSTER, offset), size):
+            cluster = number * TABLE_ENTRIES + place
+            if cluster < last:
+                yield cluster, data
+
+
+def _copy_clusters(
+    files: Sequence[BinaryIO], pieces: Sequence[tuple[int, int]], out: BinaryIO
+) -> None:
+    """Append the clusters at `pieces`, (which file, offset), to `out`; what lies behind a file's end is zeros."""
+    position = out.tell()
+    out.truncate(position + len(pieces) * CLUSTER)
+    start = 0
+    while start < len(pieces):
+        number, offset = pieces[start]
+        end = start + 1
+        while end < len(pieces) and pieces[end] == (number, offset + (end - start) * CLUSTER):
+            end += 1
+        _copy(files[number], offset, out, position, (end - start) * CLUSTER)
+        position += (end - start) * CLUSTER
+        start = end
+
+
+def _copy(source: BinaryIO, offset: int, out: BinaryIO, position: int, length: int) -> None:
+    while length:
+        copied = os.copy_file_range(source.fileno(), out.fileno(), length, offset, position)
+        if not copied:
+            return
+        offset, position, length = offset + copied, position + copied, length - copied

@@ -30,6 +30,7 @@ class Layers:
         self._paths = list(machine.files.disk.layers)
         self._nodes = [0]  # of the layers that were on top, the newest last
         self._next = 1
+        self._prepared = False
 
     @property
     def disk(self) -> Disk:
@@ -43,34 +44,37 @@ class Layers:
 
     async def prepare(self) -> None:
         """Give QEMU the empty layer of the next `cut`. Raises SandboxStateError when there are too many."""
+        if self._prepared:  # for a cut that was given up
+            return
         if len(self._paths) >= MAX_LAYERS:
             raise SandboxStateError(
                 "save the disk of a sandbox",
                 f"it has {MAX_LAYERS} layers, one for each fork in its line",
                 "Make a checkpoint, and resume that: it has one",
             )
-        number = self._next
-        self._next += 1
-        path = self._directory / f"layer{number}.qcow2"
+        path = self._path(self._next)
         await asyncio.to_thread(create_layer, path, self.disk)
         for access in (os.O_RDWR, os.O_RDONLY):  # a layer that is written, and later only read
             descriptor = os.open(path, access | os.O_CLOEXEC)
             try:
-                await self._machine.give("add-fd", descriptor, **{"fdset-id": number})
+                await self._machine.give("add-fd", descriptor, **{"fdset-id": self._next})
             finally:
                 os.close(descriptor)
-        node = {**top_layer(number, f"/dev/fdset/{number}"), "backing": None}
-        await self._machine.execute("blockdev-add", **node)
-        self._nodes.append(number)
-        self._paths.insert(0, path)
+        node = top_layer(self._next, f"/dev/fdset/{self._next}", locking=False)
+        await self._machine.execute("blockdev-add", **node, backing=None)
+        self._prepared = True
 
     async def cut(self) -> Disk:
         """Let the stopped machine write to the prepared layer from now on; return the disk beneath it."""
-        below, top = self._nodes[-2:]
+        beneath, top = self.disk, self._next
         await self._machine.execute(
-            "blockdev-snapshot", node=layer_node(below), overlay=layer_node(top)
+            "blockdev-snapshot", node=layer_node(self._nodes[-1]), overlay=layer_node(top)
         )
-        return Disk(layers=tuple(self._paths[1:]), base=self.disk.base)
+        self._nodes.append(top)
+        self._paths.insert(0, self._path(top))
+        self._next += 1
+        self._prepared = False
+        return beneath
 
     async def merge(self) -> None:
         """Write the top layer back into the one under it, which nobody else may use, and remove it."""
@@ -88,6 +92,9 @@ class Layers:
             raise SandboxLostError("merge the layers of a disk", str(data["error"]))
         self._nodes.pop()
         await self._discard(top)
+
+    def _path(self, number: int) -> Path:
+        return self._directory / f"layer{number}.qcow2"
 
     async def _discard(self, number: int) -> None:
         await self._machine.execute("blockdev-del", **{"node-name": layer_node(number)})

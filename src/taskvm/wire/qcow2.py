@@ -1,22 +1,24 @@
-"""The head of a qcow2 file, read before any program opens the file, and written (docs/interop/qcow2.txt of QEMU).
+"""qcow2 files, as bytes: what a head says, where the clusters are, and how both are written (QEMU's interop/qcow2.txt).
+
+We read what a guest, or a QEMU that it has taken over, may have written, and write what QEMU will open.
 
 Rule 1: what `parse_header` accepts names no other file unless `names_backing` says so, has no feature that this module
         does not know, and keeps its tables inside the file. Everything else is Qcow2Error.
 Rule 2: a saved disk names nothing: what lies under it is said on QEMU's command line, never by the file.
-
-The clusters and their tables are data that only QEMU reads, inside its confinement.
+Rule 3: only plain clusters are read: no compression, no subclusters, none that lies outside of its file.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 MAGIC = 0x514649FB
 VERSION = 3
-CLUSTER_BITS = 16
-# At most the largest that QEMU makes; smaller than 512 bytes the format does not know.
-_CLUSTER_BITS = range(9, 22)
+CLUSTER_BITS = 16  # 64 KiB: qemu-img's default, and the only size that we write or read
+CLUSTER = 1 << CLUSTER_BITS
+TABLE_ENTRIES = CLUSTER // 8  # of a table of the second level, which is one cluster
 # The largest disk: 16 TiB. QEMU would allocate its first table (2 bytes a MiB) before it reads on.
 MAX_DISK_BYTES = 16 * 1024**4
 HEADER_BYTES = 112
@@ -31,7 +33,11 @@ _FEATURE_NAMES = 0x6803F857
 _EXTENSIONS = frozenset({_BACKING_FORMAT, _FEATURE_NAMES})
 _LAZY_REFCOUNTS = 1  # the one compatible feature there is
 _REFCOUNT_ORDER = 4  # 16 bits: what everything writes that we take files from
-_CLUSTER = 1 << CLUSTER_BITS
+# An entry of a table (qcow2.txt, "Cluster mapping"): bits 9-55 are the offset.
+_COPIED = 1 << 63
+_COMPRESSED = 1 << 62
+_OFFSET = (1 << 56) - (1 << 9)
+_READS_AS_ZEROS = 1
 
 
 class Qcow2Error(ValueError):
@@ -43,7 +49,6 @@ class Qcow2Header:
     """What a qcow2 file says of itself. Offsets and sizes in bytes; `names_backing`: it names a file beneath it."""
 
     size_bytes: int
-    cluster_bits: int
     l1_entries: int
     l1_offset: int
     refcount_offset: int
@@ -64,7 +69,7 @@ def parse_header(head: bytes, file_bytes: int) -> Qcow2Header:
     if magic != MAGIC:
         raise Qcow2Error("it does not begin like a qcow2 file")
     _require(version == VERSION, f"its version is {version}, not {VERSION}")
-    _require(cluster_bits in _CLUSTER_BITS, f"its clusters have 2^{cluster_bits} bytes")
+    _require(cluster_bits == CLUSTER_BITS, f"its clusters have 2^{cluster_bits} bytes")
     _require(0 < size <= MAX_DISK_BYTES, f"its disk has {size} bytes")
     _require(encryption == 0, "it is encrypted")
     _require(snapshots == 0, "it holds internal snapshots")
@@ -76,7 +81,6 @@ def parse_header(head: bytes, file_bytes: int) -> Qcow2Header:
     )
     header = Qcow2Header(
         size_bytes=size,
-        cluster_bits=cluster_bits,
         l1_entries=l1_entries,
         l1_offset=l1_offset,
         refcount_offset=refcount_offset,
@@ -89,19 +93,21 @@ def parse_header(head: bytes, file_bytes: int) -> Qcow2Header:
 
 
 def _check_tables(header: Qcow2Header, file_bytes: int) -> None:
-    cluster = 1 << header.cluster_bits
-    covered = cluster * (cluster // 8)  # one entry of the first table: a cluster full of entries
-    needed = -(-header.size_bytes // covered)
+    needed = _tables_for(header.size_bytes)
     _require(
-        needed <= header.l1_entries <= needed + cluster, "its first table does not fit its size"
+        needed <= header.l1_entries <= needed + CLUSTER, "its first table does not fit its size"
     )
     tables = (
         (header.l1_offset, header.l1_entries * 8),
-        (header.refcount_offset, header.refcount_clusters * cluster),
+        (header.refcount_offset, header.refcount_clusters * CLUSTER),
     )
     for offset, length in tables:
-        inside = cluster <= offset and offset % cluster == 0 and offset + length <= file_bytes
+        inside = offset >= CLUSTER and offset % CLUSTER == 0 and offset + length <= file_bytes
         _require(inside, "a table of it lies outside of the file")
+
+
+def _tables_for(size_bytes: int) -> int:
+    return -(-size_bytes // (CLUSTER * TABLE_ENTRIES))
 
 
 def _check_extensions(head: bytes, length: int) -> None:
@@ -125,31 +131,125 @@ def _require(condition: bool, reason: str) -> None:
         raise Qcow2Error(reason)
 
 
+# Where the clusters are.
+
+
+def decode_tables(first: bytes, file_bytes: int) -> list[int]:
+    """Return the offsets of the second tables that the first one names, 0 where there is none. Raises Qcow2Error."""
+    return [_offset(entry, file_bytes) for (entry,) in struct.iter_unpack(">Q", first)]
+
+
+def decode_clusters(table: bytes, file_bytes: int) -> Iterator[tuple[int, int]]:
+    """Return (place in the table, offset in the file) of its clusters, offset 0 for one of zeros. Raises Qcow2Error."""
+    for place, (entry,) in enumerate(struct.iter_unpack(">Q", table)):
+        _require(not entry & _COMPRESSED, "it has compressed clusters")
+        if entry & _READS_AS_ZEROS:
+            yield place, 0
+        elif offset := _offset(entry, file_bytes):
+            yield place, offset
+
+
+def _offset(entry: int, file_bytes: int) -> int:
+    offset = entry & _OFFSET
+    _require(
+        offset % CLUSTER == 0 and offset < file_bytes and not entry & ~(_OFFSET | _COPIED),
+        "a cluster of it lies outside of the file",
+    )
+    return offset
+
+
+# Writing.
+
+
+def encode_empty(size_bytes: int) -> bytes:
+    """Return a whole file: a disk of `size_bytes` in which nothing is allocated, as a layer above another begins."""
+    return encode_head(size_bytes, [], frozenset())
+
+
+def encode_head(size_bytes: int, clusters: Sequence[int], zeros: frozenset[int]) -> bytes:
+    """Return all of a file but its data: it has `clusters` of the disk, in rising order, and of them `zeros` are zeros.
+
+    The data of the others follows at the end of what is returned, in the same order. It names no other file.
+    """
+    tables = sorted({cluster // TABLE_ENTRIES for cluster in clusters})
+    first_entries = _tables_for(size_bytes)
+    first_clusters = -(-first_entries * 8 // CLUSTER)
+    data = len(clusters) - len(zeros)
+    counted = _Counted.of(1 + first_clusters + len(tables) + data)
+    first_at = (1 + counted.table + counted.blocks) * CLUSTER
+    second_at = first_at + first_clusters * CLUSTER
+    data_at = second_at + len(tables) * CLUSTER
+    first = [0] * first_entries
+    for number, table in enumerate(tables):
+        first[table] = _COPIED | second_at + number * CLUSTER
+    header = Qcow2Header(
+        size_bytes=size_bytes,
+        l1_entries=first_entries,
+        l1_offset=first_at,
+        refcount_offset=CLUSTER,
+        refcount_clusters=counted.table,
+        names_backing=False,
+    )
+    return b"".join(
+        (
+            encode_header(header).ljust(CLUSTER, b"\0"),
+            counted.encode(),
+            _encode_table(first).ljust(first_clusters * CLUSTER, b"\0"),
+            *_second_tables(tables, clusters, zeros, data_at),
+        )
+    )
+
+
 def encode_header(header: Qcow2Header) -> bytes:
-    """Return a header with the same tables that names no other file and has no extension."""
+    """Return a header that names no other file and has no extension."""
     fields = _HEADER.pack(
-        MAGIC, VERSION, 0, 0, header.cluster_bits, header.size_bytes, 0, header.l1_entries, header.l1_offset,
+        MAGIC, VERSION, 0, 0, CLUSTER_BITS, header.size_bytes, 0, header.l1_entries, header.l1_offset,
         header.refcount_offset, header.refcount_clusters, 0, 0, 0, 0, 0, _REFCOUNT_ORDER, HEADER_BYTES,
     )  # fmt: skip
     return fields.ljust(HEADER_BYTES, b"\0") + _EXTENSION.pack(_END, 0)
 
 
-def encode_empty(size_bytes: int) -> bytes:
-    """Return a whole file: a disk of `size_bytes` in which nothing is allocated, as a layer above another begins."""
-    entries = -(-size_bytes // (_CLUSTER * (_CLUSTER // 8)))
-    l1_clusters = -(-entries * 8 // _CLUSTER)
-    header = Qcow2Header(
-        size_bytes=size_bytes,
-        cluster_bits=CLUSTER_BITS,
-        l1_entries=entries,
-        l1_offset=3 * _CLUSTER,
-        refcount_offset=_CLUSTER,
-        refcount_clusters=1,
-        names_backing=False,
-    )
-    # The header, the table of reference counts, one block of them, the first table.
-    used = 3 + l1_clusters
-    table = struct.pack(">Q", 2 * _CLUSTER)
-    counts = struct.pack(f">{used}H", *[1] * used)
-    parts = (encode_header(header), table, counts)
-    return b"".join(part.ljust(_CLUSTER, b"\0") for part in parts) + bytes(l1_clusters * _CLUSTER)
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    """Reference counts, all 1: the clusters of their table, their blocks, and how many clusters the file has."""
+
+    table: int
+    blocks: int
+    clusters: int
+
+    @classmethod
+    def of(cls, others: int) -> _Counted:
+        """Return what counts `others` clusters and itself."""
+        per_block = CLUSTER // 2
+        table = blocks = 1
+        while True:
+            total = others + table + blocks
+            needed = -(-total // per_block)
+            if needed <= blocks:
+                return cls(table, blocks, total)
+            blocks = needed
+            table = -(-blocks * 8 // CLUSTER)
+
+    def encode(self) -> bytes:
+        first_block = 1 + self.table
+        table = _encode_table([(first_block + number) * CLUSTER for number in range(self.blocks)])
+        counts = struct.pack(">H", 1) * self.clusters
+        return table.ljust(self.table * CLUSTER, b"\0") + counts.ljust(self.blocks * CLUSTER, b"\0")
+
+
+def _second_tables(
+    tables: Sequence[int], clusters: Sequence[int], zeros: frozenset[int], data_at: int
+) -> Iterator[bytes]:
+    entries = {table: [0] * TABLE_ENTRIES for table in tables}
+    for cluster in clusters:
+        table, place = divmod(cluster, TABLE_ENTRIES)
+        if cluster in zeros:
+            entries[table][place] = _READS_AS_ZEROS
+        else:
+            entries[table][place] = _COPIED | data_at
+            data_at += CLUSTER
+    return (_encode_table(entries[table]) for table in tables)
+
+
+def _encode_table(entries: Sequence[int]) -> bytes:
+    return struct.pack(f">{len(entries)}Q", *entries)

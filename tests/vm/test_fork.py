@@ -1,0 +1,146 @@
+"""Forks: independent copies of a running sandbox, each with an identity, a policy and secrets of its own.
+
+Covers taskvm.forking.
+"""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from tests.conftest import GUEST
+
+from taskvm import HostDir, Sandbox, SandboxStateError, Secret, TaskvmError, UsageError, sync
+from taskvm.vm.layers import MAX_LAYERS
+
+pytestmark = pytest.mark.vm
+
+UNIQUE = "od -An -N16 -tx1 /dev/urandom; cat /etc/machine-id; hostname"
+COUNT = "i=0; while :; do i=$((i+1)); echo $i > /dev/shm/next; mv /dev/shm/next /dev/shm/count; sleep 0.01; done"
+
+
+async def test_copies_go_their_own_ways() -> None:
+    """Memory, disk and running programs are copied; what one copy, or the original, does the others do not see."""
+    async with Sandbox.create(**GUEST) as vm:
+        await vm.exec("echo base > /opt/base; echo base > /dev/shm/base", check=True)
+        await vm.spawn(COUNT)
+        await vm.exec("until test -s /dev/shm/count; do sleep 0.01; done")
+        one, two = [each for each in await vm.fork_many(2) if isinstance(each, Sandbox)]
+        async with one, two:
+            everyone = (vm, one, two)
+            for sandbox in everyone:
+                await sandbox.exec(f"echo {sandbox.id} | tee /opt/mine > /dev/shm/mine", check=True)
+            await two.exec("rm /opt/base")
+            first = [(await each.exec("cat /dev/shm/count")).stdout for each in everyone]
+            said = [
+                (
+                    await each.exec("cat /opt/mine /dev/shm/mine; ls /opt /dev/shm | grep -v next")
+                ).stdout
+                for each in everyone
+            ]
+            unique = [(await each.exec(UNIQUE)).stdout.splitlines() for each in everyone]
+            later = [(await each.exec("cat /dev/shm/count")).stdout for each in everyone]
+            await vm.close()
+            alone = await one.exec("cat /opt/base /opt/mine; sync; ls /usr/bin | wc -l")
+
+    base = "/dev/shm:\nbase\ncount\nmine\n\n/opt:\n{}mine\n"
+    assert said == [
+        f"{each.id}\n" * 2 + base.format("" if each is two else "base\n") for each in everyone
+    ]
+    assert all(len(set(column)) == 3 for column in zip(*unique, strict=True))
+    assert all(int(after) > int(before) for before, after in zip(first, later, strict=True))
+    assert alone.stdout.startswith(f"base\n{one.id}\n")
+
+
+async def test_a_copy_has_a_policy_secrets_and_variables_of_its_own(tmp_path: Path) -> None:
+    """The original's, unless others are given; a folder can be mounted in a copy; its audit log is its own."""
+    secret = Secret("API_TOKEN", value="value-7f21c0", hosts=["api.test"])
+    other = Secret("OTHER", value="value-83aa01", hosts=["other.test"])
+    async with (
+        Sandbox.create(**GUEST, allow=["api.test"], secrets=[secret], env={"A": "1"}) as vm,
+        vm.fork() as same,
+        vm.fork(
+            allow=["other.test"], secrets=[other], env={}, mounts={"/mnt/x": HostDir(tmp_path)}
+        ) as changed,
+    ):
+        same_env = await same.exec("echo $A $API_TOKEN")
+        changed_env = await changed.exec("echo [$A] [$API_TOKEN]; touch /mnt/x/here")
+        denied = await changed.exec("getent hosts api.test || echo denied")
+        logs = {each.audit_path for each in (vm, same, changed)}
+
+    assert same_env.stdout.split() == ["1", vm.placeholders["API_TOKEN"]]
+    assert (changed_env.stdout, denied.stdout) == ("[] []\n", "denied\n")
+    assert list(changed.placeholders) == ["OTHER"]
+    assert (tmp_path / "here").exists()
+    assert len(logs) == 3
+
+
+async def test_a_copy_that_cannot_start_is_its_error_and_nothing_is_left() -> None:
+    """The others start; a mount that the host lacks is not the original's loss."""
+    secret = Secret("API_TOKEN", value="value-7f21c0", hosts=["elsewhere.test"])
+    async with Sandbox.create(**GUEST) as vm:
+        (failed,) = await vm.fork_many(1, secrets=[secret])
+        with pytest.raises(UsageError, match="not within the allowed hosts"):
+            await vm.fork(secrets=[secret])
+        with pytest.raises(UsageError, match="it must be 1 to"):
+            await vm.fork_many(0)
+        alive = await vm.exec("echo alive")
+        left = sorted(path.name for path in vm._guest.directory.iterdir() if path.is_dir())
+
+    assert isinstance(failed, TaskvmError)
+    assert (alive.stdout, left) == ("alive\n", [])
+
+
+async def test_a_sandbox_with_mounts_is_not_forked(vm_with_workspace: Sandbox) -> None:
+    with pytest.raises(SandboxStateError, match=r"it has mounts \(/workspace\)"):
+        await vm_with_workspace.fork()
+
+
+async def test_a_copy_is_copied_and_saved_like_any_other(tmp_path: Path) -> None:
+    """Forks of forks, and a checkpoint of one, after the original and its copy have gone."""
+    vm = await Sandbox.create(**GUEST)
+    for number in range(3):
+        await vm.exec(f"echo {number} >> /opt/log", check=True)
+        child = await vm.fork()
+        await vm.close()
+        vm = child
+    checkpoint = await vm.checkpoint(tmp_path / "line.qcow2", stop=True)
+    async with Sandbox.create(checkpoint=checkpoint, **GUEST, warm=False) as resumed:
+        said = await resumed.exec("cat /opt/log")
+
+    assert said.stdout == "0\n1\n2\n"
+
+
+async def test_the_line_of_forks_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each fork costs the original a layer; at the limit the error says what to do, and nothing else changes."""
+    monkeypatch.setattr("taskvm.vm.layers.MAX_LAYERS", 3)
+    async with Sandbox.create(**GUEST) as vm:
+        async with vm.fork():
+            with pytest.raises(SandboxStateError, match="Make a checkpoint, and resume that"):
+                await vm.fork()
+        alive = await vm.exec("echo alive; touch /opt/x")
+
+    assert MAX_LAYERS > 3
+    assert alive.ok
+
+
+async def test_a_fork_that_is_cancelled_leaves_the_original_running() -> None:
+    """At any moment: programs run on, the disk is written, and a later fork works."""
+    async with Sandbox.create(**GUEST) as vm:
+        for delay_s in (0.05, 0.2, 0.4, 0.6):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(delay_s):
+                    await vm.fork_many(4)
+        await vm.exec("echo written > /opt/written", check=True)
+        async with vm.fork() as child:
+            said = await child.exec("cat /opt/written")
+
+    assert said.stdout == "written\n"
+
+
+def test_the_blocking_surface_forks_too() -> None:
+    with sync.Sandbox.create(**GUEST) as vm:
+        vm.exec("echo base > /dev/shm/base")
+        with vm.fork() as child:
+            said = child.exec("cat /dev/shm/base").stdout
+
+    assert said == "base\n"
