@@ -34,9 +34,13 @@ class Terminal:
         return (size.lines, size.columns) if size.lines and size.columns else DEFAULT_SIZE
 
     async def follow(self, resize: Callable[[int, int], Awaitable[None]]) -> None:
-        """Call `resize(rows, cols)` now and whenever the size changes, until cancelled."""
+        """Call `resize(rows, cols)` now and whenever the size changes, until cancelled or hung up."""
         while True:
-            await resize(*self.size)
+            try:
+                size = self.size
+            except OSError:
+                return  # EIO: it hangs up, for which the kernel sends SIGHUP and SIGCONT (tty_jobctrl.c)
+            await resize(*size)
             await self._changed.wait()
             self._changed.clear()
 

@@ -58,6 +58,11 @@ class Screen:
             self.seen += os.read(self._leader, 65536)
         self.seen = self.seen.partition(text)[2]
 
+    def hang_up(self) -> None:
+        """Close the terminal, as the end of a connection does: the kernel sends SIGHUP to the session's leader."""
+        os.close(self._leader)
+        self._leader = os.open(os.devnull, os.O_RDWR)
+
     def end(self) -> int:
         """Return the program's exit status."""
         return self.process.wait(PATIENCE_S)

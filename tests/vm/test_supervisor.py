@@ -174,6 +174,19 @@ def test_output_beyond_the_ring_is_gone_and_the_last_is_kept(work: str) -> None:
     assert kept.endswith("59999\n60000\ndone\n")
 
 
+def test_a_client_that_does_not_read_stops_only_its_own_command(runtime: Path) -> None:
+    """Others run beside it, and the sandbox ends when it is told to."""
+    taskvm("start", *SMALL, "--name", "stuck")
+    with subprocess.Popen([TASKVM, "exec", "stuck", "yes"], stdout=subprocess.PIPE) as client:
+        wait_until(lambda: listed()["stuck"]["execs"])
+
+        assert taskvm("exec", "stuck", "echo", "beside").stdout == "beside\n"
+        assert taskvm("stop", "stuck").returncode == 0
+        assert client.stdout is not None
+        assert client.stdout.read(4) == b"y\ny\n"
+        client.kill()
+
+
 def test_a_client_that_is_killed_leaves_its_command(work: str) -> None:
     command = [TASKVM, "exec", "-t", work, "sh", "-c", "echo up; sleep 600"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as client:
@@ -216,7 +229,7 @@ def test_a_terminal_that_hangs_up_leaves_the_shell_running(runtime: Path) -> Non
     screen = Screen("shell", *SMALL, "--name", "hung")
     screen.wait_for(PROMPT)
 
-    screen.process.send_signal(signal.SIGHUP)
+    screen.hang_up()
 
     assert screen.end() == 129
     screen.close()

@@ -167,7 +167,11 @@ class Server:
         except AnsweredError:
             return
         except MessageError as error:
-            refusal = UsageError(f"ask the supervisor to {name}", str(error))
+            refusal = UsageError(
+                f"ask the supervisor for {name!r}",
+                str(error),
+                "If taskvm has changed since it was started: `taskvm supervisor stop`",
+            )
             service.answer(Answer(error=Refusal.of(refusal)))
         except TaskvmError as error:
             service.answer(Answer(error=Refusal.of(error)))
