@@ -31,6 +31,7 @@ PURE = (
     "taskvm.boundsecret",
     "taskvm.passthrough",
     "taskvm.redaction",
+    "taskvm.oversight",
     "taskvm.replacing",
     "taskvm.ring",
     "taskvm.wire.*",

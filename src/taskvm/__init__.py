@@ -43,6 +43,15 @@ from taskvm.image.store import ImageStore
 from taskvm.limits import Limits
 from taskvm.net.ingress import Forward
 from taskvm.opening import Opening
+from taskvm.oversight import (
+    HttpAnswer,
+    HttpHook,
+    HttpRequest,
+    HttpResponse,
+    Oversight,
+    Question,
+    Refuse,
+)
 from taskvm.paths import Removed
 from taskvm.policy import Decision, Policy
 from taskvm.pool import WarmPool
@@ -86,6 +95,13 @@ __all__ = [
     "explain",
     "Explanation",
     "Step",
+    "Oversight",
+    "Question",
+    "HttpHook",
+    "HttpRequest",
+    "HttpResponse",
+    "HttpAnswer",
+    "Refuse",
     "AuditEvent",
     "read_audit",
     "find_audit_log",

@@ -18,7 +18,7 @@ MAX_TEXT = 512  # characters of a reason, a rule, a hint
 MAX_PATH = 1024
 MAX_NAMES = 64
 
-Kind = Literal["dns", "connect", "tls", "request", "response", "secret", "ingress", "log"]
+Kind = Literal["ask", "dns", "connect", "tls", "request", "response", "secret", "ingress", "log"]
 Verdict = Literal["allow", "deny", "error"]
 
 _UNPRINTABLE = re.compile(r"[^\x20-\x7e]")
@@ -29,6 +29,7 @@ class AuditEvent(
 ):
     """One decision, or the end of what was decided. Fields without a value are left out.
 
+    kind: `ask` a person was asked about a host;
     kind: `dns` a name was asked for; `connect` the guest opened, or the host dialled, a connection;
     `tls` a handshake (with `passthrough` as its rule: bytes that pass unread, begun, and ended);
     `request` a request was judged (written before its first byte leaves); `response` how that

@@ -268,6 +268,7 @@ class Guest:
         return Gateway(
             net,
             policy=options.policy,
+            oversight=options.oversight,
             secrets=bound,
             audit=audit,
             ca=self._ca,

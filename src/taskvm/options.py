@@ -16,6 +16,7 @@ from taskvm.fs.provider import Provider
 from taskvm.fs.router import Router
 from taskvm.fs.wrapper import Wrapper
 from taskvm.limits import LimitArguments, Limits
+from taskvm.oversight import Oversight
 from taskvm.passthrough import NOTHING, Passthrough
 from taskvm.policy import Policy
 from taskvm.secret import Secret
@@ -55,6 +56,7 @@ class ResumeArguments(LimitArguments, total=False):
     allow: Sequence[str]
     allow_addresses: Sequence[str]
     policy: Policy | None
+    oversight: Oversight | None
     secrets: Sequence[Secret]
     env: Mapping[str, str] | None
     resolve: Mapping[str, str] | None
@@ -72,6 +74,7 @@ class SandboxOptions:
 
     mounts: Mapping[str, Provider] = field(default_factory=dict)
     policy: Policy
+    oversight: Oversight = field(default_factory=Oversight)
     secrets: Sequence[Secret] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     resolve: Mapping[str, str] = field(default_factory=dict)
@@ -139,6 +142,7 @@ def read_options(machinery: Machinery, **given: Unpack[ResumeArguments]) -> Sand
     return SandboxOptions(
         mounts=dict(given.get("mounts") or {}),
         policy=policy,
+        oversight=given.get("oversight") or Oversight(),
         secrets=secrets,
         env=dict(given.get("env") or {}),
         resolve=dict(given.get("resolve") or {}),

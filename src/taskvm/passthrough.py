@@ -39,6 +39,11 @@ class Passthrough:
         """Say whether TLS to a canonical host passes unread."""
         return any(pattern.matches(host, port) for pattern in self.hosts)
 
+    def check_secret(self, secret: Secret) -> None:
+        """Raise UsageError for a secret that is for one of these hosts."""
+        for host in self.hosts:
+            _check_secret(host, secret)
+
     def __bool__(self) -> bool:
         return bool(self.hosts)
 
@@ -59,10 +64,14 @@ def _check(host: HostPattern, policy: Policy, secrets: Iterable[Secret]) -> None
             f'Add "{host}" to the allowed hosts, or take it from passthrough',
         )
     for secret in secrets:
-        for pattern in map(HostPattern.parse, secret.hosts):
-            if pattern.covers(host) or host.covers(pattern):
-                raise UsageError(
-                    operation,
-                    f"the secret {secret.name!r} is for {pattern}",
-                    "What is not intercepted can carry no secret: take the host from one of the two",
-                )
+        _check_secret(host, secret)
+
+
+def _check_secret(host: HostPattern, secret: Secret) -> None:
+    for pattern in map(HostPattern.parse, secret.hosts):
+        if pattern.covers(host) or host.covers(pattern):
+            raise UsageError(
+                f"pass TLS to {host} through",
+                f"the secret {secret.name!r} is for {pattern}",
+                "What is not intercepted can carry no secret: take the host from one of the two",
+            )

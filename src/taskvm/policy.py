@@ -205,6 +205,10 @@ class Policy:
             for rule in self.allow_addresses
         )
 
+    def is_silent_about(self, host: str) -> bool:
+        """Say whether no rule names the host, on any port, to allow or to deny it."""
+        return not any(rule.names_host(host, None) for rule in self.rules)
+
     def keeps(self, newer: Policy, host: str, port: int) -> bool:
         """Say whether all that this policy has allowed to `host` is surely allowed by `newer` too.
 

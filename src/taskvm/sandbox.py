@@ -56,6 +56,7 @@ from taskvm.options import (
     is_writable_in,
     read_options,
 )
+from taskvm.oversight import Oversight
 from taskvm.policy import Policy
 from taskvm.pool import WarmPool
 from taskvm.process import KILL_TIMEOUT_S, Capture, ExecResult, Process, pty_size
@@ -111,6 +112,7 @@ class Sandbox:
         allow: Sequence[str] = (),
         allow_addresses: Sequence[str] = (),
         policy: Policy | None = None,
+        oversight: Oversight | None = None,
         secrets: Sequence[Secret] = (),
         env: Mapping[str, str] | None = None,
         resolve: Mapping[str, str] | None = None,
@@ -135,6 +137,7 @@ class Sandbox:
         allow_addresses: addresses or networks that are otherwise refused (loopback, private, metadata), such as
             `127.0.0.1:8443`. The name must be allowed as well.
         policy: rules with methods and paths, such as `Policy.from_file`; they come before `allow`.
+        oversight: who is asked about hosts that no rule names, and hooks on requests and responses.
         secrets: values that the guest never sees; it finds a placeholder in the variable of the secret's name.
         env: further variables for every command. resolve: name → address, instead of the host's resolver.
         extra_ca_files: PEM files that upstream certificates are verified with, besides the host's own.
@@ -156,8 +159,9 @@ class Sandbox:
         """
         options = read_options(
             Machinery(image, find_checkpoint(checkpoint), cpus, memory_mib, accel, warm, pool),
-            mounts=mounts, allow=allow, allow_addresses=allow_addresses, policy=policy, secrets=secrets, env=env,
-            resolve=resolve, extra_ca_files=extra_ca_files, passthrough=passthrough, audit_path=audit_path,
+            mounts=mounts, allow=allow, allow_addresses=allow_addresses, policy=policy, oversight=oversight,
+            secrets=secrets, env=env, resolve=resolve, extra_ca_files=extra_ca_files, passthrough=passthrough,
+            audit_path=audit_path,
             on_progress=on_progress, **limits,
         )  # fmt: skip
         return Opening(partial(cls._start, options))
@@ -189,6 +193,7 @@ class Sandbox:
             raise UsageError(
                 f"give a sandbox the secret {secret.name}", "env has a variable of the same name"
             )
+        self._options.passthrough.check_secret(secret)
         return self._gateway.keyring.put(self._gateway.policy, secret)
 
     def revoke_secret(self, name: str) -> None:

@@ -33,6 +33,7 @@ from taskvm.net.certs import CertificateAuthority
 from taskvm.net.gateway import Gateway
 from taskvm.net.streams import GuestStream
 from taskvm.net.tlsstream import TlsStream
+from taskvm.oversight import Oversight
 from taskvm.passthrough import Passthrough
 from taskvm.policy import Policy
 from taskvm.port import FramePort, Inlet, Outlet, StreamReset
@@ -284,6 +285,7 @@ async def egress_lab(
     allow: Sequence[str] = (),
     allow_addresses: Sequence[str] = (),
     rules: str = "",
+    oversight: Oversight | None = None,
     hosts: dict[str, Sequence[str]] | None = None,
     secrets: Sequence[Secret] = (),
     passthrough: Sequence[str] = (),
@@ -304,7 +306,7 @@ async def egress_lab(
         port = await FramePort.open(host_end, "taskvm.net")
         gateway = Gateway(
             port, policy=policy, secrets=bound, audit=audit, ca=ca, resolver=resolver,
-            extra_ca_files=[server_ca], passthrough=passed,
+            extra_ca_files=[server_ca], passthrough=passed, oversight=oversight,
         )  # fmt: skip
         guest = Guest(await FramePort.open(guest_end, "the host"))
         lab = Lab(guest, gateway, policy, bound, ca, resolver, our_ca, lines, audit)

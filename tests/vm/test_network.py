@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import GUEST
 from tests.servers import http_server, tls_context
 
-from taskvm import Policy, Sandbox, Secret, UsageError
+from taskvm import HttpHook, HttpRequest, Oversight, Policy, Question, Sandbox, Secret, UsageError
 
 pytestmark = pytest.mark.vm
 
@@ -220,3 +220,32 @@ async def test_policy_and_secrets_change_while_a_sandbox_runs(tmp_path: Path) ->
     assert first.stdout == second.stdout == '{"user": "me"}\n'
     sent = [_lower(headers)["authorization"] for _, _, headers, _ in seen.requests]
     assert sent == [CANARY, CANARY + "-2"]
+
+
+async def test_a_person_is_asked_and_a_hook_sees_what_leaves(tmp_path: Path) -> None:
+    """A real client waits for the answer; a plain function is asked as well as a coroutine."""
+    ca = tmp_path / "ca.pem"
+    asked: list[Question] = []
+    seen_by_hook: list[str] = []
+
+    def approve(question: Question) -> str:
+        asked.append(question)
+        return "sandbox" if question.host == "api.test" else "deny"
+
+    def on_request(request: HttpRequest) -> None:
+        seen_by_hook.append(request.target)
+
+    oversight = Oversight(approve, hooks=(HttpHook(on_request),))  # type: ignore[arg-type]  # a str of the right ones
+    with http_server(tls_context("api.test", ca)) as seen:
+        options = {**reaching(seen.port, ca), "allow": [], "oversight": oversight}
+        async with Sandbox.create(**options) as vm:
+            allowed = await vm.exec(f"curl -sS -m 20 https://api.test:{seen.port}/{{a,b}}")
+            denied = await vm.exec(f"curl -sS -m 20 https://evil.test:{seen.port}/")
+
+    assert allowed.stdout.count('{"user": "me"}') == 2, allowed.stderr
+    assert "a person refused this host" in denied.stdout
+    assert [(question.host, question.path) for question in asked] == [
+        ("api.test", "/a"),
+        ("evil.test", "/"),
+    ]
+    assert seen_by_hook == ["/a", "/b"]

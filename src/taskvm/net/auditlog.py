@@ -35,7 +35,7 @@ class AuditLog:
         max_bytes: int = MAX_LOG_BYTES,
     ) -> None:
         self._write = write
-        self._sandbox = sandbox
+        self.sandbox: str = sandbox
         self._listener = listener
         self._room = max_bytes
         self._broken = False
@@ -67,12 +67,12 @@ class AuditLog:
         if self._broken:
             return False
         now = render_time(time.time_ns())
-        event = AuditEvent(time=now, sandbox=self._sandbox, kind=kind, decision=decision, **fields)
+        event = AuditEvent(time=now, sandbox=self.sandbox, kind=kind, decision=decision, **fields)
         line = render_event(event)
         if len(line) > self._room:
             self._broken = True
             full = AuditEvent(
-                time=now, sandbox=self._sandbox, kind="log", decision="error",
+                time=now, sandbox=self.sandbox, kind="log", decision="error",
                 reason="the audit log is full: nothing leaves this sandbox any more",
             )  # fmt: skip
             event, line = full, render_event(full)

@@ -27,7 +27,7 @@ from taskvm.net.splice import pass_through
 from taskvm.net.streams import ByteStream, GuestStream
 from taskvm.net.tlsstream import TlsStream
 from taskvm.net.upstream import H1, H2
-from taskvm.policy import Decision, decide_name
+from taskvm.policy import Decision
 from taskvm.wire.hostname import parse_address
 from taskvm.wire.http1 import looks_like_request
 from taskvm.wire.message import Origin, Scheme
@@ -86,12 +86,12 @@ class GuestConnection:
         """Return the host that the connection was made to, and whether it may be."""
         address, port = self._destination.address, self._destination.port
         if address not in SYNTHETIC_NETWORK:
-            return str(address), decide_name(self._egress.policy, str(address), port)
+            return str(address), self._egress.judge_name(str(address), port)
         name = self._egress.names.name_at(address)
         if name is None:
             reason = "this sandbox was not given the address"
             return str(address), Decision(False, "unknown-address", reason, "Look the name up")
-        return name, decide_name(self._egress.policy, name, port)
+        return name, self._egress.judge_name(name, port)
 
     # What it speaks.
 

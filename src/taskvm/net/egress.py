@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from taskvm.audit import Kind, Verdict
+from taskvm.net.approvals import Approvals
 from taskvm.net.auditlog import AuditLog
 from taskvm.net.certs import CertificateAuthority
 from taskvm.net.keyring import Keyring
 from taskvm.net.names import SyntheticNames
 from taskvm.net.upstream import Dialer
+from taskvm.oversight import Oversight
 from taskvm.passthrough import NOTHING, Passthrough
 from taskvm.policy import Decision, Policy, decide_name
-from taskvm.wire.message import Origin
+from taskvm.wire.address import special_range
+from taskvm.wire.hostname import parse_address
+from taskvm.wire.message import Header, Origin, render_refusal
 
 
 @dataclass(slots=True)
@@ -30,10 +35,25 @@ class Egress:
     dialer: Dialer
     names: SyntheticNames
     passthrough: Passthrough = NOTHING
+    oversight: Oversight = field(default_factory=Oversight)
+    widen: Callable[[str], None] = lambda host: None
+    approvals: Approvals | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        seen = self.oversight
+        if seen.approver is not None:
+            self.approvals = Approvals(seen.approver, seen.deadline_s, self.widen)
 
     def judge_name(self, host: str, port: int | None = None) -> Decision:
         """Judge a canonical name or literal before anything is looked up; without a port, for DNS."""
-        return decide_name(self.policy, host, port)
+        decision = decide_name(self.policy, host, port)
+        return ASKED_LATER if not decision.allowed and self.may_ask(host) else decision
+
+    def may_ask(self, host: str) -> bool:
+        """Say whether a person is asked about this host. Never about an internal address."""
+        literal = parse_address(host)
+        is_special = literal is not None and bool(special_range(literal))
+        return self.approvals is not None and not is_special and self.policy.is_silent_about(host)
 
     def change_policy(self, policy: Policy) -> None:
         """Judge by `policy` from now on. Connections that are open are not touched."""
@@ -74,12 +94,23 @@ class Refusal(Exception):  # noqa: N818 - an answer for the guest, not a fault
         self.reason = reason
         self.hint = hint
 
+    def render(self, host: str) -> tuple[list[Header], bytes]:
+        """Return the headers and the body that answer the guest, who asked for something of `host`."""
+        body = render_refusal(self.kind, host, self.rule, self.reason, self.hint)
+        headers = [
+            (b"Content-Type", b"application/json"),
+            (b"Content-Length", b"%d" % len(body)),
+            (b"Cache-Control", b"no-store"),
+        ]
+        return headers, body
+
     @classmethod
     def of(cls, decision: Decision) -> Refusal:
         """Return the refusal that a denial of the policy means."""
         return cls(403, "egress_denied", decision.rule, decision.reason, decision.hint)
 
 
+ASKED_LATER = Decision(True, "ask", "a person is asked when a request is made")
 UNRECORDED = Decision(
     False, "audit", "the decision cannot be recorded",
     "The audit log of this sandbox is full or cannot be written",

@@ -34,6 +34,7 @@ from taskvm.net.nameserver import NameServer
 from taskvm.net.resolver import Resolver
 from taskvm.net.streams import GuestStream
 from taskvm.net.upstream import Dialer
+from taskvm.oversight import Oversight
 from taskvm.passthrough import NOTHING, Passthrough
 from taskvm.policy import Policy
 from taskvm.port import FramePort, Inlet, Outlet, StreamReset
@@ -88,13 +89,17 @@ class Gateway:
         extra_ca_files: Iterable[str | os.PathLike[str]] = (),
         passthrough: Passthrough = NOTHING,
         saved: GatewayState | None = None,
+        oversight: Oversight | None = None,
     ) -> None:
         saved = saved or GatewayState()
         self.ingress: Ingress = Ingress(port, audit, used=saved.used)
         self.names: SyntheticNames = SyntheticNames(saved.names)
         self.keyring: Keyring = Keyring(secrets)
         dialer = Dialer(policy, resolver, extra_ca_files)
-        self._egress = Egress(policy, self.keyring, audit, ca, dialer, self.names, passthrough)
+        self._egress = Egress(
+            policy, self.keyring, audit, ca, dialer, self.names, passthrough, oversight or Oversight(),
+            widen=lambda host: self.change_policy(self.policy.allowing(host)),
+        )  # fmt: skip
         self._nameserver = NameServer(self._egress.judge_name, self.names, audit)
         self._audit = audit
         self._port = port

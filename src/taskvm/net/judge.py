@@ -11,9 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+from taskvm.audit import Verdict
 from taskvm.injection import Injected, InjectionRefused, Injector
+from taskvm.net.approvals import ONCE
 from taskvm.net.egress import UNRECORDED, Refusal, Session
-from taskvm.policy import Intent, decide_request
+from taskvm.net.hooked import HookAnswer, Hooked, both
+from taskvm.oversight import Question
+from taskvm.policy import Decision, Intent, decide_request
 from taskvm.redaction import Redactor, is_readable
 from taskvm.wire.message import (
     Asked,
@@ -31,9 +35,13 @@ _METHOD_OVERRIDES = frozenset({b"x-http-method-override", b"x-http-method", b"x-
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """A request as it is sent; `echoes` is what a server that repeats it could give away."""
+    """A request as it is sent, and as it is `shown`, with placeholders.
+
+    `echoes` is what a server that repeats it could give away.
+    """
 
     head: RequestHead
+    shown: RequestHead
     body: BodyFilter | None = None
     echoes: Mapping[bytes, tuple[str, bytes]] = field(default_factory=dict, repr=False)
 
@@ -52,43 +60,43 @@ class Judge:
     def __init__(self, session: Session, denied: Refusal | None = None) -> None:
         self._session = session
         self._denied = denied
+        self._hooked = Hooked(session.egress.oversight.hooks, session.origin)
+        self._approved = False  # by a person, for this connection
 
     async def admit(self, asked: Asked) -> Admitted:
         """Return the request to send, secrets in it. Raises Refusal; either way it is recorded."""
-        seen = self._describe(asked)
+        seen = self._describe(asked.method, asked.target)
         try:
             head = self._check(asked)
-            rule = self._decide(head)
+            rule = await self._decide(head)
+            if self._hooked:
+                head, body = await self._hooked.request(head)
+                seen = self._describe(head.method, head.target)
+                rule = await self._decide(head)
+            else:
+                body = None
             await self._renew(head)
             injected = self._inject(head)
+        except HookAnswer as answer:
+            self._record_request("allow", answer.rule, answer.reason, seen)
+            raise
         except Refusal as refusal:
             self._session.record(
                 "request", "deny", rule=refusal.rule, reason=refusal.reason, **seen
             )
             raise
-        recorded = self._session.record(
-            "request", "allow", rule=rule, secrets=injected.used, **seen
-        )
-        if not recorded:
-            raise Refusal.of(UNRECORDED)
+        self._record_request("allow", rule, "", seen, injected.used)
         for name in injected.used:
             self._record_use(name)
-        return self._admitted(head, injected)
+        return self._admitted(head, injected, body)
 
     async def admit_response(self, admitted: Admitted, response: ResponseHead) -> Answered:
-        """Return the answer to an admitted request, as the guest gets it."""
-        origin = self._session.origin
-        known = [
-            bound for bound in self._injector.secrets if bound.is_known_to(origin.host, origin.port)
-        ]
-        if not known:
-            return Answered(response)
-        redactor = Redactor(known, admitted.echoes, _once(self._record_reflection))
-        headers = redactor.headers(response.headers)
-        if response.ended or response.status == 101 or not is_readable(headers):
-            return Answered(replace(response, headers=headers))
-        # The placeholder has another length than the value.
-        return Answered(replace(response, headers=without_length(headers)), redactor.body())
+        """Return the answer to an admitted request, as the guest gets it. Raises Refusal."""
+        answered = self._redact(admitted, response)
+        if not self._hooked or response.status == 101:
+            return answered
+        head, body = await self._hooked.response(admitted.shown, answered.head)
+        return Answered(head, both(answered.body, body))
 
     def admit_trailer(self, fields: list[Header]) -> list[Header]:
         """Return the trailer to send after a body.
@@ -122,16 +130,32 @@ class Judge:
             raise Refusal(asked.head.status, kind, "http", asked.head.reason) from asked.head
         return asked.head
 
-    def _decide(self, head: RequestHead) -> str:
-        origin = self._session.origin
+    async def _decide(self, head: RequestHead) -> str:
+        egress, origin = self._session.egress, self._session.origin
         intent = Intent(
             origin.scheme, origin.host, origin.port, head.method.decode("ascii"), head.target,
             overrides_method=any(name.lower() in _METHOD_OVERRIDES for name, _ in head.headers),
         )  # fmt: skip
-        decision = decide_request(self._session.egress.policy, intent)
+        decision = decide_request(egress.policy, intent)
+        if not decision.allowed and egress.may_ask(origin.host):
+            decision = ONCE if self._approved else await self._ask(head)
         if not decision.allowed:
             raise Refusal.of(decision)
         return decision.rule
+
+    async def _ask(self, head: RequestHead) -> Decision:
+        egress, origin = self._session.egress, self._session.origin
+        assert egress.approvals is not None, "may_ask was true"
+        seen = self._describe(head.method, head.target)
+        question = Question(
+            egress.audit.sandbox, origin.host, origin.port, origin.scheme,
+            seen.get("method", ""), seen.get("path", ""),
+        )  # fmt: skip
+        decision = await egress.approvals.decide(question)
+        verdict: Verdict = "allow" if decision.allowed else "deny"
+        self._session.record("ask", verdict, rule=decision.rule, reason=decision.reason)
+        self._approved = decision is ONCE
+        return decision
 
     # Secrets.
 
@@ -152,16 +176,49 @@ class Judge:
         except InjectionRefused as error:
             raise self._refuse_secret(error) from error
 
-    def _admitted(self, head: RequestHead, injected: Injected) -> Admitted:
-        origin, body, headers = self._session.origin, None, injected.headers
-        if head.has_body and not head.websocket:
+    def _redact(self, admitted: Admitted, response: ResponseHead) -> Answered:
+        origin = self._session.origin
+        known = [
+            bound for bound in self._injector.secrets if bound.is_known_to(origin.host, origin.port)
+        ]
+        if not known:
+            return Answered(response)
+        redactor = Redactor(known, admitted.echoes, _once(self._record_reflection))
+        headers = redactor.headers(response.headers)
+        if response.ended or response.status == 101 or not is_readable(headers):
+            return Answered(replace(response, headers=headers))
+        # The placeholder has another length than the value.
+        return Answered(replace(response, headers=without_length(headers)), redactor.body())
+
+    def _admitted(
+        self, head: RequestHead, injected: Injected, wanted: BodyFilter | None
+    ) -> Admitted:
+        origin, body, headers = self._session.origin, wanted, injected.headers
+        if head.websocket:
+            body = None
+        elif head.has_body:
             kind = next((value for name, value in headers if name.lower() == b"content-type"), b"")
-            body, changes = self._injector.body(
+            injecting, changes = self._injector.body(
                 origin.scheme, origin.host, origin.port, kind, _once(self._record_use)
             )
+            if injecting is not None:
+                body = both(wanted, _Refusing(injecting, self._refuse_secret))
             headers = without_length(headers) if changes else headers
         sent = replace(head, target=injected.target, headers=headers)
-        return Admitted(sent, body and _Refusing(body, self._refuse_secret), injected.echoes)
+        return Admitted(sent, head, body, injected.echoes)
+
+    def _record_request(
+        self,
+        verdict: Verdict,
+        rule: str,
+        reason: str,
+        seen: dict[str, str],
+        used: tuple[str, ...] = (),
+    ) -> None:
+        if not self._session.record(
+            "request", verdict, rule=rule, reason=reason, secrets=used, **seen
+        ):
+            raise Refusal.of(UNRECORDED)
 
     def _record_use(self, name: str) -> None:
         if not self._session.record("secret", "allow", secrets=(name,)):
@@ -177,19 +234,20 @@ class Judge:
         self._session.record("secret", "deny", reason=error.reason, secrets=(error.secret,))
         return Refusal(403, "egress_denied", "secret", error.reason, error.hint)
 
-    def _describe(self, asked: Asked) -> dict[str, str]:
+    def _describe(self, method: bytes, target: bytes) -> dict[str, str]:
         """Return what the record says of a request: names for placeholders, nothing with a value."""
-        texts = [
-            self._injector.without_placeholders(text)
-            for text in (asked.method, asked.target.partition(b"?")[0])
-        ]
+        path, _, query = target.partition(b"?")
+        texts = [self._injector.without_placeholders(text) for text in (method, path, query)]
         try:
-            for text in (*texts, asked.target.partition(b"?")[2]):
-                self._injector.refuse_traces(self._injector.without_placeholders(text), "the line")
+            for text in texts:
+                self._injector.refuse_traces(text, "the request line")
         except InjectionRefused:
             return {}
-        method, path = (text.decode("latin-1") for text in texts)
-        return {"scheme": self._session.origin.scheme, "method": method, "path": path}
+        return {
+            "scheme": self._session.origin.scheme,
+            "method": texts[0].decode("latin-1"),
+            "path": texts[1].decode("latin-1"),
+        }
 
 
 class _Refusing:

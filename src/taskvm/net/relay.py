@@ -24,7 +24,6 @@ from taskvm.wire.message import (
     Header,
     HttpRefused,
     ResponseHead,
-    render_refusal,
 )
 
 REFUSAL_TIMEOUT_S = 10.0
@@ -86,15 +85,9 @@ class Relay:
 
     async def refuse(self, guest: GuestExchange, refusal: Refusal) -> None:
         """Answer with the refusal, in the same shape whatever was refused."""
-        host = self.session.origin.host
-        body = render_refusal(refusal.kind, host, refusal.rule, refusal.reason, refusal.hint)
-        headers = [
-            (b"Content-Type", b"application/json"),
-            (b"Content-Length", b"%d" % len(body)),
-            (b"Cache-Control", b"no-store"),
-        ]
+        headers, body = refusal.render(self.session.origin.host)
         guest.close_after()
-        is_head = guest.asked.method == b"HEAD"
+        is_head = guest.asked.method == b"HEAD" or refusal.status in (204, 304)
         # A guest that reads nothing must not keep the connection for ever.
         async with asyncio.timeout(REFUSAL_TIMEOUT_S):
             await guest.send_head(ResponseHead(refusal.status, headers, ended=is_head))

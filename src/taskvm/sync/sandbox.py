@@ -20,6 +20,7 @@ from taskvm.limits import LimitArguments
 from taskvm.net import ingress as aio_ingress
 from taskvm.net.ingress import LOCALHOST
 from taskvm.options import DEFAULT_CPUS, DEFAULT_MEMORY_MIB, ResumeArguments, ignore_progress
+from taskvm.oversight import Oversight
 from taskvm.policy import Policy
 from taskvm.process import ExecResult
 from taskvm.resources import ExecLimits
@@ -58,6 +59,7 @@ class Sandbox:
         allow: Sequence[str] = (),
         allow_addresses: Sequence[str] = (),
         policy: Policy | None = None,
+        oversight: Oversight | None = None,
         secrets: Sequence[Secret] = (),
         env: Mapping[str, str] | None = None,
         resolve: Mapping[str, str] | None = None,
@@ -84,26 +86,13 @@ class Sandbox:
         bridge = Bridge.current()
         call = Call(bridge)
         starting = aio.Sandbox.create(
-            mounts=mounts,
-            allow=allow,
-            allow_addresses=allow_addresses,
-            policy=policy,
-            secrets=secrets,
-            env=env,
-            resolve=resolve,
-            extra_ca_files=extra_ca_files,
-            passthrough=passthrough,
-            audit_path=audit_path,
-            image=image,
+            mounts=mounts, allow=allow, allow_addresses=allow_addresses, policy=policy, oversight=oversight,
+            secrets=secrets, env=env, resolve=resolve, extra_ca_files=extra_ca_files, passthrough=passthrough,
+            audit_path=audit_path, image=image, cpus=cpus, memory_mib=memory_mib, accel=accel, warm=warm,
             checkpoint=checkpoint._checkpoint if isinstance(checkpoint, Checkpoint) else checkpoint,
-            cpus=cpus,
-            memory_mib=memory_mib,
-            accel=accel,
-            warm=warm,
             pool=None if pool is None else pool._pool,
-            on_progress=call.callback(on_progress),
-            **limits,
-        )
+            on_progress=call.callback(on_progress), **limits,
+        )  # fmt: skip
 
         async def start() -> aio.Sandbox:
             sandbox = await starting

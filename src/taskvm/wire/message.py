@@ -41,6 +41,7 @@ _NOT_IN_TRAILERS = HOP_BY_HOP | {
 }
 
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
+_VALUE = re.compile(rb"(?:[\x21-\x7e\x80-\xff](?:[\t\x20-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?)?\Z")
 _TARGET = re.compile(rb"[\x21-\x7e]+\Z")
 
 
@@ -166,6 +167,14 @@ def check_expectation(headers: Iterable[Header]) -> None:
     """Refuse to expect what no server need understand. Raises HttpRefused."""
     if any(value.lower() != b"100-continue" for value in field_values(headers, b"expect")):
         raise HttpRefused(417, "only 100-continue can be expected")
+
+
+def check_header(name: bytes, value: bytes) -> None:
+    """Refuse a field that could end a line, or be two. Raises HttpRefused."""
+    if not _TOKEN.match(name):
+        raise HttpRefused(400, "a header's name is no token")
+    if not _VALUE.match(value):
+        raise HttpRefused(400, "a header's value has control characters or outer spaces")
 
 
 def check_size(headers: Iterable[Header], target: bytes = b"") -> None:

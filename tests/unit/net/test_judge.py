@@ -123,7 +123,8 @@ async def test_a_trailer_is_searched() -> None:
 async def test_an_answer_passes_as_it_came() -> None:
     response = ResponseHead(200, [(b"X", b"1")])
 
-    admitted = Admitted(RequestHead(b"GET", b"/", []))
+    head = RequestHead(b"GET", b"/", [])
+    admitted = Admitted(head, head)
 
     answered = await Court(host="other.test").judge.admit_response(admitted, response)
 
