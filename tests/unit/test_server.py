@@ -137,6 +137,18 @@ async def test_it_ends_when_it_has_held_nothing_for_a_while(place: Path) -> None
         assert await Supervisor().status() is None
 
 
+async def test_it_ends_when_its_place_is_taken_away(
+    place: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A cache that was wiped: no command could find it, and another supervisor may be there."""
+    caplog.set_level("INFO")
+    async with serving(place):
+        (place / "socket").unlink()
+        async with asyncio.timeout(5):
+            while "supervisor ended" not in caplog.text:
+                await asyncio.sleep(0.05)
+
+
 async def test_a_second_one_cannot_be_started(place: Path) -> None:
     """The lock is the first one's for as long as it lives."""
     first = Place(place).lock()

@@ -97,6 +97,17 @@ def test_ctrl_c_ends_what_exec_has_started(work: str) -> None:
     process.stdout.close()
 
 
+def test_a_reader_that_leaves_ends_what_exec_has_started(work: str) -> None:
+    """`taskvm exec … | head -1` leaves no endless command behind."""
+    with subprocess.Popen([TASKVM, "exec", work, "yes"], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"y\n"
+        process.stdout.close()
+
+        assert process.wait(PATIENCE_S) == 141
+    assert listed()[work]["execs"][-1]["exit_code"] is not None
+
+
 def test_what_is_listed_says_what_it_uses(work: str) -> None:
     """`ps` has the figures of the sandbox, as a table and as JSON."""
     status, table = listed()[work], taskvm("ps").stdout.splitlines()

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 
 import click
 
-from taskvm import Attachment, Launch, SandboxStatus, Supervisor, TaskvmError, UsageError
+from taskvm import Attachment, HostError, Launch, SandboxStatus, Supervisor, TaskvmError, UsageError
 from taskvm.cli.detach import DEFAULT_KEYS, DetachKeys
 from taskvm.cli.group import EXIT_NO_READER, EXIT_TIMEOUT
 from taskvm.cli.options import SandboxArguments, pair, sandbox_options
@@ -140,7 +140,11 @@ def exec_(
             await attached.detach()
             return 0
         again = f"{sandbox} {attached.number}"
-        return await _converse(attached, terminal, keys, again, owns_input=True)
+        try:
+            return await _converse(attached, terminal, keys, again, owns_input=True)
+        except (NoReaderError, HostError):  # nobody can have its output, as in a pipe
+            await _finish(_end(sandbox, attached.number))
+            raise
 
     async def on_signal(number: int) -> None:
         if started and not (terminal and number == signal.SIGHUP):

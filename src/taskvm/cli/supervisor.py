@@ -72,7 +72,7 @@ def run(linger: float, lock: int | None, ready: int | None) -> None:
         )
     if ready is not None and os.fork():
         os._exit(0)  # who started it waits for this one
-    _log_to(place)
+    _log_to(place, foreground=ready is None)
     _raise_descriptor_limit()
     asyncio.run(_serve(Server(place, make_recipe, taskvm.__version__, linger), ready))
 
@@ -109,7 +109,11 @@ def _raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
-def _log_to(place: Place) -> None:
-    handler = RotatingFileHandler(place.log, maxBytes=LOG_BYTES, backupCount=1)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(message)s"))
-    logging.basicConfig(handlers=[handler], level=logging.INFO)
+def _log_to(place: Place, *, foreground: bool) -> None:
+    handlers: list[logging.Handler] = [
+        RotatingFileHandler(place.log, maxBytes=LOG_BYTES, backupCount=1)
+    ]
+    if foreground:
+        handlers.append(logging.StreamHandler())
+    text = "%(asctime)s %(process)d %(levelname)s %(message)s"
+    logging.basicConfig(handlers=handlers, level=logging.INFO, format=text)

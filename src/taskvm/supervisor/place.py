@@ -109,6 +109,14 @@ class Place:
             raise self._error("listen for commands", error) from error
         return listener
 
+    @property
+    def socket_inode(self) -> int | None:
+        """Which file the socket is; None when it is not there."""
+        try:
+            return (self.directory / _SOCKET).stat().st_ino
+        except OSError:
+            return None
+
     def unlisten(self) -> None:
         """Remove the socket's name: who comes now starts another supervisor."""
         with suppress(FileNotFoundError):

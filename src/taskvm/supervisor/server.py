@@ -65,10 +65,12 @@ class Server:
         self._serving: set[asyncio.Task[None]] = set()
         self._started_s = self._last_used_s = time.monotonic()
         self._stopping = asyncio.Event()
+        self._socket_inode: int | None = None
 
     async def run(self, on_ready: Callable[[], None]) -> None:
         """Serve; `on_ready` is called once clients can connect."""
         listener = self._place.listen()
+        self._socket_inode = self._place.socket_inode
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
@@ -108,6 +110,9 @@ class Server:
         while not self._stopping.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), _TICK_S)
+            if self._place.socket_inode != self._socket_inode:
+                self.log.warning("the socket is gone: no command can reach this supervisor")
+                return
             now_s = time.monotonic()
             if self._serving or not self.roster.empty:
                 self._last_used_s = now_s
