@@ -18,12 +18,18 @@ if TYPE_CHECKING:
 # What real programs need beyond the default image; built once into the user's cache, in about 90 s. Keep it small.
 PROGRAMS = (
     "gcc",
+    "git-lfs",  # a client in Go
     "libc6-dev",
     "make",
     "nodejs",
     "npm",
+    "python3-grpcio",
+    "python3-h2",  # httpx's HTTP/2
+    "python3-httpx",
     "python3-pip",
     "python3-pytest",
+    "python3-requests",
+    "python3-websockets",
     "rsync",
     "sqlite3",
 )

@@ -123,6 +123,7 @@ def guest_environment(user: GuestUser, *, emulated_x86: bool = False) -> dict[st
         "PIP_CERT",
         "GIT_SSL_CAINFO",
         "NODE_EXTRA_CA_CERTS",
+        "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH",
     )
     return {
         "PATH": SEARCH_PATH,

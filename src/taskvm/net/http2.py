@@ -97,6 +97,10 @@ class Http2Stream:
         self._body.clear()
         self._link.forget(self, code, unread)
 
+    async def wait_room(self) -> None:
+        """Wait while too much of this connection waits to be sent."""
+        await self._link.wait_room()
+
     async def wait_change(self) -> None:
         """Wait until the peer has sent something, or has opened a window."""
         self._changed.clear()
@@ -112,6 +116,8 @@ class Http2Stream:
     def feed_head(self, event: h2.events.Event) -> None:
         if len(self.heads) >= MAX_HEADS:
             self.fail(ConnectionResetError("too many informational responses"))
+            self.release(ErrorCodes.ENHANCE_YOUR_CALM)
+            return
         self.heads.append(event)
         self._changed.set()
 
@@ -179,7 +185,7 @@ class Http2Link:
                 writing = group.create_task(self._write())
                 failure = await self._read_until_idle()
                 self._close()
-                await self._say_goodbye()
+                await self._say_goodbye(broken=failure is not None)
                 writing.cancel()
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from failures
@@ -332,11 +338,12 @@ class Http2Link:
             self._busy = False
             self._drained.set()
 
-    async def _say_goodbye(self) -> None:
+    async def _say_goodbye(self, *, broken: bool) -> None:
         """Send what is queued, a GOAWAY last; a peer that does not read is not waited for."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(GOAWAY_TIMEOUT_S):
-                self._h2.close_connection()
+                if not broken:  # else one that says why is queued
+                    self._h2.close_connection()
                 self._flush()
                 while self._outgoing or self._busy:
                     self._drained.clear()

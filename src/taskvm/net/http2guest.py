@@ -88,6 +88,7 @@ class _GuestExchange:
         return await self._stream.read()
 
     async def send_head(self, head: ResponseHead) -> None:
+        await self._stream.wait_room()
         self._stream.write_head(render_response(head), end=head.ended)
 
     async def send(self, data: bytes) -> None:

@@ -74,6 +74,7 @@ class Http2ServerExchange:
     async def send_head(self, head: RequestHead) -> None:
         fields = render_request(head, self._server.origin)
         with self._errors("send the request"):
+            await self._server.link.wait_room()
             self._stream = self._server.link.open_stream(fields, end=not head.has_body)
 
     async def send(self, data: bytes) -> None:

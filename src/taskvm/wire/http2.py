@@ -51,6 +51,7 @@ RESET_COST = (
 )
 
 _DEFAULT_WINDOW = 65_535  # RFC 9113 section 6.9.2
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"  # section 3.4
 _DIGITS = re.compile(rb"[0-9]{1,18}\Z")
 _LENGTH = b"content-length"
 
@@ -81,6 +82,33 @@ class Http2Error(Exception):
         self.reason = reason
 
 
+class _FrameSizes:
+    """Reads the lengths of frames as they come: h2 looks at one when it has all of the frame."""
+
+    def __init__(self, skip: int) -> None:
+        self._skip = skip  # bytes that are no frame's head: the client's preface, then payloads
+        self._head = b""
+
+    def feed(self, data: bytes) -> bool:
+        """Take bytes; say whether all lengths in them are ones that we allow."""
+        position = 0
+        while position < len(data):
+            if self._skip:
+                step = min(self._skip, len(data) - position)
+                self._skip -= step
+                position += step
+                continue
+            part = data[position : position + 9 - len(self._head)]
+            position += len(part)
+            self._head += part
+            if len(self._head) == 9:
+                self._skip = int.from_bytes(self._head[:3], "big")
+                self._head = b""
+                if self._skip > MAX_FRAME:
+                    return False
+        return True
+
+
 class Http2Codec:
     """One side of a connection: bytes to h2's events, and h2's frames to bytes."""
 
@@ -103,9 +131,13 @@ class Http2Codec:
         self.h2.increment_flow_control_window(CONNECTION_WINDOW - _DEFAULT_WINDOW)
         self._disable_indexing()
         self._idle_frames = MAX_IDLE_FRAMES
+        self._sizes = _FrameSizes(0 if client_side else len(_PREFACE))
 
     def receive(self, data: bytes) -> list[h2.events.Event]:
         """Return what the peer's bytes mean. Raises Http2Error."""
+        if not self._sizes.feed(data):
+            self.h2.close_connection(h2.errors.ErrorCodes.FRAME_SIZE_ERROR)
+            raise Http2Error("a frame is longer than it was allowed to be")
         try:
             events = self.h2.receive_data(data)
         except h2.exceptions.ProtocolError as error:
