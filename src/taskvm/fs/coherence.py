@@ -109,6 +109,9 @@ class Coherence:
 
     def lifetime(self, node: HostNode, attr: Attr) -> Lifetime:
         """Return how long the guest may believe `attr` of `node`, and where it is; note that it was told."""
+        left = self._tree.nodes.left
+        while left:
+            self._tell(Change(*left.pop()))
         node.told = (attr.st_ctime_ns, attr.st_size)
         node.told_ns = time.time_ns()
         if not self._by_wd:
@@ -266,8 +269,7 @@ class Coherence:
         watched = directory.watched
         if watched is None:
             return
-        known = event.name in watched.absent or event.name in directory.children
-        if known or event.mask & inotify.IS_DIRECTORY:
+        if event.name in watched.absent or event.name in directory.children:
             self._told[Change(directory.id, event.name)] = None
         self.present(directory, event.name)
         if directory.told is not None or watched.listed:  # its times, and a listing that was kept

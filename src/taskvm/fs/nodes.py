@@ -110,6 +110,8 @@ class NodeTable:
         self._by_id: dict[Node, HostNode] = {ROOT: self.root}
         self._by_identity: dict[Identity, HostNode] = {self.root.identity: self.root}
         self._next = ROOT + 1
+        # Names of directories that the host moved and the guest met at another place: it may know them still.
+        self.left: list[tuple[Node, bytes]] = []
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -236,6 +238,7 @@ class NodeTable:
         if node.kind == stat.S_IFDIR:  # a directory has one name: it was moved by the host
             for old_parent, old_name in node.places:
                 del old_parent.children[old_name]
+                self.left.append((old_parent.id, old_name))
             node.places.clear()
         node.places.append((parent, name))
         parent.children[name] = node
