@@ -41,13 +41,13 @@ def need_private_mounts() -> None:
 
 
 class KernelMount:
-    """`requests` counts what the kernel asked, `told` what it was told unasked, `refused` what it did not take."""
+    """`requests` counts what the kernel asked, `messages` are what it did not ask for, `refused` what it takes not."""
 
     def __init__(self, provider: Provider, path: Path) -> None:
         need_private_mounts()
         self.path = path
         self.requests: Counter[str] = Counter()
-        self.told = 0
+        self.messages: list[bytes] = []
         self.refused: list[tuple[int, bytes]] = []
         self.failures: list[Exception] = []
         self._sending = threading.Lock()  # held while at rest
@@ -59,6 +59,11 @@ class KernelMount:
         self._mount()
         self._start(self._up)
         self._start(self._notify)
+
+    @property
+    def told(self) -> int:
+        """How many messages the kernel did not ask for."""
+        return len(self.messages)
 
     def close(self) -> None:
         """Unmount."""
@@ -135,7 +140,7 @@ class KernelMount:
             if self._sending.locked():
                 self._sending.release()
         elif not struct.unpack_from("<8xQ", frame.payload)[0]:
-            self.told += 1
+            self.messages.append(bytes(frame.payload))
             self._notifications.put(bytes(frame.payload))
         else:
             self._write(frame.payload)

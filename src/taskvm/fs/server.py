@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from taskvm.errors import GuestProtocolError, SandboxLostError, SandboxStateError, UsageError
-from taskvm.fs.provider import Change, Provider, Source
+from taskvm.fs.provider import Provider, Source
 from taskvm.fs.session import Reply, Session
 from taskvm.wire.frames import (
     GUEST_STREAM_BIT,
@@ -105,8 +105,12 @@ class FsServer:
             if mount_id in self._mounts:
                 raise UsageError(f"add the mount {mount_id}", "the id is taken", "Remove it first")
             opened = provider.opened()
-            opened.changes = lambda change: self._notify(mount_id, change)
-            session = Session(opened, self._report)
+
+            def tell(message: bytes) -> None:
+                self._tell(mount_id, message)
+
+            opened.changes = lambda change: tell(Session.notification(change))
+            session = Session(opened, self._report, tell)
             if state is not None:
                 self._rest()
                 _take_up(mount_id, session, state)
@@ -303,9 +307,8 @@ class FsServer:
 
     # Frames of other threads.
 
-    def _notify(self, mount_id: int, change: Change) -> None:
+    def _tell(self, mount_id: int, message: bytes) -> None:
         self.frames += 1
-        message = Session.notification(change)
         told = encode_header(FrameType.FUSE, 0, mount_id, len(message)) + message
         if threading.current_thread() is self._thread and self._held is None:
             self._outgoing.append(told)  # behind the answers before it, and outside `_serving`
@@ -368,7 +371,7 @@ def _send_all(sock: socket.socket, buffers: Sequence[bytes]) -> None:
         return
     remaining: list[bytes | memoryview] = list(buffers)
     while remaining:
-        sent = sock.sendmsg(remaining)
+        sent = sock.sendmsg(remaining[:_MAX_IOVECS])
         done = 0
         while done < len(remaining) and sent >= len(remaining[done]):
             sent -= len(remaining[done])

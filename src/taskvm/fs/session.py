@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import msgspec
 
+from taskvm.fs.ahead import Ahead
 from taskvm.fs.provider import Absent, Change, DirEntry, Provider
 from taskvm.wire.fuse import (
     WRITE_CACHE,
@@ -55,6 +57,7 @@ from taskvm.wire.fuse_replies import (
     encode_reply_header,
     encode_seek,
     encode_statfs,
+    encode_store,
     encode_written,
 )
 
@@ -117,11 +120,21 @@ class SessionState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Session:
-    """Serves one mount from `provider`. `report` gets (what was asked, the unexpected exception)."""
+    """Serves one mount from `provider`.
 
-    def __init__(self, provider: Provider, report: Callable[[str, Exception], None]) -> None:
+    `report` gets (what was asked, the unexpected exception), `tell` messages that the guest did not ask for.
+    """
+
+    def __init__(
+        self,
+        provider: Provider,
+        report: Callable[[str, Exception], None],
+        tell: Callable[[bytes], None],
+    ) -> None:
         self.provider = provider
         self._report = report
+        self._tell = tell
+        self._ahead = Ahead() if provider.readonly else None
         self._started = False
         self._handlers: dict[int, Handler] = {
             Opcode.INIT: self._init,
@@ -251,6 +264,8 @@ class Session:
 
     def _readdirplus(self, request: Request, read: Read) -> Reply:
         reply = DirectoryReply(request.unique, read.size)
+        if self._ahead is not None and not read.offset:
+            self._ahead.listing(request.node)
         size = max(read.size // _PLUS_RATIO, _LEAST_READDIR)
         for entry in self.provider.readdir(request.node, read.offset, size):
             if not reply.fits(entry.name, plus=True):
@@ -269,6 +284,8 @@ class Session:
             reply.add_plus_nothing()
         else:
             reply.add_plus(child.node, child.attr, child.lifetime)
+            if self._ahead is not None:
+                self._ahead.listed(parent, child.node, child.attr)
 
     def _create(self, request: Request, create: MakeNode) -> Reply:
         entry = self.provider.create(request.node, create.name, create.mode, create.flags)
@@ -337,7 +354,17 @@ class Session:
 
     def _read(self, request: Request, read: Read) -> Reply:
         data = self.provider.read(request.node, read.offset, read.size)
+        if self._ahead is not None and not read.offset:
+            for node, size in self._ahead.read(request.node):
+                self._push(node, size)
         return encode_reply_header(request.unique, len(data)), data
+
+    def _push(self, node: int, size: int) -> None:
+        """Give the guest a file that it has not asked for, through all that the provider would check if it had."""
+        with suppress(OSError):  # forgotten, or gone: the guest will ask, or not
+            data = self.provider.read(node, 0, size)
+            if len(data) == size:
+                self._tell(encode_store(node, 0, data))
 
     def _write(self, request: Request, write: Write) -> Reply:
         append = write.flags & _O_APPEND != 0 and not write.write_flags & WRITE_CACHE
