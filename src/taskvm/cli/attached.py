@@ -202,6 +202,12 @@ async def start_held(
     arguments: SandboxArguments, launch: Launch | None, name: str | None
 ) -> SandboxStatus:
     """Start a sandbox in the supervisor and tell where its ports are."""
+    if arguments.reviewed:
+        raise UsageError(
+            f"mount {arguments.reviewed[0]} for review",
+            "nobody would look at the changes of a sandbox that outlives its command line",
+            "Use taskvm run, with --tty for a shell, or the SDK",
+        )
     variables = arguments.variables()
     arguments.create(variables)  # what is wrong is said before a supervisor is started
     status = await Supervisor().start(

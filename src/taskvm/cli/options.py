@@ -231,6 +231,12 @@ class SandboxArguments:
         return {secret.name: secret.reveal() for secret in self._secrets(None)}
 
     @property
+    def reviewed(self) -> tuple[str, ...]:
+        """The guest's directories that are mounted for review."""
+        parts = (text.split(":") for text in self.mounts)
+        return tuple(sorted(each[1] for each in parts if each[2:] == ["review"]))
+
+    @property
     def on_progress(self) -> Callable[[str], None]:
         return silent if self.quiet else progress
 

@@ -12,8 +12,9 @@ import click
 import taskvm
 from taskvm import UsageError
 from taskvm.cli.attached import make_launch, name_option, start_held
-from taskvm.cli.group import EXIT_NO_READER, EXIT_TIMEOUT
+from taskvm.cli.group import EXIT_FAILURE, EXIT_NO_READER, EXIT_TIMEOUT
 from taskvm.cli.options import SandboxArguments, published, sandbox_options
+from taskvm.cli.review import Apply, Review, apply_option, diff_option
 from taskvm.cli.streams import (
     STDIN,
     NoReaderError,
@@ -33,15 +34,22 @@ from taskvm.terminal import DEFAULT_SIZE, Terminal
 @click.option("--tty", "-t", is_flag=True, help="Give the command a terminal.")
 @click.option("--detach", "-d", is_flag=True, help="Print the sandbox's id and leave it running.")
 @name_option
+@apply_option
+@diff_option
 @click.argument("command", nargs=-1, required=True)
 def run(
     arguments: SandboxArguments,
     tty: bool,
     detach: bool,
     name: str | None,
+    apply: Apply | None,
+    diff_file: str | None,
     command: tuple[str, ...],
 ) -> None:
     """Run COMMAND in a new sandbox, stream its output, and exit as it does.
+
+    What it changed in mounts for review is shown and applied then; changes that should be and were not make the
+    exit status 125.
 
     Values of secrets come from the environment or a file, never from the command line.
     """
@@ -50,17 +58,31 @@ def run(
         raise UsageError(f"use {option}", "the sandbox ends with this command", "Add --detach")
     if detach:
         sys.exit(asyncio.run(until_signal(_detach(arguments, command, name, tty=tty))))
-    _execute(arguments, command, tty=tty)
+    _execute(arguments, command, Review.of(arguments.reviewed, apply, diff_file), tty=tty)
 
 
-def _execute(arguments: SandboxArguments, command: tuple[str, ...], *, tty: bool) -> None:
+def _execute(
+    arguments: SandboxArguments, command: tuple[str, ...], review: Review, *, tty: bool
+) -> None:
     """Run `command` in a new sandbox and exit as it does."""
     occupy_standard_streams()
     starting = arguments.create()
+    taken: list[tuple[str, taskvm.ChangeSet]] = []
+
+    async def work() -> int:
+        async with starting as vm:
+            status = await _run(vm, arguments, command, tty=tty)
+            taken.extend(await review.take(vm))
+        return status
+
     try:
-        status = asyncio.run(until_signal(_run(starting, arguments, command, tty=tty)))
+        status = asyncio.run(until_signal(work()))
     except NoReaderError:
         status = EXIT_NO_READER
+    if len(taken) < len(review.paths):
+        click.echo("taskvm: interrupted: the changes under review are dropped", err=True)
+    elif not review.settle(taken):
+        status = status or EXIT_FAILURE
     sys.exit(status)
 
 
@@ -73,32 +95,31 @@ async def _detach(
 
 
 async def _run(
-    starting: taskvm.Opening[taskvm.Sandbox],
+    vm: taskvm.Sandbox,
     arguments: SandboxArguments,
     command: tuple[str, ...],
     *,
     tty: bool,
 ) -> int:
     ports = [published(text) for text in arguments.publish]
-    async with starting as vm:
-        for host_port, guest_port in ports:
-            forward = await vm.forward(guest_port, host_port=host_port)
-            click.echo(f"taskvm: port {guest_port} of the guest is at {forward}", err=True)
-        terminal = Terminal(STDIN) if tty and os.isatty(STDIN) else None
-        size = terminal.size if terminal else DEFAULT_SIZE
-        async with await vm.spawn(
-            list(command),
-            cwd=arguments.cwd,
-            env=terminal_environment(arguments.env) if tty else None,
-            pty=size if tty else None,
-            user=arguments.user,
-        ) as process:
-            try:
-                async with asyncio.timeout(arguments.timeout):
-                    with terminal or contextlib.nullcontext():
-                        return (await relay(process, terminal)).exit_code
-            except TimeoutError:
-                await process.kill_all()
-                text = f"{process.command}: killed after {arguments.timeout:g} s"
-                click.echo(f"taskvm: {text}", err=True)
-                return EXIT_TIMEOUT
+    for host_port, guest_port in ports:
+        forward = await vm.forward(guest_port, host_port=host_port)
+        click.echo(f"taskvm: port {guest_port} of the guest is at {forward}", err=True)
+    terminal = Terminal(STDIN) if tty and os.isatty(STDIN) else None
+    size = terminal.size if terminal else DEFAULT_SIZE
+    async with await vm.spawn(
+        list(command),
+        cwd=arguments.cwd,
+        env=terminal_environment(arguments.env) if tty else None,
+        pty=size if tty else None,
+        user=arguments.user,
+    ) as process:
+        try:
+            async with asyncio.timeout(arguments.timeout):
+                with terminal or contextlib.nullcontext():
+                    return (await relay(process, terminal)).exit_code
+        except TimeoutError:
+            await process.kill_all()
+            text = f"{process.command}: killed after {arguments.timeout:g} s"
+            click.echo(f"taskvm: {text}", err=True)
+            return EXIT_TIMEOUT
