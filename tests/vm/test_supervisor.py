@@ -8,6 +8,7 @@ taskvm.supervisor.roster, taskvm.cli.sandboxes, taskvm.cli.supervisor.
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -144,19 +145,38 @@ def test_a_tree_goes_in_and_comes_out(work: str, tmp_path: Path) -> None:
     assert "exists" in again.stderr
 
 
+def test_a_server_in_it_is_made_reachable(work: str) -> None:
+    """At the address that is printed, and listed."""
+    server = "import socket; s = socket.create_server(('127.0.0.1', 8000)); s.accept()[0].sendall(b'served')"
+    taskvm("exec", "-d", work, "python3", "-c", server)
+    wait_until(lambda: ":1F40 " in taskvm("exec", work, "cat", "/proc/net/tcp").stdout)
+
+    address = taskvm("publish", work, "8000").stdout.strip()
+
+    assert listed()[work]["forwards"] == {address: 8000}
+    host, _, port = address.partition(":")
+    with socket.create_connection((host, int(port)), PATIENCE_S) as connection:
+        assert connection.recv(100) == b"served"
+
+
 # Outliving.
 
 
-def test_a_detached_command_runs_to_its_end_and_is_remembered(runtime: Path) -> None:
+def test_a_detached_command_runs_to_its_end_and_is_remembered(
+    runtime: Path, tmp_path: Path
+) -> None:
     """Its output and its status are there after both ends; the sandbox has ended with it."""
-    script = "cat; echo out; echo err >&2; sleep 1; echo last; exit 4"  # its input is empty
-    started = taskvm("run", "-d", *SMALL, "--name", "job", "--", "sh", "-c", script)
+    # Its input is empty, and its directory is the one that the command line was in.
+    script = "cat; echo out; echo err >&2; sleep 1; echo last | tee file; exit 4"
+    options = [*SMALL, "--name", "job", "--mount", ".:/workspace"]
+    started = taskvm("run", "-d", *options, "--", "sh", "-c", script, cwd=tmp_path)
     followed = taskvm("logs", "-f", "job")
     status = taskvm("attach", "job").returncode
 
     assert started.stdout == f"{listed('--all')['job']['id']}\n"
     assert (followed.stdout, followed.stderr) == ("out\nlast\n", "err\n")
     assert status == 4
+    assert (tmp_path / "file").read_text() == "last\n"
     assert listed("--all")["job"]["outcome"] == "its command ended with 4"
     assert "job" not in listed()
     assert not (run_base() / started.stdout.strip()).exists()

@@ -130,6 +130,7 @@ def test_the_blocking_surface_does_the_same(tmp_path: Path) -> None:
     with supervisor.attach("sync", 1, follow=False) as attached:
         assert attached.stdout.read() == b"hello\ntyped\n"
     supervisor.copy_out("sync", "/tmp/in", tmp_path / "out")
+    assert supervisor.publish("sync", 8000).startswith("127.0.0.1:")
 
     assert (tmp_path / "out").read_text() == "hello\n"
     status = supervisor.status()

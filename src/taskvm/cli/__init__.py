@@ -16,6 +16,7 @@ for _command in (
     attached.exec_,
     sandboxes.logs,
     sandboxes.cp,
+    sandboxes.publish,
     sandboxes.stop,
     supervisor.supervisor,
     image.image,

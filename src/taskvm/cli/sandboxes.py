@@ -12,10 +12,22 @@ import msgspec
 from taskvm import SandboxStatus, Supervisor, TaskvmError, UsageError
 from taskvm.cli.attached import name_option, start_held
 from taskvm.cli.group import EXIT_FAILURE, EXIT_NO_READER
-from taskvm.cli.options import SandboxArguments, sandbox_options
+from taskvm.cli.options import SandboxArguments, published, sandbox_options
 from taskvm.cli.streams import STDERR, STDOUT, NoReaderError, copy_stream, until_signal
 
-_COLUMNS = ("ID", "NAME", "IMAGE", "STATE", "AGE", "CPU", "MEMORY", "DISK", "ENDS IN", "COMMANDS")
+_COLUMNS = (
+    "ID",
+    "NAME",
+    "IMAGE",
+    "STATE",
+    "AGE",
+    "CPU",
+    "MEMORY",
+    "DISK",
+    "ENDS IN",
+    "PORTS",
+    "COMMANDS",
+)
 
 
 @click.command(short_help="Start a sandbox that runs until it is stopped.")
@@ -75,6 +87,19 @@ def logs(follow: bool, sandbox: str, number: int | None) -> None:
     except* NoReaderError:
         status = EXIT_NO_READER
     sys.exit(status)
+
+
+@click.command(short_help="Make a server in a running sandbox reachable.")
+@click.argument("sandbox")
+@click.argument("ports", nargs=-1, required=True, metavar="[HOST_PORT:]GUEST_PORT...")
+def publish(sandbox: str, ports: tuple[str, ...]) -> None:
+    """Make TCP servers in SANDBOX reachable at 127.0.0.1 of this host until it ends, and print their addresses."""
+
+    async def work() -> None:
+        for host_port, port in map(published, ports):
+            click.echo(await Supervisor().publish(sandbox, port, host_port=host_port))
+
+    asyncio.run(work())
 
 
 @click.command(short_help="Copy files between host and a sandbox.")
@@ -144,6 +169,9 @@ def _row(status: SandboxStatus) -> tuple[str, ...]:
         _size(status.memory_bytes),
         _size(status.disk_bytes),
         _span(min(left)) if left and running else "",
+        ", ".join(f"{address}->{port}" for address, port in status.forwards.items())
+        if running
+        else "",
         _commands(status) if running else status.outcome,
     )
 

@@ -70,6 +70,11 @@ class Supervisor:
         """End a sandbox and return what it was, when all of it is released."""
         return await self._ask(messages.StopRequest(sandbox=sandbox), SandboxStatus)
 
+    async def publish(self, sandbox: str, port: int, *, host_port: int = 0) -> str:
+        """Make a TCP server of the guest reachable until the sandbox ends, as `Sandbox.forward`; return `host:port`."""
+        request = messages.PublishRequest(sandbox=sandbox, port=port, host_port=host_port)
+        return await self._ask(request, str)
+
     async def copy_in(
         self,
         sandbox: str,

@@ -69,8 +69,7 @@ class Holding:
         holding = cls(await recipe.starting, recipe, name)
         try:
             for host_port, guest_port in recipe.ports:
-                forward = await holding.vm.forward(guest_port, host_port=host_port)
-                holding._forwards.append(forward)
+                await holding.publish(guest_port, host_port)
             if launch is not None:
                 holding.main = await holding.launch(launch)
         except BaseException:
@@ -103,6 +102,12 @@ class Holding:
         self._background.start(job.run(), f"command {job.number} of {self.vm.id}")
         self._forget_old()
         return job
+
+    async def publish(self, port: int, host_port: int) -> str:
+        """Make a server of the guest reachable, for as long as the sandbox lives; return its address on this host."""
+        forward = await self.vm.forward(port, host_port=host_port)
+        self._forwards.append(forward)
+        return str(forward)
 
     def find(self, number: int | None) -> Job:
         """Return the command of that number; without one the main command, or else the last that runs.

@@ -96,6 +96,12 @@ async def stop(server: Server, service: Service, request: messages.StopRequest) 
     return holding.status()
 
 
+@operation(messages.PublishRequest)
+async def publish(server: Server, service: Service, request: messages.PublishRequest) -> str:
+    holding = server.roster.find_running(request.sandbox)
+    return await holding.publish(request.port, request.host_port)
+
+
 @operation(messages.CopyRequest)
 async def copy(server: Server, service: Service, request: messages.CopyRequest) -> None:
     if not request.host.startswith("/"):

@@ -58,6 +58,10 @@ class Supervisor:
         """End a sandbox and return what it was, when all of it is released."""
         return self._bridge.call(self._supervisor.stop, sandbox)
 
+    def publish(self, sandbox: str, port: int, *, host_port: int = 0) -> str:
+        """Make a TCP server of the guest reachable until the sandbox ends, as `Sandbox.forward`; return `host:port`."""
+        return self._bridge.call(self._supervisor.publish, sandbox, port, host_port=host_port)
+
     def copy_in(
         self,
         sandbox: str,

@@ -132,6 +132,14 @@ class CopyRequest(Request, frozen=True, kw_only=True, tag="copy"):
     into: bool = False
 
 
+class PublishRequest(Request, frozen=True, kw_only=True, tag="publish"):
+    """Make a TCP server of the guest reachable until the sandbox ends. Answered by its address, `host:port`."""
+
+    sandbox: str
+    port: int
+    host_port: int = 0
+
+
 class StatusRequest(Request, frozen=True, kw_only=True, tag="status"):
     """Answered by SupervisorStatus, whatever the client's version."""
 
