@@ -88,9 +88,7 @@ class Injector:
             self._refuse_values(value, "a header")
             sent.append((name, pass_.header(name.decode("latin-1").lower(), value)))
         if pass_.used:
-            sent = [item for item in sent if item[0].lower() != b"accept-encoding"]
-            # What the server repeats must be readable, to be turned back.
-            sent.append((b"Accept-Encoding", b"identity"))
+            sent = asking_plainly(sent)
         return Injected(new_target, sent, tuple(sorted(pass_.used)), pass_.echoes)
 
     def mentioned(self, target: bytes, headers: Iterable[Header]) -> set[str]:
@@ -205,6 +203,12 @@ class _Pass:
         _check_use(bound, *self._origin, header)
         self.used.add(bound.secret.name)
         return bound.secret.reveal()
+
+
+def asking_plainly(headers: Iterable[Header]) -> list[Header]:
+    """Return the headers of a request whose answer must be readable: what it repeats is turned back."""
+    others = [item for item in headers if item[0].lower() != b"accept-encoding"]
+    return [*others, (b"Accept-Encoding", b"identity")]
 
 
 def _check_use(bound: BoundSecret, scheme: Scheme, host: str, port: int, header: str = "") -> None:

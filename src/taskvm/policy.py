@@ -216,6 +216,8 @@ class Policy:
         """
         if not set(self.allow_addresses) <= set(newer.allow_addresses):
             return False
+        if not newer._denied_networks <= self._denied_networks:
+            return False  # the host may have such an address
         before = [rule for rule in self.rules if rule.names_host(host, port)]
         after = [rule for rule in newer.rules if rule.names_host(host, port)]
         if after == before or newer.allows_all(host, port):
@@ -223,6 +225,11 @@ class Policy:
         # What no rule names may have been allowed by an address rule: a literal's new rules count.
         is_name = parse_address(host) is None
         return is_name and bool(before) and after[: len(before)] == before
+
+    @property
+    def _denied_networks(self) -> set[HostPattern]:
+        denying = (rule for rule in self.rules if not rule.allow and rule.is_whole)
+        return {host for rule in denying for host in rule.hosts if host.network is not None}
 
     def allows_all(self, host: str, port: int) -> bool:
         """Say whether the first rule that names this host and port allows every request to it."""

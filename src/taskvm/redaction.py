@@ -49,11 +49,12 @@ class Redactor:
         self._pattern = any_of(self._found)
 
     def headers(self, headers: Sequence[Header]) -> list[Header]:
-        """Return the headers for the guest."""
-        return [
-            (name, self._pattern.sub(lambda match: self._replace(match.group()), value))
-            for name, value in headers
-        ]
+        """Return the headers, or the trailer, for the guest."""
+        return [(self.text(name), self.text(value)) for name, value in headers]
+
+    def text(self, text: bytes) -> bytes:
+        """Return a whole text for the guest."""
+        return self._pattern.sub(lambda match: self._replace(match.group()), text)
 
     def body(self) -> Replacer:
         """Return what the body goes through."""

@@ -164,3 +164,25 @@ async def _change_after(lab: Lab, canary: HttpServer, turns: int) -> None:
         await sock.write(EXCHANGE.replace(b"/", b"/late", 1) % (b"api.test", canary.port))
         await sock.read_all()
     assert "/late" not in [seen.path for seen in canary.requests]
+
+
+# Denials in other protocols.
+
+
+@pytest.mark.parametrize(
+    ("host", "said"),
+    [("api.test", b"SSH is not carried"), ("other.test", b"no rule allows this host")],
+)
+async def test_ssh_is_refused_in_its_own_words(canary: HttpServer, host: str, said: bytes) -> None:
+    address = f"127.0.0.1:{canary.port}"
+    async with egress_lab(allow=["api.test"], allow_addresses=[address], hosts=NAMES) as lab:
+        target = await lab.address_of("api.test")
+        if host != "api.test":
+            lab.gateway.change_policy(Policy())
+        sock = await lab.guest.connect(target, canary.port)
+        answer = await sock.exchange(b"SSH-2.0-OpenSSH_9.2\r\n")
+
+        assert answer.startswith(b"SSH-2.0-taskvm\r\n")
+        assert said in answer
+        assert lab.denials("connect")[-1].rule == "protocol"
+    assert canary.connections == 0

@@ -246,6 +246,29 @@ async def test_repeated_basic_credentials_come_back_as_they_were_sent() -> None:
         assert sent.encode() in answer
 
 
+async def test_no_part_of_a_response_shows_the_value() -> None:
+    """Informational heads, the reason, names of headers, trailers: a server can repeat it anywhere."""
+    value = "sk-live-0123456789"
+    answer = (
+        f"HTTP/1.1 103 Early Hints\r\nLink: {value}\r\n\r\nHTTP/1.1 200 {value}\r\n"
+        f"X-{value}: 1\r\nContent-Type: text/plain\r\n"
+        f"Transfer-Encoding: chunked\r\n\r\n0\r\nX-Trailer: {value}\r\n\r\n"
+    )
+    async with scripted_server(answer.encode()) as repeating:
+        host = f"api.test:{repeating.port}"
+        async with egress_lab(
+            allow=["api.test"], allow_addresses=[f"127.0.0.1:{repeating.port}"],
+            hosts={"api.test": ["127.0.0.1"]}, secrets=[Secret("KEY", value, hosts=[host])],
+        ) as lab:  # fmt: skip
+            placeholder = lab.secrets[0].placeholder
+            shown = await ask_in_clear(lab, repeating.port, f"Authorization: {placeholder}")
+
+    assert b"103" in shown
+    assert b"X-Trailer" in shown
+    assert value.encode() not in shown
+    assert shown.count(placeholder.encode()) == 4
+
+
 async def test_a_large_stream_passes_unchanged(server: HttpServer) -> None:
     body = bytes(range(256)) * 4000
     async with lab_for(server.port) as lab:

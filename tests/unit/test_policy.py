@@ -258,3 +258,7 @@ def test_a_narrower_policy_keeps_nothing_of_what_it_takes_away() -> None:
     assert not policy.keeps(policy.denying("b.test"), "b.test", 443)
     assert not policy.keeps(Policy.parse(["a.test"]), "a.test", 443)  # an address rule is gone
     assert not policy.keeps(policy.denying("127.0.0.1"), "127.0.0.1", 443)
+    assert not policy.keeps(
+        policy.denying("8.8.0.0/16"), "a.test", 443
+    )  # it may have such an address
+    assert policy.denying("8.8.0.0/16").keeps(policy, "a.test", 443)

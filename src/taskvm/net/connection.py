@@ -31,6 +31,7 @@ from taskvm.policy import Decision
 from taskvm.wire.hostname import parse_address
 from taskvm.wire.http1 import looks_like_request
 from taskvm.wire.message import Origin, Scheme
+from taskvm.wire.ssh import is_ssh, render_disconnect
 from taskvm.wire.tls import MAX_CLIENT_HELLO, ClientHello, TlsError, is_tls, parse_client_hello
 
 SNIFF_TIMEOUT_S = 10.0
@@ -74,7 +75,7 @@ class GuestConnection:
             async with asyncio.timeout(limit_s):
                 scheme, hello = await self._sniff()
         except (TimeoutError, TlsError, _UnknownProtocolError) as error:
-            self._refuse_protocol(error)
+            await self._refuse_protocol(error)
             return
         if scheme == "https":
             await self._serve_tls(hello)
@@ -109,16 +110,25 @@ class GuestConnection:
                     self._stream.unread(data)
                     return "https", hello
             elif (verdict := looks_like_request(data)) is not None:
+                if is_ssh(data):
+                    raise _SshError("SSH is not carried: use https, as in git clone https://…")
                 if not verdict:
                     raise _UnknownProtocolError("it is neither HTTP/1 nor TLS")
                 self._stream.unread(data)
                 return "http", None
 
-    def _refuse_protocol(self, error: Exception) -> None:
+    async def _refuse_protocol(self, error: Exception) -> None:
         reason = "it said nothing in time" if isinstance(error, TimeoutError) else str(error)
         kind: Kind = "tls" if isinstance(error, TlsError) else "connect"
         self._record(kind, "deny", rule="protocol", reason=f"unknown protocol: {reason}")
-        self._stream.abort(errno.ECONNREFUSED)
+        if isinstance(error, _SshError):
+            decision = self._decision
+            said = reason if decision.allowed else f"{decision.reason}. {decision.hint}"
+            await self._stream.write(render_disconnect(said))
+            await self._stream.end()
+            await self._close(self._stream)
+        else:
+            self._stream.abort(errno.ECONNREFUSED)
 
     # TLS.
 
@@ -216,3 +226,7 @@ class GuestConnection:
 
 class _UnknownProtocolError(Exception):
     """Raised while sniffing, when the first bytes are nothing that the gateway speaks."""
+
+
+class _SshError(_UnknownProtocolError):
+    """Raised while sniffing, when the client speaks SSH: it can be told in words."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from taskvm.audit import Verdict
-from taskvm.injection import Injected, InjectionRefused, Injector
+from taskvm.injection import Injected, InjectionRefused, Injector, asking_plainly
 from taskvm.net.approvals import ONCE
 from taskvm.net.egress import UNRECORDED, Refusal, Session
 from taskvm.net.hooked import HookAnswer, Hooked, both
@@ -48,10 +48,15 @@ class Admitted:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A response as the guest gets it."""
+    """A response as the guest gets it; its trailer goes through `redactor`."""
 
     head: ResponseHead
     body: BodyFilter | None = None
+    redactor: Redactor | None = None
+
+    def trailer(self, fields: list[Header]) -> list[Header]:
+        """Return the trailer for the guest."""
+        return fields if self.redactor is None else self.redactor.headers(fields)
 
 
 class Judge:
@@ -91,12 +96,15 @@ class Judge:
         return self._admitted(head, injected, body)
 
     async def admit_response(self, admitted: Admitted, response: ResponseHead) -> Answered:
-        """Return the answer to an admitted request, as the guest gets it. Raises Refusal."""
+        """Return an answer to an admitted request, as the guest gets it. Raises Refusal.
+
+        Informational ones, and the beginning of a WebSocket, are no hook's business.
+        """
         answered = self._redact(admitted, response)
-        if not self._hooked or response.status == 101:
+        if not self._hooked or response.status < 200:
             return answered
         head, body = await self._hooked.response(admitted.shown, answered.head)
-        return Answered(head, both(answered.body, body))
+        return replace(answered, head=head, body=both(answered.body, body))
 
     def admit_trailer(self, fields: list[Header]) -> list[Header]:
         """Return the trailer to send after a body.
@@ -185,10 +193,11 @@ class Judge:
             return Answered(response)
         redactor = Redactor(known, admitted.echoes, _once(self._record_reflection))
         headers = redactor.headers(response.headers)
-        if response.ended or response.status == 101 or not is_readable(headers):
-            return Answered(replace(response, headers=headers))
+        head = replace(response, headers=headers, reason=redactor.text(response.reason))
+        if response.ended or response.status < 200 or not is_readable(headers):
+            return Answered(head, None, redactor)
         # The placeholder has another length than the value.
-        return Answered(replace(response, headers=without_length(headers)), redactor.body())
+        return Answered(replace(head, headers=without_length(headers)), redactor.body(), redactor)
 
     def _admitted(
         self, head: RequestHead, injected: Injected, wanted: BodyFilter | None
@@ -203,7 +212,7 @@ class Judge:
             )
             if injecting is not None:
                 body = both(wanted, _Refusing(injecting, self._refuse_secret))
-            headers = without_length(headers) if changes else headers
+            headers = asking_plainly(without_length(headers)) if changes else headers
         sent = replace(head, target=injected.target, headers=headers)
         return Admitted(sent, head, body, injected.echoes)
 

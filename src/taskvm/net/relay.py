@@ -20,7 +20,6 @@ from taskvm.net.egress import Refusal, Session
 from taskvm.net.exchange import GuestExchange, ServerExchange, StreamEnded
 from taskvm.net.judge import Admitted, Answered, Judge
 from taskvm.wire.message import (
-    BodyFilter,
     Header,
     HttpRefused,
     ResponseHead,
@@ -182,7 +181,7 @@ class _Forwarding:
     async def _relay_response(self) -> None:
         head = await self._next_head()
         while head.status < 200:
-            await self._guest.send_head(head)
+            await self._send_informational(head)
             head = await self._next_head()
         await self._finish_response(head)
 
@@ -190,15 +189,20 @@ class _Forwarding:
         answered = await self._relay.admit_response(self._admitted, head)
         self._count.status = answered.head.status
         await self._guest.send_head(answered.head)
-        await self._pipe_down(answered.body)
+        await self._pipe_down(answered)
 
-    async def _pipe_down(self, body: BodyFilter | None) -> None:
+    async def _send_informational(self, head: ResponseHead) -> None:
+        answered = await self._relay.admit_response(self._admitted, head)
+        await self._guest.send_head(answered.head)
+
+    async def _pipe_down(self, answered: Answered) -> None:
+        body = answered.body
         while data := await self._server.read():
             self._count.bytes_down += len(data)
             self._moved()
             await self._send_down(data if body is None else body.feed(data))
         await self._send_down(b"" if body is None else body.finish())
-        await self._guest.end(self._server.trailer)
+        await self._guest.end(answered.trailer(self._server.trailer))
 
     async def _send_down(self, data: bytes) -> None:
         if data:
@@ -208,7 +212,7 @@ class _Forwarding:
     async def _exchange_websocket(self) -> None:
         head = await self._next_head()
         while head.status < 200 and head.status != 101:
-            await self._guest.send_head(head)
+            await self._send_informational(head)
             head = await self._next_head()
         if head.status != 101:
             await self._finish_response(head)
