@@ -95,7 +95,9 @@ class Guest:
         return GuestSocket(self, number, *flows)
 
     @contextlib.asynccontextmanager
-    async def listen(self, address: str, port: int) -> AsyncIterator[int]:
+    async def listen(
+        self, address: str, port: int, local: tuple[str, int] = ("127.0.0.1", 0)
+    ) -> AsyncIterator[int]:
         """Bridge a local TCP port to connections to (address, port)."""
 
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -103,7 +105,7 @@ class Guest:
                 await self._bridge(reader, writer, await self.connect(address, port))
             writer.transport.abort() if writer.transport.is_closing() else writer.close()
 
-        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        server = await asyncio.start_server(serve, *local)
         try:
             yield server.sockets[0].getsockname()[1]
         finally:
@@ -426,7 +428,9 @@ def http_server(
 
 
 @contextlib.asynccontextmanager
-async def scripted_server(answer: bytes, *, close: bool = True) -> AsyncIterator[HttpServer]:
+async def scripted_server(
+    answer: bytes, *, close: bool = True, address: str = "127.0.0.1"
+) -> AsyncIterator[HttpServer]:
     """Serve these bytes, whatever is asked, after the head of a request; record what came."""
     seen = HttpServer(0)
 
@@ -441,7 +445,7 @@ async def scripted_server(answer: bytes, *, close: bool = True) -> AsyncIterator
                 await reader.read()
         writer.close()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    server = await asyncio.start_server(serve, address, 0)
     seen.port = server.sockets[0].getsockname()[1]
     try:
         yield seen

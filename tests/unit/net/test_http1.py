@@ -7,6 +7,7 @@ common to all versions (taskvm.net.exchange) is in test_relay.py.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -159,6 +160,63 @@ async def test_an_event_arrives_before_the_next_one_is_sent() -> None:
                     received += await sock.read()
             read.release()
     server.close()
+
+
+async def test_a_server_that_has_ipv6_only_is_reached() -> None:
+    """The guest has IPv4 only; what the host dials is the host's."""
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+    async with (
+        scripted_server(answer, address="::1") as server,
+        egress_lab(
+            allow=["six.test"],
+            allow_addresses=[f"[::1]:{server.port}"],
+            hosts={"six.test": ["::1"]},
+        ) as lab,
+    ):
+        sock = await lab.connect("six.test", server.port)
+        await sock.write(f"GET / HTTP/1.1\r\nHost: six.test:{server.port}\r\n\r\n".encode())
+        received = await sock.read_response()
+
+        (dialled,) = [e for e in lab.events if e.kind == "connect"]
+    assert received.endswith(b"ok")
+    assert dialled.address == "::1"
+
+
+CONVERSATION = (
+    b"POST /a HTTP/1.1\r\nHost: api.test:{port}\r\nTransfer-Encoding: chunked\r\n\r\n"
+    b"5;x=y\r\nhello\r\n6\r\n world\r\n0\r\nX-Sum: 1\r\n\r\n"
+)
+
+
+async def test_a_request_cut_anywhere_means_the_same() -> None:
+    """Every place once, in two pieces that arrive apart."""
+    with http_server() as server:
+        async with sandbox(server) as lab:
+            whole = CONVERSATION.replace(b"{port}", str(server.port).encode())
+            for cut in range(1, len(whole)):
+                sock = await lab.connect("api.test", server.port)
+                await sock.write(whole[:cut])
+                await asyncio.sleep(0)
+                await sock.write(whole[cut:])
+                assert (await sock.read_response()).endswith(b"hello world")
+                sock.reset()
+
+    assert {seen.body for seen in server.requests} == {b"hello world"}
+    assert len(server.requests) == len(whole) - 1
+
+
+async def test_a_request_that_ends_anywhere_is_never_complete_for_the_server() -> None:
+    with http_server() as server:
+        async with sandbox(server) as lab:
+            whole = CONVERSATION.replace(b"{port}", str(server.port).encode())
+            for end in range(1, len(whole), 3):
+                sock = await lab.connect("api.test", server.port)
+                await sock.write(whole[:end])
+                sock.end()
+                with contextlib.suppress(StreamReset):
+                    await sock.read_all()
+
+    assert [seen.body for seen in server.requests] == []
 
 
 async def test_many_streams_share_a_few_connections_of_a_server_of_http1() -> None:
