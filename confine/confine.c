@@ -1,7 +1,7 @@
 /* taskvm-confine: run one program (QEMU) confined, and end it when its owner is gone.
  *
  *   taskvm-confine [--read PATH]… [--execute PATH]… [--write PATH]… [--copy-on-write PATH] [--file-size BYTES]
- *                  [--lifeline FD] [--report FD] -- PROGRAM [ARGUMENT]…
+ *                  [--data-size BYTES] [--lifeline FD] [--report FD] -- PROGRAM [ARGUMENT]…
  *
  * The supervisor stays behind as the program's parent. It kills the program when the lifeline reaches end of file (the
  * owner closed it, or died in any way at all: PR_SET_PDEATHSIG alone would follow the thread that started us), and
@@ -63,6 +63,8 @@ static int take_option(struct options *options, const char *name, const char *va
 		return (jail->copy_on_write = value) ? add_path(jail->read, &jail->reads, value) : -1;
 	if (!strcmp(name, "--file-size"))
 		return (jail->file_size = strtoul(value, NULL, 10)) ? 0 : -1;
+	if (!strcmp(name, "--data-size"))
+		return (jail->data_size = strtoul(value, NULL, 10)) ? 0 : -1;
 	if (!strcmp(name, "--lifeline"))
 		return (options->lifeline = atoi(value)) > 2 ? 0 : -1;
 	if (!strcmp(name, "--report"))

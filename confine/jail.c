@@ -66,11 +66,16 @@ int jail_namespaces(struct jail_report *report)
 int jail_limits(const struct jail *jail)
 {
 	struct rlimit none = {0, 0}, files = {1024, 1024}, size = {jail->file_size, jail->file_size};
+	struct rlimit data = {jail->data_size, jail->data_size};
 
 	if (setrlimit(RLIMIT_CORE, &none) < 0 || setrlimit(RLIMIT_NOFILE, &files) < 0)
 		return fail("set", "resource limits");
 	if (jail->file_size && setrlimit(RLIMIT_FSIZE, &size) < 0)
 		return fail("set", "the file size limit");
+	if (jail->data_size && setrlimit(RLIMIT_DATA, &data) < 0)
+		return fail("set", "the data size limit");
+	/* QEMU asks for huge pages for its translated code: in 16 regions, a few MB of each sandbox's memory for nothing. */
+	prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0);
 	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
 		return fail("set", "no_new_privs");
 	return 0;

@@ -13,6 +13,7 @@ struct jail {
 	int reads, executes, writes;
 	const char *copy_on_write; /* opened read-write by the program, given to it read-only */
 	unsigned long file_size;   /* RLIMIT_FSIZE in bytes, 0 = unlimited */
+	unsigned long data_size;   /* RLIMIT_DATA in bytes, 0 = unlimited */
 };
 
 struct jail_report {

@@ -50,7 +50,9 @@ class Cache:
         yield from remove_templates(
             self._store.root / "templates", lambda digest: digest not in digests
         )
-        yield from self._old_initramfs({files.initrd.name for files in current})
+        yield from self._old_initramfs(
+            {name for files in current for name in (files.initrd.name, files.head.name)}
+        )
 
     def _sound_images(self) -> Iterator[Image]:
         for digest in self._store.digests():

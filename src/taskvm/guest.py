@@ -116,6 +116,7 @@ class Guest:
         self._flushes = False
         self._mounted: tuple[str, ...] = ()
         control.on_lost = self._fail
+        machine.on_flood = self._fail
 
     @classmethod
     async def take_over(

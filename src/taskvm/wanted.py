@@ -46,7 +46,7 @@ def _find_image(name: str | None, progress: Progress) -> Image:
 def _guest_files(image: Image) -> GuestFiles:
     agent = guest_binary(image.manifest.arch)
     files = _boot_files(image.path, image, agent, agent.stat().st_mtime_ns)
-    if not files.boot.initrd.exists():  # pruned since
+    if not (files.boot.initrd.exists() and files.boot.head.exists()):  # pruned since
         _boot_files.cache_clear()
         files = _boot_files(image.path, image, agent, agent.stat().st_mtime_ns)
     return files
@@ -55,5 +55,5 @@ def _guest_files(image: Image) -> GuestFiles:
 @lru_cache(maxsize=16)  # reading and hashing 4 MB would cost 15 ms of every start
 def _boot_files(path: Path, image: Image, agent: Path, changed_ns: int) -> GuestFiles:
     files = boot_files(image, agent)
-    boot = Boot(kernel=files.kernel, initrd=files.initrd)
+    boot = Boot(kernel=files.kernel, initrd=files.initrd, head=files.head)
     return GuestFiles(boot=boot, rootfs=files.rootfs, digest=files.digest)

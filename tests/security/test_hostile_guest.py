@@ -1,24 +1,27 @@
 """A guest whose root is the attacker, and an agent that lies. Judged by what happens on the host."""
 
+import asyncio
 import resource
+from pathlib import Path
 
 import pytest
+from tests.conftest import GUEST
 
-from taskvm import Sandbox
+from taskvm import Sandbox, SandboxLostError
 
 pytestmark = pytest.mark.vm
 
 # Ask the CPU hotplug controller of q35 for an _OST notice (hw/acpi/cpu.c): each is an event on QEMU's monitor. An `out`
 # instruction in a page of our own, because the guest's kernel has no /dev/port.
 EVENT_FLOOD = """
-import ctypes, mmap
+import ctypes, mmap, sys
 assert ctypes.CDLL(None).iopl(3) == 0
 page = mmap.mmap(-1, 4096, prot=7)
 page[:6], page[64:70] = bytes.fromhex("89fa89f0eec3"), bytes.fromhex("89fa89f0efc3")
 start = ctypes.addressof(ctypes.c_char.from_buffer(page))
 outb, outl = (ctypes.CFUNCTYPE(None, ctypes.c_uint, ctypes.c_uint)(start + at) for at in (0, 64))
 outb(0xCD8, 0), outl(0xCD8, 0)
-for _ in range(20_000):
+for _ in range(int(sys.argv[1])):
     outb(0xCDD, 2), outl(0xCE0, 0)
 print("flooded")
 """
@@ -29,8 +32,28 @@ async def test_events_that_a_guest_causes_are_not_kept(vm: Sandbox) -> None:
     monitor = vm._guest.machine._qmp
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    result = await vm.exec(["python3", "-c", EVENT_FLOOD], user="root", timeout_s=15)
+    result = await vm.exec(["python3", "-c", EVENT_FLOOD, "8000"], user="root", timeout_s=15)
 
     assert result.stdout == "flooded\n", result.stderr
     assert monitor.events.empty()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 16 * 1024  # KiB
+
+
+async def test_a_guest_that_goes_on_causing_events_is_ended(vm: Sandbox) -> None:
+    """Each costs the host time. The sandbox is lost soon, with the reason, and QEMU is gone."""
+    supervisor = vm.host_pid
+    async with asyncio.timeout(30):
+        with pytest.raises(SandboxLostError, match="floods it with events"):
+            await vm.exec(["python3", "-c", EVENT_FLOOD, "100000000"], user="root")
+
+    assert vm.state == "lost"
+    await vm.close()
+    assert not Path(f"/proc/{supervisor}").exists()
+
+
+async def test_qemu_cannot_have_more_memory_than_its_guest_and_an_overhead(vm: Sandbox) -> None:
+    """The kernel holds the process that the guest may have taken over to it (RLIMIT_DATA)."""
+    limits = Path(f"/proc/{vm._guest.machine.qemu_pid}/limits").read_text()
+
+    (line,) = (line for line in limits.splitlines() if line.startswith("Max data size"))
+    assert line.split()[3:5] == [str((GUEST["memory_mib"] + 256 + 1024) << 20)] * 2

@@ -25,14 +25,22 @@ _KEPT_INITRAMFS = (
     16  # of the most recently used; a developer makes one with each build of the agent
 )
 _CONSOLE = os.makedev(5, 1)
+# The setup part of an x86 kernel is at most 255 sectors and one (kernel: Documentation/x86/boot.rst, setup_sects); QEMU
+# reads all of it. Of an arm64 image it reads the header, 64 bytes.
+_HEAD_BYTES = 256 * 1024
+_GZIP_MAGIC = b"\x1f\x8b"
 
 
 @dataclass(frozen=True, slots=True)
 class BootFiles:
-    """The files for QEMU's -kernel, -initrd and root disk. `digest` names all three."""
+    """The files for QEMU's -kernel, -initrd and root disk. `digest` names all three.
+
+    `head` is the kernel's beginning, for a machine whose kernel is in its memory already.
+    """
 
     kernel: Path
     initrd: Path
+    head: Path
     rootfs: Path
     digest: str
 
@@ -68,7 +76,19 @@ def boot_files(image: Image, agent_path: Path) -> BootFiles:
         _write_once(initrd, archive)
         _remove_old(directory)
     whole = hashlib.sha256(f"{image.digest} {digest}".encode()).hexdigest()
-    return BootFiles(image.kernel, initrd, image.rootfs, whole)
+    head = _kernel_head(image, directory / f"{image.digest}.head")
+    return BootFiles(image.kernel, initrd, head, image.rootfs, whole)
+
+
+def _kernel_head(image: Image, head: Path) -> Path:
+    """Return what QEMU's loader looks at: the rest would be 13 MB of each fork's memory, with the initramfs."""
+    with image.kernel.open("rb") as kernel:
+        beginning = kernel.read(_HEAD_BYTES)
+    if beginning.startswith(_GZIP_MAGIC):  # QEMU unpacks it before it looks
+        return image.kernel
+    if not head.exists():
+        _write_once(head, beginning)
+    return head
 
 
 def initramfs_entries(image: Image, agent: bytes) -> list[CpioEntry]:

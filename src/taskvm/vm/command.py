@@ -30,6 +30,12 @@ KERNEL_ARGUMENTS = {
     "aarch64": "console=ttyAMA0 quiet panic=-1 random.trust_cpu=on mitigations=off",
 }
 
+# Of code that TCG has translated; when it is full, TCG begins anew. Any guest can fill it; its default is 1 GiB.
+TRANSLATIONS_MIB = 256
+# What QEMU may allocate besides: some 30 MiB of its own, and 8 MiB of stack for each thread, of which block devices
+# have up to 64.
+OVERHEAD_MIB = 1024
+
 # What the loader, QEMU's libraries and firmware are read from. A path that is not there is passed over.
 PROGRAM_PATHS = ("/usr", "/lib", "/lib64", "/nix/store", "/gnu/store", "/opt/homebrew")
 CONFIGURATION_PATHS = ("/etc/ld.so.cache", "/etc/ld.so.preload")
@@ -63,6 +69,11 @@ class MachineShape:
         return "max,-erms,-fsrm" if self.arch == "x86_64" else "max,pauth-impdef=on"
 
     @property
+    def data_limit_bytes(self) -> int:
+        """How much private memory QEMU can have (RLIMIT_DATA), whatever a guest makes of it; then it ends."""
+        return (self.memory_mib + TRANSLATIONS_MIB + OVERHEAD_MIB) << 20
+
+    @property
     def kernel_arguments(self) -> str:
         return KERNEL_ARGUMENTS[self.arch]
 
@@ -80,10 +91,18 @@ class Descriptors:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Boot:
-    """Kernel and initial file system, as files on the host."""
+    """Kernel and initial file system, as files on the host.
+
+    `head` is the kernel's beginning: enough for QEMU, which insists on a kernel also where the guest has booted.
+    """
 
     kernel: Path
     initrd: Path
+    head: Path
+
+    def files(self, *, incoming: bool) -> tuple[Path, ...]:
+        """Return what QEMU reads: all of it to boot, next to nothing for a saved state to go on from."""
+        return (self.head,) if incoming else (self.kernel, self.initrd)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +139,7 @@ def qemu_command(
         "-machine",
         _machine_type(shape),
         "-accel",
-        shape.accelerator,
+        "kvm" if shape.accelerator == "kvm" else f"tcg,tb-size={TRANSLATIONS_MIB}",
         "-cpu",
         shape.cpu_model,
         "-smp",
@@ -129,10 +148,7 @@ def qemu_command(
         f"{shape.memory_mib}M",
         "-object",
         _memory_backend(shape, memory, share_memory),
-        "-kernel",
-        str(boot.kernel),
-        "-initrd",
-        str(boot.initrd),
+        *_kernel(*boot.files(incoming=incoming)),
         "-append",
         shape.kernel_arguments,
         *_devices(disk, descriptors),
@@ -151,6 +167,10 @@ _BARE = (
     "-sandbox",
     "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
 )
+
+
+def _kernel(kernel: Path, initrd: Path | None = None) -> list[str]:
+    return ["-kernel", str(kernel), *(["-initrd", str(initrd)] if initrd else [])]
 
 
 def _devices(disk: Disk, descriptors: Descriptors) -> list[str]:
@@ -184,6 +204,7 @@ def confine_command(
     write: list[Path],
     copy_on_write: Path | None,
     file_size_bytes: int,
+    data_size_bytes: int | None = None,
     lifeline: int,
     accelerator: Accelerator,
 ) -> list[str]:
@@ -192,6 +213,8 @@ def confine_command(
     `read` and `write` are what it may touch besides its own libraries and firmware.
     """
     command = [str(confine), "--lifeline", str(lifeline), "--file-size", str(file_size_bytes)]
+    if data_size_bytes is not None:
+        command += ["--data-size", str(data_size_bytes)]
     for path in PROGRAM_PATHS:
         command += ["--execute", path]
     for path in CONFIGURATION_PATHS:

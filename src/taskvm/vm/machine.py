@@ -16,6 +16,7 @@ import os
 import socket
 import subprocess
 from array import array
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from taskvm.vm.command import (
     confine_command,
     qemu_command,
 )
+from taskvm.vm.eventrate import EventRate
 from taskvm.vm.native import confine_binary
 from taskvm.vm.qemu import Qemu
 
@@ -64,6 +66,11 @@ class MachineFiles:
     state: Path | None = None
     receiving: bool = False
     disk_limit_bytes: int = DISK_LIMIT_BYTES
+
+    @property
+    def incoming(self) -> bool:
+        """Whether the machine goes on from a state, instead of booting."""
+        return self.receiving or self.state is not None
 
 
 class Tail(asyncio.Protocol):
@@ -102,7 +109,9 @@ class Machine:
         self._qmp = QMPClient("taskvm")
         # The library keeps every event for a listener of its own, without a limit. A guest's root makes QEMU send
         # 20 000 a second (ACPI's _OST registers): 34 MB/s of our memory. We listen where we wait, and only there.
-        self._qmp.events.event_filter = lambda event: False
+        self._qmp.events.event_filter = self._count_event
+        self._events = EventRate()
+        self.on_flood: Callable[[Exception], None] = lambda error: None
         self._qmp_socket = sockets.pop("qmp")
         self._lifeline: int | None = None
         self._pidfd = os.pidfd_open(process.pid)
@@ -259,6 +268,17 @@ class Machine:
         ]
         return "".join(parts)
 
+    def _count_event(self, event: Message) -> bool:
+        if self._events.exceeds(asyncio.get_running_loop().time()):
+            self.on_flood(
+                SandboxLostError(
+                    "listen to QEMU",
+                    f"its guest floods it with events, the last a {event.get('event')}",
+                    "The guest is hostile, or its disk has been full for long: its sandbox was ended",
+                )
+            )
+        return False
+
     # Starting.
 
     async def _watch(self) -> None:
@@ -357,7 +377,7 @@ def _commands(
         disk=files.disk,
         memory=files.memory,
         share_memory=files.share_memory,
-        incoming=files.receiving or files.state is not None,
+        incoming=files.incoming,
         descriptors=descriptors,
     )
     disk = files.disk
@@ -371,14 +391,14 @@ def _commands(
         confine_binary(),
         program,
         read=[
-            files.boot.kernel,
-            files.boot.initrd,
+            *files.boot.files(incoming=files.incoming),
             *disk.layers[1:],
             *([disk.base] if disk.base else []),
         ],
         write=writable,
         copy_on_write=copy_on_write,
         file_size_bytes=files.disk_limit_bytes,
+        data_size_bytes=shape.data_limit_bytes,
         lifeline=lifeline,
         accelerator=shape.accelerator,
     )

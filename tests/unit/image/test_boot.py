@@ -47,6 +47,7 @@ def image(tmp_path: Path) -> Image:
     names = ("modules/00-virtio_ring.ko", "modules/01-virtio.ko")
     for name in names:
         (path / name).write_bytes(name.encode())
+    (path / "vmlinuz").write_bytes(bytes(range(256)) * 2048)
     manifest = Manifest(
         format=MANIFEST_FORMAT,
         recipe=RECIPE,
@@ -120,6 +121,20 @@ def test_processes_that_make_the_same_file_at_once_share_the_first(
     assert archive.stat().st_ino == first
 
 
+def test_the_head_is_the_kernels_beginning(image: Image, agent: Path) -> None:
+    """QEMU keeps what it reads in memory, and looks at no more than this."""
+    head = boot_files(image, agent).head.read_bytes()
+
+    assert head == image.kernel.read_bytes()[: len(head)]
+    assert len(head) == 256 * 1024
+
+
+def test_a_packed_kernel_has_no_head(image: Image, agent: Path) -> None:
+    image.kernel.write_bytes(b"\x1f\x8b" + bytes(1000))
+
+    assert boot_files(image, agent).head == image.kernel
+
+
 def test_only_the_latest_are_kept(
     image: Image, agent: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,7 +144,7 @@ def test_only_the_latest_are_kept(
         agent.write_bytes(b"agent %d" % version)
         last = boot_files(image, agent)
 
-    kept = list(last.initrd.parent.iterdir())
+    kept = list(last.initrd.parent.glob("*.cpio"))
     assert len(kept) == 2
     assert last.initrd in kept
 

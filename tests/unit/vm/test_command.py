@@ -16,7 +16,7 @@ from taskvm.vm.command import (
 )
 
 SHAPE = MachineShape(arch="x86_64", machine="pc-q35-7.2", accelerator="tcg", cpus=2, memory_mib=512)
-BOOT = Boot(kernel=Path("/i/vmlinuz"), initrd=Path("/i/initrd"))
+BOOT = Boot(kernel=Path("/i/vmlinuz"), initrd=Path("/i/initrd"), head=Path("/i/head"))
 DISK = Disk(
     layers=(Path("/run/a,readonly=on/disk.qcow2"), Path("/t/disk.qcow2")), base=Path("/i/r")
 )
@@ -60,6 +60,16 @@ def test_a_fork_maps_memory_privately_and_waits_for_state() -> None:
     assert words[-2:] == ["-incoming", "defer"]
 
 
+def test_a_fork_reads_no_kernel_and_no_initial_file_system() -> None:
+    """Both are in its memory: QEMU would hold a second copy of each."""
+    fork, booting = command(), command(incoming=False)
+
+    assert fork[fork.index("-kernel") + 1] == "/i/head"
+    assert "-initrd" not in fork
+    assert booting[booting.index("-kernel") + 1] == "/i/vmlinuz"
+    assert booting[booting.index("-initrd") + 1] == "/i/initrd"
+
+
 def test_a_template_being_made_shares_its_memory_and_boots() -> None:
     """Only the machine that makes a template writes to the memory file."""
     words = command(share_memory=True, incoming=False)
@@ -96,7 +106,7 @@ def test_a_machine_that_never_runs_has_a_disk_of_nothing() -> None:
     [
         ("tcg", "x86_64", "max,-erms,-fsrm"),
         ("kvm", "x86_64", "host"),
-        ("tcg", "aarch64", "max"),
+        ("tcg", "aarch64", "max,pauth-impdef=on"),
     ],
 )
 def test_the_cpu_model_fits_the_accelerator(accelerator: str, arch: str, model: str) -> None:

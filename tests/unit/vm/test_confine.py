@@ -41,6 +41,17 @@ def test_a_file_that_is_not_named_cannot_be_opened(tmp_path: Path) -> None:
     assert "PermissionError" in done.stderr
 
 
+def test_memory_ends_at_the_limit() -> None:
+    """What a guest makes QEMU allocate is bounded by the host's kernel."""
+    grow = "blocks = [bytearray(10 << 20) for n in range({})]; print('grown')"
+
+    within = run_confined(grow.format(10), "--data-size", str(300 << 20))
+    beyond = run_confined(grow.format(60), "--data-size", str(300 << 20))
+
+    assert within.stdout == "grown\n", within.stderr
+    assert "MemoryError" in beyond.stderr
+
+
 def test_a_file_for_reading_cannot_be_written(tmp_path: Path) -> None:
     """--read gives reading alone."""
     image = tmp_path / "image"
