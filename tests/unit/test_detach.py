@@ -25,6 +25,17 @@ def test_half_a_sequence_is_keys_after_all() -> None:
     assert keys.feed(b"\x10\x10\x11") == (b"\x10", True)
 
 
+def test_keys_that_are_held_back_can_be_released() -> None:
+    """Nothing followed: they were for the command, and the sequence begins anew."""
+    keys = DetachKeys.parse("ctrl-p,ctrl-q")
+    keys.feed(b"\x10")
+
+    assert keys.holds
+    assert keys.release() == b"\x10"
+    assert not keys.holds
+    assert keys.feed(b"\x11") == (b"\x11", False)
+
+
 @given(st.lists(st.binary(min_size=1, max_size=4)))
 def test_no_keys_pass_everything(pieces: list[bytes]) -> None:
     keys = DetachKeys.parse("")

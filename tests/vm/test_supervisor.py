@@ -235,7 +235,9 @@ def test_a_shell_is_left_and_found_again_with_its_job(runtime: Path) -> None:
     first.wait_for(PROMPT)
     first.type(b"sh -c 'echo job; while ! test -e /tmp/go; do sleep 0.1; done; echo went' &\r")
     first.wait_for(b"job\r\n")
-    first.type(b"\x10\x11")
+    first.type(b"\x10")  # alone it is the shell's: the last command again
+    first.wait_for(b"echo went")
+    first.type(b"\x15\x10\x11")
     assert first.end() == 0
     assert first.settings == first.before
     first.close()

@@ -19,6 +19,16 @@ class DetachKeys:
         """Read keys such as `ctrl-p,ctrl-q` or `ctrl-a,d`; an empty text is no keys. Raises UsageError."""
         return cls(bytes(_key(part, text) for part in text.split(",")) if text else b"")
 
+    @property
+    def holds(self) -> bool:
+        """Whether keys are held back."""
+        return self._matched > 0
+
+    def release(self) -> bytes:
+        """Return the keys that are held back: who typed them meant them for the command."""
+        held, self._matched = self._sequence[: self._matched], 0
+        return held
+
     def feed(self, typed: bytes) -> tuple[bytes, bool]:
         """Return what of `typed` is for the command, and whether the sequence was typed to its end."""
         if not self._sequence:

@@ -14,6 +14,8 @@ from taskvm.cli.detach import DetachKeys
 from taskvm.terminal import Terminal
 
 STDIN, STDOUT, STDERR = range(3)
+# Detach keys are typed as one: Ctrl-P alone is a shell's last command, and must not wait for the next key.
+KEYS_TIMEOUT_S = 0.5
 
 
 async def until_signal(
@@ -130,7 +132,7 @@ async def _feed(process: Program, keys: DetachKeys | None, owns_input: bool) -> 
     """Pass standard input on. Nothing is read ahead of what the guest takes."""
     read = _read_ready if _is_pollable(STDIN) else _read_file
     try:
-        while data := await read(STDIN):
+        while data := await _read_keys(read, keys, process):
             passed, detached = keys.feed(data) if keys else (data, False)
             await process.write(passed)
             if detached:
@@ -139,6 +141,19 @@ async def _feed(process: Program, keys: DetachKeys | None, owns_input: bool) -> 
             await process.close_stdin()
     except (OSError, SandboxLostError):
         return  # the process has ended, or reads no more
+
+
+async def _read_keys(
+    read: Callable[[int], Awaitable[bytes]], keys: DetachKeys | None, process: Program
+) -> bytes:
+    """Read standard input. Keys that are held back go to the command when no others follow."""
+    if keys is not None and keys.holds:
+        try:
+            async with asyncio.timeout(KEYS_TIMEOUT_S):
+                return await read(STDIN)
+        except TimeoutError:
+            await process.write(keys.release())
+    return await read(STDIN)
 
 
 def _is_pollable(descriptor: int) -> bool:
