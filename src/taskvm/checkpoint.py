@@ -18,6 +18,7 @@ from taskvm.errors import CheckpointError, UsageError
 from taskvm.opening import Opening
 from taskvm.options import ResumeArguments
 from taskvm.paths import measure, private_dir, state_dir
+from taskvm.saving import export_disk, import_disk
 
 if TYPE_CHECKING:
     from taskvm.sandbox import Sandbox
@@ -98,6 +99,22 @@ class CheckpointStore:
     def get(self, name: str) -> Checkpoint:
         """Return the checkpoint `name`. Raises CheckpointError, UsageError."""
         return Checkpoint(read_checkpoint(_existing(_named(name))))
+
+    def export(self, name: str, path: str | os.PathLike[str]) -> Path:
+        """Write the disk checkpoint `name` to the new file `path`, and return that.
+
+        Raises CheckpointError for one with memory, which fits this host alone, or a file that is there.
+        """
+        target = Path(path).absolute()
+        export_disk(read_checkpoint(_existing(_named(name))), target)
+        return target
+
+    def import_(self, path: str | os.PathLike[str], name: str) -> Checkpoint:
+        """Take the disk checkpoint in the file `path` into the store, as `name`. It may come from anywhere.
+
+        Raises CheckpointError for a file that is damaged, was changed, or names other files; HostError.
+        """
+        return Checkpoint(import_disk(_existing(Path(path).absolute()), _named(name)))
 
     def remove(self, name: str) -> None:
         """Remove the checkpoint `name`, readable or not. Raises CheckpointError when there is none."""

@@ -31,6 +31,7 @@ from taskvm.carried import Carried
 from taskvm.errors import CheckpointError
 from taskvm.paths import cache_dir, private_dir, replace_file, state_dir, sync_directory
 from taskvm.vm.command import MachineShape
+from taskvm.vm.disk import check_layer
 from taskvm.vm.template import FileMark, GuestFiles, TemplateInputs, mark_file
 from taskvm.wire.qcow2 import MAX_HEAD_BYTES, parse_header
 
@@ -48,8 +49,8 @@ Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Word = Annotated[str, msgspec.Meta(pattern=r"^[0-9A-Za-z._+:-]{1,80}\Z")]
 
 
-class Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a disk's file says of itself. `disk_bytes` come before the facts, and `sha256` is their digest."""
+class Description(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a disk was made of, and when."""
 
     image: Digest
     arch: Word
@@ -57,6 +58,11 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     memory_mib: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
     qemu_version: Word
     created: Word
+
+
+class Facts(Description, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a disk's file says of itself. `disk_bytes` come before the facts, and `sha256` is their digest."""
+
     disk_bytes: Annotated[int, msgspec.Meta(ge=1)]
     sha256: Digest
 
@@ -121,12 +127,16 @@ def read_checkpoint(path: Path) -> Saved:
 
 
 def verify_checkpoint(saved: Saved) -> None:
-    """Read the whole disk once and compare its digest; again only when the file was touched. Raises CheckpointError."""
+    """Read the whole disk once, and compare its digest; again only when the file was touched.
+
+    Raises CheckpointError, or HostError for tables that are not plain.
+    """
     note = _note(saved)
     if note.is_file() and note.read_bytes() == _identity(saved):
         return
     with _opened(saved.disk) as file:
         found = _digest(file, saved.facts.disk_bytes)
+    check_layer(saved.disk)
     if found != saved.facts.sha256:
         raise _refused(
             saved.path, "its content is not what it was when it was made", "Do not use it"
@@ -211,21 +221,24 @@ def _refused(path: Path, cause: str, next_step: str = "") -> CheckpointError:
 # Writing.
 
 
-def write_facts(path: Path, *, image: str, shape: MachineShape, qemu_version: str) -> None:
+def describe(image: str, shape: MachineShape, qemu_version: str) -> Description:
+    """Return the description of a disk that is saved now."""
+    return Description(
+        image=image,
+        arch=shape.arch,
+        cpus=shape.cpus,
+        memory_mib=shape.memory_mib,
+        qemu_version=qemu_version,
+        created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    )
+
+
+def write_facts(path: Path, description: Description) -> None:
     """Write behind the flattened disk `path` what it is; it is on the disk, and read-only, when this returns."""
     with path.open("r+b") as file:
         size = os.fstat(file.fileno()).st_size
-        facts = Facts(
-            image=image,
-            arch=shape.arch,
-            cpus=shape.cpus,
-            memory_mib=shape.memory_mib,
-            qemu_version=qemu_version,
-            created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            disk_bytes=size,
-            sha256=_digest(file, size),
-        )
-        text = msgspec.json.encode(facts)
+        known = {name: getattr(description, name) for name in Description.__struct_fields__}
+        text = msgspec.json.encode(Facts(**known, disk_bytes=size, sha256=_digest(file, size)))
         file.seek(size)
         file.write(text + _TAIL.pack(len(text), MAGIC))
         file.flush()

@@ -18,14 +18,17 @@ from pathlib import Path
 from taskvm.carried import Carried
 from taskvm.checkpointfile import (
     Saved,
+    describe,
     note_verified,
     read_checkpoint,
+    verify_checkpoint,
     write_facts,
     write_memory,
 )
 from taskvm.errors import CheckpointError, SandboxStateError
 from taskvm.guest import Guest
 from taskvm.paths import sync_directory
+from taskvm.vm.command import Disk
 from taskvm.vm.disk import flatten
 from taskvm.vm.snapshot import Cut, save_disk, save_machine
 from taskvm.vm.template import inputs_for
@@ -75,15 +78,43 @@ def refuse_mounts(guest: Guest, operation: str) -> None:
 
 def _describe(guest: Guest, staging: Path, carried: Carried | None) -> None:
     shape, files = guest.machine.shape, guest.origin.files
-    write_facts(
-        staging / "disk.qcow2",
-        image=files.rootfs.parent.name,  # an image's directory is named by its digest
-        shape=shape,
-        qemu_version=guest.origin.qemu.version,
-    )
+    image = files.rootfs.parent.name  # an image's directory is named by its digest
+    description = describe(image, shape, guest.origin.qemu.version)
+    write_facts(staging / "disk.qcow2", description)
     if carried is not None:
-        image = replace(files, layers=(), checkpoint="")
-        write_memory(staging, inputs_for(guest.origin.qemu, shape, image, guest.user), carried)
+        plain = replace(files, layers=(), checkpoint="")
+        write_memory(staging, inputs_for(guest.origin.qemu, shape, plain, guest.user), carried)
+
+
+def import_disk(source: Path, path: Path) -> Saved:
+    """Make the new checkpoint `path` of a disk checkpoint from anywhere. Raises CheckpointError, HostError.
+
+    Its clusters are copied, and its tables written anew: nothing of the file's structure is taken over.
+    """
+    saved = read_checkpoint(source)
+    if saved.memory is not None:
+        raise CheckpointError(
+            f"import {source}", "it holds memory, which fits one host", f"Import {saved.disk}"
+        )
+    with _staging(path) as staging:
+        verify_checkpoint(saved)
+        flatten(Disk(layers=(source,)), staging / "disk.qcow2")
+        write_facts(staging / "disk.qcow2", saved.facts)
+        return _publish(staging, path, memory=False)
+
+
+def export_disk(saved: Saved, path: Path) -> None:
+    """Copy a disk checkpoint to the new file `path`. Raises CheckpointError."""
+    if saved.memory is not None:
+        raise CheckpointError(
+            f"export the checkpoint {saved.path}",
+            "its memory fits this host, QEMU and agent alone, and holds keys",
+            f"Export its disk: taskvm checkpoint import {saved.disk} NAME, and that",
+        )
+    with _staging(path) as staging:
+        verify_checkpoint(saved)
+        shutil.copyfile(saved.path, staging / "disk.qcow2")
+        _publish(staging, path, memory=False)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from taskvm.cli import attached, doctor, image, log, policy, run, sandboxes, supervisor
+from taskvm.cli import attached, checkpoint, doctor, image, log, policy, run, sandboxes, supervisor
 from taskvm.cli.group import main
 
 __all__ = ["main"]
@@ -20,6 +20,7 @@ for _command in (
     sandboxes.stop,
     supervisor.supervisor,
     image.image,
+    checkpoint.checkpoint,
     policy.policy,
     log.log,
     doctor.doctor,

@@ -64,6 +64,11 @@ SANDBOX_OPTIONS = (
         metavar="NAME",
         help="Image of the store (name or digest). [default: the standard image]",
     ),
+    click.option(
+        "--checkpoint",
+        metavar="NAME|FILE",
+        help="Start from a saved sandbox: a name of the store, or a path with a slash.",
+    ),
     click.option("--cpus", default=2, show_default=True, help="Virtual CPUs."),
     click.option(
         "--memory", default=512, show_default=True, metavar="MIB", help="Guest memory in MiB."
@@ -174,6 +179,7 @@ class SandboxArguments:
     """What the user said about the sandbox, and about the command's place in it."""
 
     image: str | None
+    checkpoint: str | None
     cpus: int
     memory: int
     disk_size: int | None
@@ -220,6 +226,9 @@ class SandboxArguments:
         absolute = replace(
             self,
             mounts=tuple(_absolute_mount(text) for text in self.mounts),
+            checkpoint=_absolute(self.checkpoint)
+            if self.checkpoint and "/" in self.checkpoint
+            else self.checkpoint,
             policy_file=_absolute(self.policy_file),
             ca_files=tuple(str(Path(path).absolute()) for path in self.ca_files),
             audit=_absolute(self.audit),
@@ -275,6 +284,7 @@ class SandboxArguments:
             env=dict(pair(text, "--env", "K=V") for text in self.env),
             audit_path=self.audit,
             image=self.image,
+            checkpoint=self.checkpoint,
             cpus=self.cpus,
             memory_mib=self.memory,
             accel=self.accel,  # type: ignore[arg-type]  # click.Choice has checked it

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from taskvm.checkpoint import Checkpoint, checkpoint_path
 from taskvm.files import GuestPath
 from taskvm.options import ignore_progress
 from taskvm.supervisor.attachment import Attachment
@@ -69,6 +70,22 @@ class Supervisor:
     async def stop(self, sandbox: str) -> SandboxStatus:
         """End a sandbox and return what it was, when all of it is released."""
         return await self._ask(messages.StopRequest(sandbox=sandbox), SandboxStatus)
+
+    async def checkpoint(
+        self,
+        sandbox: str,
+        target: str | os.PathLike[str],
+        *,
+        memory: bool = False,
+        stop: bool = False,
+    ) -> Checkpoint:
+        """Save a sandbox as it is at this instant. Arguments and errors are those of `Sandbox.checkpoint`."""
+        path = checkpoint_path(target)
+        request = messages.CheckpointRequest(
+            sandbox=sandbox, path=str(path), memory=memory, stop=stop
+        )
+        await self._ask(request, type(None))
+        return Checkpoint.load(path)
 
     async def publish(self, sandbox: str, port: int, *, host_port: int = 0) -> str:
         """Make a TCP server of the guest reachable until the sandbox ends, as `Sandbox.forward`; return `host:port`."""

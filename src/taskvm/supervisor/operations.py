@@ -96,6 +96,18 @@ async def stop(server: Server, service: Service, request: messages.StopRequest) 
     return holding.status()
 
 
+@operation(messages.CheckpointRequest)
+async def checkpoint(server: Server, service: Service, request: messages.CheckpointRequest) -> None:
+    if not request.path.startswith("/"):
+        raise UsageError(f"save a sandbox as {request.path}", "it is not an absolute path")
+    holding = server.roster.find_running(request.sandbox)
+    with holding.busy():
+        await holding.vm.checkpoint(Path(request.path), memory=request.memory)
+    if request.stop:
+        holding.end("it was saved and stopped")
+        await holding.ended.wait()
+
+
 @operation(messages.PublishRequest)
 async def publish(server: Server, service: Service, request: messages.PublishRequest) -> str:
     holding = server.roster.find_running(request.sandbox)

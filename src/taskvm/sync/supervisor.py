@@ -15,6 +15,7 @@ from taskvm.process import ExecResult
 from taskvm.supervisor import attachment as aio_attachment
 from taskvm.supervisor import client as aio
 from taskvm.sync.bridge import Bridge, Call
+from taskvm.sync.checkpoint import Checkpoint
 from taskvm.sync.process import ByteStream
 from taskvm.wire.supervision import Launch, SandboxStatus, SupervisorStatus
 
@@ -57,6 +58,20 @@ class Supervisor:
     def stop(self, sandbox: str) -> SandboxStatus:
         """End a sandbox and return what it was, when all of it is released."""
         return self._bridge.call(self._supervisor.stop, sandbox)
+
+    def checkpoint(
+        self,
+        sandbox: str,
+        target: str | os.PathLike[str],
+        *,
+        memory: bool = False,
+        stop: bool = False,
+    ) -> Checkpoint:
+        """Save a sandbox as it is at this instant. Arguments and errors are those of `Sandbox.checkpoint`."""
+        saved = self._bridge.call(
+            self._supervisor.checkpoint, sandbox, target, memory=memory, stop=stop
+        )
+        return Checkpoint(saved)
 
     def publish(self, sandbox: str, port: int, *, host_port: int = 0) -> str:
         """Make a TCP server of the guest reachable until the sandbox ends, as `Sandbox.forward`; return `host:port`."""

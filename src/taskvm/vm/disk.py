@@ -56,6 +56,16 @@ def read_header(path: Path) -> Qcow2Header:
         raise HostError(f"read the disk {path}", str(error)) from error
 
 
+def check_layer(path: Path) -> None:
+    """Raise HostError unless all tables of a layer are plain and lead into itself."""
+    try:
+        with path.open("rb") as file:
+            for _ in _clusters(file):
+                pass
+    except (OSError, Qcow2Error) as error:
+        raise HostError(f"read the disk {path}", str(error)) from error
+
+
 def flatten(disk: Disk, path: Path) -> None:
     """Write what all layers of `disk` say to the new file `path`: one layer above the same base, which names nothing.
 

@@ -119,6 +119,15 @@ class StopRequest(Request, frozen=True, kw_only=True, tag="stop"):
     sandbox: str
 
 
+class CheckpointRequest(Request, frozen=True, kw_only=True, tag="checkpoint"):
+    """Save a sandbox as the new checkpoint `path`, which is absolute. Answered by None."""
+
+    sandbox: str
+    path: str
+    memory: bool = False
+    stop: bool = False
+
+
 class CopyRequest(Request, frozen=True, kw_only=True, tag="copy"):
     """Copy a tree: `host` is an absolute path. Answered by None.
 

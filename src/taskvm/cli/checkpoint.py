@@ -1,0 +1,81 @@
+"""`taskvm checkpoint`: save sandboxes, list, show and remove what was saved, and carry it to another host."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import click
+
+from taskvm import Checkpoint, CheckpointStore, Supervisor
+
+
+@click.group(short_help="Save sandboxes, to start others from them.")
+def checkpoint() -> None:
+    """Saved sandboxes: their disk, or their running programs too. `run --checkpoint NAME` starts from one."""
+
+
+@checkpoint.command("create")
+@click.option("--memory", is_flag=True, help="With the programs that run in it.")
+@click.option("--stop", is_flag=True, help="End the sandbox then.")
+@click.argument("sandbox")
+@click.argument("name", metavar="NAME|FILE")
+def create(memory: bool, stop: bool, sandbox: str, name: str) -> None:
+    """Save SANDBOX (of `taskvm ps`) under a name, or in a file (with a slash). It runs on."""
+    saved = asyncio.run(Supervisor().checkpoint(sandbox, name, memory=memory, stop=stop))
+    click.echo(saved.path)
+
+
+@checkpoint.command("list")
+def list_() -> None:
+    """List the checkpoints of the store."""
+    for each in CheckpointStore().list():
+        kind = "memory" if each.memory else "disk"
+        click.echo(
+            f"{each.name:24}  {kind:6}  {each.disk_bytes >> 20:6} MiB  {each.created}  image {each.image[:12]}"
+        )
+
+
+@checkpoint.command("show")
+@click.argument("name", metavar="NAME|FILE")
+def show(name: str) -> None:
+    """Print what a checkpoint says of itself as JSON."""
+    found = Checkpoint.load(name)
+    facts = {
+        "name": found.name,
+        "path": str(found.path),
+        "memory": found.memory,
+        "disk_bytes": found.disk_bytes,
+        "image": found.image,
+        "arch": found.arch,
+        "cpus": found.cpus,
+        "memory_mib": found.memory_mib,
+        "created": found.created,
+    }
+    click.echo(json.dumps(facts, indent=2))
+
+
+@checkpoint.command("rm")
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+def remove(names: tuple[str, ...]) -> None:
+    """Remove checkpoints from the store. Sandboxes that started from them run on."""
+    store = CheckpointStore()
+    for name in names:
+        store.remove(name)
+
+
+@checkpoint.command("export")
+@click.argument("name")
+@click.argument("file", type=click.Path(path_type=Path))
+def export(name: str, file: Path) -> None:
+    """Write the disk checkpoint NAME to FILE, for a host with the same image."""
+    CheckpointStore().export(name, file)
+
+
+@checkpoint.command("import")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("name")
+def import_(file: Path, name: str) -> None:
+    """Take the disk checkpoint in FILE into the store, as NAME. It may come from anywhere."""
+    CheckpointStore().import_(file, name)
