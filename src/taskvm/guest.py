@@ -41,11 +41,12 @@ from taskvm.paths import private_dir, state_dir
 from taskvm.port import FramePort
 from taskvm.vm.boot import add_account, wait_hello
 from taskvm.vm.control import Control, ControlClosedError
+from taskvm.vm.cpushare import CpuShare
 from taskvm.vm.disk import disk_size
 from taskvm.vm.layers import Layers
 from taskvm.vm.machine import Machine
 from taskvm.vm.qemu import Qemu
-from taskvm.vm.rundir import RunDir
+from taskvm.vm.rundir import RunDir, run_base
 from taskvm.vm.template import GuestFiles
 from taskvm.watch import Watch
 from taskvm.wire.control import (
@@ -212,6 +213,13 @@ class Guest:
             await self.layers.resize(size_bytes)
             await self._ask(GrowRequest(size=size_bytes), "grow the guest's file system")
 
+    def _bind_processor(self, cpus: float) -> None:
+        processes = [self.machine.pid, *filter(None, [self.machine.qemu_pid])]
+        share = CpuShare.take(
+            self.id, cpus, processes, runs=lambda name: (run_base() / name).exists()
+        )
+        self._release.callback(share.release)
+
     # Becoming somebody's sandbox.
 
     async def equip(
@@ -220,6 +228,8 @@ class Guest:
         """Serve the mounts and mediate the network that `options` name."""
         if (size_bytes := options.limits.disk_size_bytes) is not None:
             await self.grow_disk(size_bytes)
+        if options.limits.cpu_share is not None:
+            self._bind_processor(options.limits.cpu_share)
         net = self._net = await FramePort.open(self.machine.take("net"), PORT_NET)
         self._release.callback(net.close)
         gateway = self.gateway = self._make_gateway(options, bound, net)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from taskvm.errors import UsageError
+from taskvm.vm.cpushare import LEAST_CPUS
 from taskvm.vm.machine import DISK_LIMIT_BYTES
 
 # Shorter pauses between two commands of an agent are its model's thinking time: stopping costs nothing, but waking adds
@@ -30,6 +31,7 @@ class LimitArguments(TypedDict, total=False):
     disk_size_mib: int | None
     disk_limit_mib: int | None
     free_disk_mib: int
+    cpu_share: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +49,8 @@ class Limits:
         16384, or what a full disk of `disk_size_mib` takes when that is more.
     free_disk_mib: free space that must remain on the host's disk, in MiB: below it no sandbox starts, and a running
         one is ended.
+    cpu_share: the processor time of the host that it gets at most, as a number of processors: 0.5 is half of one. None:
+        no limit but `cpus`. Needs a control group that this user may make (HostError where there is none).
     """
 
     max_duration_s: float | None = None
@@ -55,6 +59,7 @@ class Limits:
     disk_size_mib: int | None = None
     disk_limit_mib: int | None = None
     free_disk_mib: int = FREE_DISK_MIB
+    cpu_share: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_duration_s", "idle_timeout_s"):
@@ -66,6 +71,7 @@ class Limits:
             ("disk_size_mib", 1),
             ("disk_limit_mib", LEAST_DISK_LIMIT_MIB),
             ("free_disk_mib", 0),
+            ("cpu_share", LEAST_CPUS),
         ):
             value = getattr(self, name)
             if value is not None and not value >= least:  # NaN too

@@ -21,6 +21,7 @@ from taskvm.watch import check_free_space
         {"disk_size_mib": 0},
         {"disk_size_mib": 2**22},
         {"free_disk_mib": -1},
+        {"cpu_share": 0},
     ],
 )
 def test_a_limit_that_cannot_be_held_is_refused_by_name(limits: LimitArguments) -> None:

@@ -191,6 +191,27 @@ async def test_idle_pause_0_never_pauses() -> None:
         assert not vm.statistics().paused
 
 
+# Processor.
+
+
+async def test_a_sandbox_gets_no_more_than_its_share_of_the_processor() -> None:
+    """In the host's books, whatever the guest's root does; its control group goes with it."""
+    try:
+        vm = await Sandbox.create(**GUEST, cpu_share=0.2)
+    except HostError as error:
+        pytest.skip(f"no control group may be made here: {error.cause}")
+    async with vm:
+        begun, before = time.monotonic(), vm.statistics().cpu_s
+        await vm.exec("while :; do :; done", user="root", timeout_s=3)
+        passed_s = time.monotonic() - begun
+        used_s = vm.statistics().cpu_s - before
+        groups = list(Path("/sys/fs/cgroup").rglob(f"taskvm-{vm.id}"))
+
+    assert 0 < used_s < 0.3 * passed_s
+    assert len(groups) == 1
+    assert not groups[0].exists()
+
+
 # Disk.
 
 

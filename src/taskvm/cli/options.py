@@ -74,6 +74,12 @@ SANDBOX_OPTIONS = (
         "--memory", default=512, show_default=True, metavar="MIB", help="Guest memory in MiB."
     ),
     click.option(
+        "--cpu-share",
+        type=float,
+        metavar="N",
+        help="Processors of the host that the guest may use at most, such as 0.5.",
+    ),
+    click.option(
         "--disk-size",
         type=int,
         metavar="MIB",
@@ -182,6 +188,7 @@ class SandboxArguments:
     checkpoint: str | None
     cpus: int
     memory: int
+    cpu_share: float | None
     disk_size: int | None
     mounts: tuple[str, ...]
     hide: tuple[str, ...]
@@ -291,6 +298,7 @@ class SandboxArguments:
             warm=not self.cold,
             max_duration_s=self.max_duration,
             disk_size_mib=self.disk_size,
+            cpu_share=self.cpu_share,
             on_progress=on_progress or self.on_progress,
         )
 
