@@ -52,7 +52,9 @@ async def _connect(place: Path) -> socket.socket:
     return sock
 
 
-async def test_a_supervisor_of_another_version_says_so_and_can_be_ended(place: Path) -> None:
+async def test_a_supervisor_of_another_version_says_so_and_can_be_ended(
+    place: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Nothing but its status and its end is asked of it."""
     async with serving(place, version="0.0.1"):
         supervisor = Supervisor()
@@ -63,6 +65,7 @@ async def test_a_supervisor_of_another_version_says_so_and_can_be_ended(place: P
         assert status is not None
         assert (status.version, status.sandboxes) == ("0.0.1", 0)
         assert await supervisor.shut_down()
+    assert "no command can reach" not in caplog.text
 
 
 async def test_clients_that_say_nothing_or_nonsense_stop_nobody(place: Path) -> None:
@@ -143,10 +146,13 @@ async def test_it_ends_when_its_place_is_taken_away(
     """A cache that was wiped: no command could find it, and another supervisor may be there."""
     caplog.set_level("INFO")
     async with serving(place):
-        (place / "socket").unlink()
+        (place / "socket").rename(place / "old")
+        (place / "socket").touch()
         async with asyncio.timeout(5):
             while "supervisor ended" not in caplog.text:
                 await asyncio.sleep(0.05)
+    assert "no command can reach" in caplog.text
+    assert (place / "socket").exists()
 
 
 async def test_a_second_one_cannot_be_started(place: Path) -> None:

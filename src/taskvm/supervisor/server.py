@@ -81,7 +81,7 @@ class Server:
                 on_ready()
                 await self._wait_end()
                 accepting.cancel()
-                self._place.unlisten()
+                self._leave_place()
                 await self.roster.close("the supervisor was stopped")
                 await self._dismiss()
         finally:
@@ -100,7 +100,7 @@ class Server:
 
     async def shut_down(self) -> None:
         """End every sandbox, and then the supervisor."""
-        self._place.unlisten()
+        self._leave_place()
         await self.roster.close("the supervisor was stopped")
         self._stopping.set()
 
@@ -118,6 +118,12 @@ class Server:
                 self._last_used_s = now_s
             elif now_s - self._last_used_s > self._linger_s:
                 return
+
+    def _leave_place(self) -> None:
+        """Let the next command start another supervisor. A socket that is not this one's stays."""
+        if self._place.socket_inode == self._socket_inode is not None:
+            self._place.unlisten()
+        self._socket_inode = None
 
     async def _dismiss(self) -> None:
         """Let who is still connected be told of the end, and wait for nobody who does not listen."""
