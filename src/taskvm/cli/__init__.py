@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from taskvm.cli import attached, checkpoint, doctor, image, log, policy, run, sandboxes, supervisor
+from taskvm.cli import (
+    attached,
+    checkpoint,
+    doctor,
+    image,
+    log,
+    policy,
+    run,
+    sandboxes,
+    secret,
+    supervisor,
+)
 from taskvm.cli.group import main
 
 __all__ = ["main"]
@@ -22,6 +33,7 @@ for _command in (
     image.image,
     checkpoint.checkpoint,
     policy.policy,
+    secret.secret,
     log.log,
     doctor.doctor,
 ):

@@ -333,6 +333,11 @@ def read_policy(
     return rules.joined(Policy.parse(allow, allow_addresses))
 
 
+def read_secret(text: str) -> Secret:
+    """Return the secret that NAME@HOST[,HOST…] names, its value from this process's environment."""
+    return _secret(text, None)
+
+
 def read_table(resolve: Iterable[str]) -> dict[str, str]:
     """Return the table of names that --resolve gives."""
     return dict(pair(text, "--resolve", "HOST=ADDRESS") for text in resolve)

@@ -1,14 +1,24 @@
-"""`taskvm policy`: what may leave, explained without starting anything."""
+"""`taskvm policy`: what may leave, explained without starting anything, and changed while a sandbox runs."""
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import click
 
-from taskvm import Decision, explain, find_audit_log, read_audit, suggest_policy
+from taskvm import (
+    Decision,
+    Policy,
+    Supervisor,
+    UsageError,
+    explain,
+    find_audit_log,
+    read_audit,
+    suggest_policy,
+)
 from taskvm.cli.options import POLICY_OPTIONS, read_policy, read_table
 
 EXIT_REFUSED = 1
@@ -56,15 +66,39 @@ def check(
 
 @policy.command()
 @policy_options
+@click.argument("sandbox", required=False)
 def show(
+    sandbox: str | None,
     policy_file: str | None,
     allow: tuple[str, ...],
     allow_addresses: tuple[str, ...],
     resolve: tuple[str, ...],
 ) -> None:
-    """Print the policy that the options mean, as a policy file."""
+    """Print the policy that the options mean, or that holds for the running SANDBOX, as a policy file."""
     read_table(resolve)
-    click.echo(read_policy(policy_file, allow, allow_addresses).to_toml(), nl=False)
+    rules = read_policy(policy_file, allow, allow_addresses)
+    if sandbox is not None:
+        if rules != Policy():
+            raise UsageError(f"show the policy of {sandbox}", "options say another one")
+        rules = asyncio.run(Supervisor().policy(sandbox))
+    click.echo(rules.to_toml(), nl=False)
+
+
+@policy.command()
+@click.option("--policy", "policy_file", metavar="FILE", help="Replace it by this policy file.")
+@click.option("--allow", multiple=True, metavar="HOST", help="Allow a host, after all rules.")
+@click.option("--deny", multiple=True, metavar="HOST", help="Deny a host, before all rules.")
+@click.argument("sandbox")
+def change(
+    sandbox: str, policy_file: str | None, allow: tuple[str, ...], deny: tuple[str, ...]
+) -> None:
+    """Change what the running SANDBOX may reach, and print what holds then, as a policy file.
+
+    Open connections that might not be allowed any more are cut at once.
+    """
+    rules = Policy.from_file(policy_file) if policy_file else None
+    changing = Supervisor().change_policy(sandbox, rules, allow=allow, deny=deny)
+    click.echo(asyncio.run(changing).to_toml(), nl=False)
 
 
 @policy.command()

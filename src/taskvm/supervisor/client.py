@@ -12,6 +12,8 @@ from typing import TypeVar
 from taskvm.checkpoint import Checkpoint, checkpoint_path
 from taskvm.files import GuestPath
 from taskvm.options import ignore_progress
+from taskvm.policy import Policy
+from taskvm.secret import Secret
 from taskvm.supervisor.attachment import Attachment
 from taskvm.supervisor.connection import NoneRunsError, connect
 from taskvm.supervisor.place import Place
@@ -91,6 +93,42 @@ class Supervisor:
         """Make a TCP server of the guest reachable until the sandbox ends, as `Sandbox.forward`; return `host:port`."""
         request = messages.PublishRequest(sandbox=sandbox, port=port, host_port=host_port)
         return await self._ask(request, str)
+
+    async def policy(self, sandbox: str) -> Policy:
+        """Return what a sandbox may reach now."""
+        return await self.change_policy(sandbox)
+
+    async def change_policy(
+        self,
+        sandbox: str,
+        policy: Policy | None = None,
+        *,
+        allow: Sequence[str] = (),
+        deny: Sequence[str] = (),
+    ) -> Policy:
+        """Replace a sandbox's policy (None: keep it), allow and deny further hosts; return what holds then.
+
+        As `Sandbox.change_policy`: what is open and might not be allowed is cut.
+        """
+        request = messages.PolicyRequest(
+            sandbox=sandbox,
+            file=None if policy is None else policy.to_toml(),
+            allow=list(allow),
+            deny=list(deny),
+        )
+        return Policy.from_text(await self._ask(request, str))
+
+    async def put_secret(self, sandbox: str, secret: Secret) -> str:
+        """Add a secret, or replace the one of its name, as `Sandbox.put_secret`; return its placeholder."""
+        request = messages.SecretRequest(
+            sandbox=sandbox, name=secret.name, value=secret.reveal(), hosts=list(secret.hosts),
+            headers=list(secret.headers), places=list(secret.places), shape=secret.shape,
+        )  # fmt: skip
+        return await self._ask(request, str)
+
+    async def revoke_secret(self, sandbox: str, name: str) -> None:
+        """Let a secret of a sandbox go nowhere from now on, as `Sandbox.revoke_secret`."""
+        await self._ask(messages.SecretRequest(sandbox=sandbox, name=name), str)
 
     async def copy_in(
         self,

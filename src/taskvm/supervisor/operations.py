@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from taskvm.errors import GuestError, UsageError
+from taskvm.policy import Policy
 from taskvm.sandbox import Sandbox
+from taskvm.secret import Secret, SecretArguments
 from taskvm.supervisor.holding import Holding
 from taskvm.supervisor.job import Job
 from taskvm.supervisor.ports import Service
@@ -112,6 +114,28 @@ async def checkpoint(server: Server, service: Service, request: messages.Checkpo
 async def publish(server: Server, service: Service, request: messages.PublishRequest) -> str:
     holding = server.roster.find_running(request.sandbox)
     return await holding.publish(request.port, request.host_port)
+
+
+@operation(messages.PolicyRequest)
+async def policy(server: Server, service: Service, request: messages.PolicyRequest) -> str:
+    vm = server.roster.find_running(request.sandbox).vm
+    wanted = vm.policy if request.file is None else Policy.from_text(request.file)
+    wanted = wanted.allowing(*request.allow).denying(*request.deny)
+    if wanted != vm.policy:
+        vm.change_policy(wanted)
+    return vm.policy.to_toml()
+
+
+@operation(messages.SecretRequest)
+async def secret(server: Server, service: Service, request: messages.SecretRequest) -> str:
+    vm = server.roster.find_running(request.sandbox).vm
+    if request.value is None:
+        vm.revoke_secret(request.name)
+        return ""
+    more: SecretArguments = {"places": request.places, "shape": request.shape}
+    if request.headers:
+        more["headers"] = request.headers
+    return vm.put_secret(Secret(request.name, request.value, hosts=request.hosts, **more))
 
 
 @operation(messages.CopyRequest)

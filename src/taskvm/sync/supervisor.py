@@ -11,7 +11,9 @@ from typing import Self
 
 from taskvm.files import GuestPath
 from taskvm.options import ignore_progress
+from taskvm.policy import Policy
 from taskvm.process import ExecResult
+from taskvm.secret import Secret
 from taskvm.supervisor import attachment as aio_attachment
 from taskvm.supervisor import client as aio
 from taskvm.sync.bridge import Bridge, Call
@@ -76,6 +78,34 @@ class Supervisor:
     def publish(self, sandbox: str, port: int, *, host_port: int = 0) -> str:
         """Make a TCP server of the guest reachable until the sandbox ends, as `Sandbox.forward`; return `host:port`."""
         return self._bridge.call(self._supervisor.publish, sandbox, port, host_port=host_port)
+
+    def policy(self, sandbox: str) -> Policy:
+        """Return what a sandbox may reach now."""
+        return self._bridge.call(self._supervisor.policy, sandbox)
+
+    def change_policy(
+        self,
+        sandbox: str,
+        policy: Policy | None = None,
+        *,
+        allow: Sequence[str] = (),
+        deny: Sequence[str] = (),
+    ) -> Policy:
+        """Replace a sandbox's policy (None: keep it), allow and deny further hosts; return what holds then.
+
+        As `Sandbox.change_policy`: what is open and might not be allowed is cut.
+        """
+        return self._bridge.call(
+            self._supervisor.change_policy, sandbox, policy, allow=allow, deny=deny
+        )
+
+    def put_secret(self, sandbox: str, secret: Secret) -> str:
+        """Add a secret, or replace the one of its name, as `Sandbox.put_secret`; return its placeholder."""
+        return self._bridge.call(self._supervisor.put_secret, sandbox, secret)
+
+    def revoke_secret(self, sandbox: str, name: str) -> None:
+        """Let a secret of a sandbox go nowhere from now on, as `Sandbox.revoke_secret`."""
+        self._bridge.call(self._supervisor.revoke_secret, sandbox, name)
 
     def copy_in(
         self,

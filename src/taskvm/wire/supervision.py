@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from taskvm import errors
 from taskvm.errors import GuestError, GuestProtocolError, TaskvmError
+from taskvm.secret import Place
 
 SandboxState = Literal["running", "paused", "ended"]
 # These are served to a client of any version: it must be able to end a supervisor of another.
@@ -147,6 +148,33 @@ class PublishRequest(Request, frozen=True, kw_only=True, tag="publish"):
     sandbox: str
     port: int
     host_port: int = 0
+
+
+class PolicyRequest(Request, frozen=True, kw_only=True, tag="policy"):
+    """Change what a sandbox may reach, or only ask. Answered by the policy file that says what holds then.
+
+    `file` is a policy file's text that replaces it; `allow` and `deny` are hosts added after and before it.
+    """
+
+    sandbox: str
+    file: str | None = None
+    allow: list[str] = []
+    deny: list[str] = []
+
+
+class SecretRequest(Request, frozen=True, kw_only=True, tag="secret"):
+    """Add a secret, or replace the one of its name; `value` None: revoke it. Answered by its placeholder."""
+
+    sandbox: str
+    name: str
+    value: str | None = None
+    hosts: list[str] = []
+    headers: list[str] = []
+    places: list[Place] = []
+    shape: str = ""
+
+    def __repr__(self) -> str:
+        return f"SecretRequest(sandbox={self.sandbox!r}, name={self.name!r})"
 
 
 class StatusRequest(Request, frozen=True, kw_only=True, tag="status"):

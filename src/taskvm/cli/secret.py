@@ -1,0 +1,35 @@
+"""`taskvm secret`: the secrets of a running sandbox."""
+
+from __future__ import annotations
+
+import asyncio
+
+import click
+
+from taskvm import Supervisor
+from taskvm.cli.options import read_secret
+
+
+@click.group()
+def secret() -> None:
+    """Add, replace and revoke the secrets of a running sandbox."""
+
+
+@secret.command()
+@click.argument("sandbox")
+@click.argument("secret", metavar="NAME@HOST[,HOST…]")
+def put(sandbox: str, secret: str) -> None:
+    """Give SANDBOX the value of the variable NAME for these hosts, and print its placeholder.
+
+    A secret of this name keeps its placeholder and gets the new value. Commands that start from now
+    on find the placeholder in $NAME.
+    """
+    click.echo(asyncio.run(Supervisor().put_secret(sandbox, read_secret(secret))))
+
+
+@secret.command()
+@click.argument("sandbox")
+@click.argument("name")
+def revoke(sandbox: str, name: str) -> None:
+    """Let the secret NAME of SANDBOX go nowhere from now on."""
+    asyncio.run(Supervisor().revoke_secret(sandbox, name))
