@@ -8,7 +8,6 @@ into pieces, still shows it: a secret belongs only to hosts that do not repeat i
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from urllib.parse import quote, quote_plus
@@ -19,6 +18,8 @@ from taskvm.replacing import Replacer, any_of
 
 Header = tuple[bytes, bytes]
 
+# As html.escape: importing that module, with its table of all entities, costs 10 ms.
+_HTML = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#x27;"})
 _TEXT = frozenset(
     {
         b"", b"application/javascript", b"application/json", b"application/x-javascript",
@@ -77,7 +78,7 @@ def is_readable(headers: Iterable[Header]) -> bool:
 def _spellings(value: str) -> set[bytes]:
     json_text = json.dumps(value)[1:-1]
     texts = {
-        value, quote(value, safe=""), quote(value), quote_plus(value), html.escape(value), json_text,
+        value, quote(value, safe=""), quote(value), quote_plus(value), value.translate(_HTML), json_text,
         json.dumps(value, ensure_ascii=False)[1:-1], json_text.replace("/", "\\/"),
     }  # fmt: skip
     return {text.encode() for text in texts}
