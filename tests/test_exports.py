@@ -14,7 +14,9 @@ from taskvm import sync
 
 ROOT = Path(__file__).parent.parent
 # 0.2 on a quiet machine; CPU time grows by half when its cores are shared.
-MAX_IMPORT_S = 0.45
+# Of the libraries that it stands on, in the same process: seconds of CPU double when every core is busy.
+LIBRARIES = "asyncio, ssl, logging, msgspec, h11, h2.connection, qemu.qmp, cryptography.x509"
+MAX_TIMES_ITS_LIBRARIES = 4
 # Public on the asynchronous class for the engine's own use, which has no blocking form.
 ENGINES_OWN = {"Files.list_layer", "Files.settle_layer", "WarmPool.take"}
 # What is awaited or entered; the blocking surface returns the thing itself, which is entered.
@@ -116,11 +118,12 @@ def _members(owner: type) -> set[str]:
 
 @pytest.mark.parametrize("module", ["taskvm", "taskvm.sync"])
 def test_the_import_is_light(module: str) -> None:
-    """No screen library, no command line, no thread; and at most MAX_IMPORT_S of CPU, at best of three."""
+    """No screen library, no command line, no thread; and little time, at best of three."""
     program = (
-        "import json, sys, threading, time; before = time.process_time(); "
-        f"import {module}; took = time.process_time() - before; "
-        "print(json.dumps([took, threading.active_count(), list(sys.modules)]))"
+        "import json, sys, threading, time; first = time.process_time(); "
+        f"import {LIBRARIES}; second = time.process_time(); "
+        f"import {module}; times = (time.process_time() - second) / (second - first); "
+        "print(json.dumps([times, threading.active_count(), list(sys.modules)]))"
     )
     runs = [
         json.loads(subprocess.check_output([sys.executable, "-c", program], timeout=30))
@@ -130,7 +133,7 @@ def test_the_import_is_light(module: str) -> None:
     heavy = {"click", "rich", "starlette", "uvicorn", "taskvm.cli", "taskfactory"}
     assert heavy & set(runs[0][2]) == set()
     assert runs[0][1] == 1
-    assert min(run[0] for run in runs) <= MAX_IMPORT_S
+    assert min(run[0] for run in runs) <= MAX_TIMES_ITS_LIBRARIES
 
 
 def test_the_package_says_that_it_is_typed() -> None:
