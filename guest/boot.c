@@ -190,6 +190,7 @@ static void link_identity(void)
 		{"/run/taskvm/hosts", "/etc/hosts"},
 		{"/run/taskvm/machine-id", "/etc/machine-id"},
 		{"/run/taskvm/ca.crt", "/etc/ssl/certs/ca-certificates.crt"},
+		{"/run/taskvm/cacerts", "/etc/ssl/certs/java/cacerts"},
 		{"/run/taskvm/ca.crt", "/usr/local/share/ca-certificates/taskvm.crt"},
 	};
 	if (mkdir("/run/taskvm", 0755) < 0)

@@ -6,15 +6,20 @@ Pure: the values come in, the request for the agent comes out.
 from __future__ import annotations
 
 import os
+import re
+from base64 import b64decode
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from taskvm.wire.control import IdentityFile, IdentityRequest
+from taskvm.wire.keystore import render_keystore
 
 USER_NAME = "user"
 CA_BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
 CA_FILE = "/run/taskvm/ca.crt"  # where the agent has made CA_BUNDLE a link to
+JAVA_FILE = "/run/taskvm/cacerts"  # and /etc/ssl/certs/java/cacerts, which Debian's Java reads
 _PIECE = 32 * 1024
+_CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----([^-]+)-----END CERTIFICATE-----")
 OPENSSL_CONFIG_PATH = "/run/taskvm/openssl.cnf"
 # The gateway takes the client's first choice. Without KVM, ChaCha20 in plain integer code is three to four times as
 # fast as AES-GCM (185 and 45 MB/s); with it, both are faster than what serves them.
@@ -93,6 +98,7 @@ def identity_request(
         IdentityFile(path=b"/run/taskvm/machine-id", data=f"{machine_id}\n".encode(), mode=0o444),
         IdentityFile(path=b"/run/taskvm/hosts", data=hosts.encode()),
         IdentityFile(path=CA_FILE.encode(), data=ca_certificate),
+        IdentityFile(path=JAVA_FILE.encode(), data=_java_store(ca_certificate, time_ns)),
         IdentityFile(path=OPENSSL_CONFIG_PATH.encode(), data=OPENSSL_CONFIG),
     ]
     return IdentityRequest(time_ns=time_ns, entropy=entropy, hostname=hostname, files=files)
@@ -106,12 +112,19 @@ def trust_requests(
     time_ns: Callable[[], int],
 ) -> Iterator[IdentityRequest]:
     """Yield the requests that replace what the guest trusts: certificates, PEM, in pieces that a frame holds."""
-    pieces = [bundle[start : start + _PIECE] for start in range(0, len(bundle), _PIECE)]
-    for number, piece in enumerate(pieces):
-        file = IdentityFile(path=CA_FILE.encode(), data=piece, append=number > 0)
-        yield IdentityRequest(
-            time_ns=time_ns(), entropy=random_bytes(ENTROPY_BYTES), hostname=hostname, files=[file]
-        )
+    for path, data in ((CA_FILE, bundle), (JAVA_FILE, _java_store(bundle, time_ns()))):
+        for start in range(0, len(data), _PIECE):
+            piece = data[start : start + _PIECE]
+            file = IdentityFile(path=path.encode(), data=piece, append=start > 0)
+            yield IdentityRequest(
+                time_ns=time_ns(), entropy=random_bytes(ENTROPY_BYTES), hostname=hostname,
+                files=[file],
+            )  # fmt: skip
+
+
+def _java_store(bundle: bytes, time_ns: int) -> bytes:
+    found = _CERTIFICATE.findall(bundle)
+    return render_keystore([b64decode(text) for text in found], time_ns // 1_000_000)
 
 
 def guest_environment(user: GuestUser, *, emulated_x86: bool = False) -> dict[str, str]:

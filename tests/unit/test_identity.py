@@ -1,11 +1,20 @@
 """What a fork is told to be."""
 
+import base64
+
 from taskvm.identity import (
     CA_BUNDLE,
     GuestUser,
     account_request,
     guest_environment,
     identity_request,
+    trust_requests,
+)
+
+CERTIFICATE = (
+    b"-----BEGIN CERTIFICATE-----\n"
+    + base64.b64encode(b"the certificate")
+    + b"\n-----END CERTIFICATE-----\n"
 )
 
 
@@ -14,13 +23,14 @@ def test_the_guest_trusts_this_sandboxs_authority_alone() -> None:
     request = identity_request(
         hostname="sandbox-1",
         machine_id="0" * 32,
-        ca_certificate=b"CERT",
+        ca_certificate=CERTIFICATE,
         entropy=b"e" * 64,
         time_ns=5,
     )
     files = {item.path: item.data for item in request.files}
 
-    assert files[b"/run/taskvm/ca.crt"] == b"CERT"
+    assert files[b"/run/taskvm/ca.crt"] == CERTIFICATE
+    assert b"the certificate" in files[b"/run/taskvm/cacerts"]
     assert guest_environment(GuestUser(uid=0, gid=0))["SSL_CERT_FILE"] == CA_BUNDLE
 
 
@@ -56,6 +66,22 @@ def test_openssl_is_told_what_an_emulated_cpu_is_fast_at() -> None:
     assert b"Ciphersuites = TLS_CHACHA20" in {f.path: f.data for f in request.files}[path]
     assert emulated["OPENSSL_ia32cap"] == "~0x1000020000000000:~0x20"
     assert "OPENSSL_ia32cap" not in guest_environment(user)
+
+
+def test_a_wider_trust_is_written_in_pieces_that_a_frame_holds() -> None:
+    bundle = CERTIFICATE * 2000
+    requests = list(
+        trust_requests(bundle, hostname="h", random_bytes=bytes, time_ns=lambda: 5_000_000)
+    )
+    written: dict[bytes, bytes] = {}
+    for request in requests:
+        (file,) = request.files
+        assert len(file.data) <= 32 * 1024
+        assert file.append == (file.path in written)
+        written[file.path] = written.get(file.path, b"") + file.data
+
+    assert written[b"/run/taskvm/ca.crt"] == bundle
+    assert written[b"/run/taskvm/cacerts"].count(b"the certificate") == 2000
 
 
 def test_the_environment_names_the_user() -> None:
