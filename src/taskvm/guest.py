@@ -32,7 +32,6 @@ from taskvm.identity import (
 )
 from taskvm.mounted import ReviewMount
 from taskvm.net.auditlog import AuditLog
-from taskvm.net.certs import CertificateAuthority
 from taskvm.net.gateway import Gateway
 from taskvm.net.resolver import HostResolver, MappedResolver
 from taskvm.net.truststore import make_bundle
@@ -106,6 +105,9 @@ class Guest:
         self._server: FsServer | None = None
         self._run_dir = run_dir
         self._carried = carried
+        # Imported here: cryptography is a quarter of what importing this package would cost.
+        from taskvm.net.certs import CertificateAuthority
+
         self._ca = (
             CertificateAuthority.load(carried.authority.encode())
             if carried

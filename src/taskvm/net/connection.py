@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from taskvm.audit import Kind, Verdict
 from taskvm.net.egress import UNRECORDED, Egress, Refusal, Session
 from taskvm.net.http1guest import Http1Guest
-from taskvm.net.http2guest import Http2Guest
 from taskvm.net.names import SYNTHETIC_NETWORK
 from taskvm.net.splice import pass_through
 from taskvm.net.streams import ByteStream, GuestStream
@@ -177,10 +176,14 @@ class GuestConnection:
         self, scheme: Scheme, stream: ByteStream, host: str, denied: Refusal | None
     ) -> None:
         session = self._session(scheme, host)
-        speaks_http2 = isinstance(stream, TlsStream) and stream.protocol == H2
-        serving = (Http2Guest if speaks_http2 else Http1Guest)(session, stream, denied)
         try:
-            await serving.run()
+            if isinstance(stream, TlsStream) and stream.protocol == H2:
+                # Imported when first spoken: h2 doubles what importing this package costs.
+                from taskvm.net.http2guest import Http2Guest
+
+                await Http2Guest(session, stream, denied).run()
+            else:
+                await Http1Guest(session, stream, denied).run()
             async with asyncio.timeout(LINGER_S):
                 await stream.end()
         except (ssl.SSLError, TimeoutError):

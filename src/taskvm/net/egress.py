@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from taskvm.audit import Kind, Verdict
 from taskvm.net.approvals import Approvals
 from taskvm.net.auditlog import AuditLog
-from taskvm.net.certs import CertificateAuthority
 from taskvm.net.keyring import Keyring
 from taskvm.net.names import SyntheticNames
 from taskvm.net.upstream import Dialer
@@ -19,6 +18,9 @@ from taskvm.policy import Decision, Policy, decide_name
 from taskvm.wire.address import special_range
 from taskvm.wire.hostname import parse_address
 from taskvm.wire.message import Header, Origin, render_refusal
+
+if TYPE_CHECKING:
+    from taskvm.net.certs import CertificateAuthority
 
 
 @dataclass(slots=True)

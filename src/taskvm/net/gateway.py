@@ -18,13 +18,13 @@ import logging
 import os
 from collections import deque
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from taskvm.boundsecret import BoundSecret
 from taskvm.errors import SandboxLostError
 from taskvm.net.auditlog import AuditLog
-from taskvm.net.certs import CertificateAuthority
 from taskvm.net.connection import Destination, GuestConnection
 from taskvm.net.egress import Egress
 from taskvm.net.ingress import Ingress
@@ -40,6 +40,9 @@ from taskvm.policy import Policy
 from taskvm.port import FramePort, Inlet, Outlet, StreamReset
 from taskvm.wire.connect import decode_connect
 from taskvm.wire.frames import GUEST_STREAM_BIT, Frame, FrameType, decode_u32, encode_u32
+
+if TYPE_CHECKING:
+    from taskvm.net.certs import CertificateAuthority
 
 MAX_CONNECTIONS = 256
 MAX_QUERIES = 256  # DNS queries that wait for an answer (protocol page: the oldest is dropped)

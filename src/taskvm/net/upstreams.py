@@ -9,13 +9,16 @@ Rule 2: a guest that speaks HTTP/1.1 has one at a time, which is also spoken to 
 from __future__ import annotations
 
 import asyncio
+from typing import TYPE_CHECKING
 
 from taskvm.errors import UpstreamError
 from taskvm.net.egress import UNRECORDED, Refusal, Session
 from taskvm.net.exchange import ServerExchange
 from taskvm.net.http1server import Http1Server
-from taskvm.net.http2server import Http2Server
 from taskvm.net.upstream import H1, H2, AddressRefused, Upstream
+
+if TYPE_CHECKING:
+    from taskvm.net.http2server import Http2Server
 
 MAX_CONNECTIONS = 16  # of HTTP/1.1, for one guest connection of HTTP/2
 
@@ -65,6 +68,8 @@ class ServerConnections:
             if upstream.protocol != H2:
                 self._fresh = Http1Server(upstream, self._session.origin)
                 return None
+            from taskvm.net.http2server import Http2Server  # with h2, as a guest of HTTP/2 has it
+
             assert self._tasks is not None, "only a guest of HTTP/2 is offered it"
             self._shared = Http2Server(upstream, self._session.origin)
             self._running.append(self._tasks.create_task(self._shared.run()))
