@@ -13,13 +13,14 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from taskvm.background import Background
 from taskvm.boundsecret import BoundSecret
 from taskvm.carried import Carried
 from taskvm.errors import SandboxLostError, TaskvmError, UsageError
+from taskvm.files import Files
 from taskvm.fs.provider import Provider
 from taskvm.fs.server import FsServer
 from taskvm.identity import (
@@ -30,7 +31,7 @@ from taskvm.identity import (
     refresh_request,
     trust_requests,
 )
-from taskvm.mounted import ReviewMount
+from taskvm.mounted import ReviewMount, clock_ns
 from taskvm.net.auditlog import AuditLog
 from taskvm.net.gateway import Gateway
 from taskvm.net.resolver import HostResolver, MappedResolver
@@ -318,12 +319,24 @@ class Guest:
                 layer=None if review is None else review.layer.encode(),
             )
             await self._ask(request, f"mount {path} in the guest")
+            if review is not None:
+                await self._date(review)
+
+    async def _date(self, review: ReviewMount) -> None:
+        """Note that changes which came with a checkpoint began from files of an unknown time. Nothing of the user's
+        runs yet, so the agent is ours.
+        """
+        files = Files(self.control, self.user.uid, self.user.gid)
+        if self.origin.files.checkpoint and await files.list_layer(review.upper):
+            self.reviews[review.path] = replace(review, since_ns=0)
 
     async def renew(self, review: ReviewMount) -> None:
         """Drop what the guest changed in a review mount. Raises GuestError (EBUSY) while a program uses it."""
         operation = f"discard the changes in {review.path}"
         request = RenewRequest(id=review.id)
+        now = clock_ns()
         await self.control.request(request, Done, operation, RENEW_TIMEOUT_S)
+        self.reviews[review.path] = replace(review, since_ns=now, applied={})
 
     async def flush(self, *, urgent: bool = False) -> None:
         """Write what programs left in mapped pages of the mounts back to the host.

@@ -22,6 +22,11 @@ LAYERS = "/var/lib/taskvm/review"
 _CLOCK_REALTIME_COARSE = 5
 
 
+def clock_ns() -> int:
+    """Return the time that the kernel would give a file now."""
+    return time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReviewMount:
     """A mount at `path` of the guest, numbered `id`. `applied` is what we have put on the host for it, `hidden` are
@@ -34,7 +39,7 @@ class ReviewMount:
     path: str
     provider: HostDir
     hidden: tuple[Patterns, ...] = ()
-    since_ns: int = field(default_factory=lambda: time.clock_gettime_ns(_CLOCK_REALTIME_COARSE))
+    since_ns: int = field(default_factory=clock_ns)
     applied: dict[str, Seen] = field(default_factory=dict)
 
     @classmethod
@@ -63,6 +68,11 @@ class ReviewMount:
     def layer(self) -> str:
         """The directory of the guest that holds `lower`, `upper` and `work`."""
         return f"{LAYERS}/{hashlib.sha256(self.path.encode()).hexdigest()[:16]}"
+
+    @property
+    def upper(self) -> str:
+        """The directory of the guest that holds what it changed."""
+        return f"{self.layer}/upper"
 
     def has_changed(self, path: str, seen: Seen) -> bool:
         """Say whether the host has changed `path`, which is `seen` now, since the guest may have looked."""

@@ -329,7 +329,7 @@ class Survey:
                     return False
 
     def _guest_path(self, path: str) -> str:
-        return f"{self._mount.layer}/upper/{path}"
+        return f"{self._mount.upper}/{path}"
 
     def _too_much(self, cause: str) -> CopyError:
         return CopyError(self._operation, cause, "Look into the guest, or raise the limits")

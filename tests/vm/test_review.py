@@ -406,3 +406,31 @@ async def test_git_in_the_guest_and_git_apply_on_the_host_agree(
     made = described(copy)
     made.pop("empty")  # git knows no directories
     assert made == described(workspace)
+
+
+# Checkpoints.
+
+
+async def test_a_checkpoint_holds_changes_and_trusts_none_of_the_hosts_files(
+    vm: Sandbox, workspace: Path
+) -> None:
+    """A sandbox that starts from it goes on with them; what the host has may have been edited since: a conflict."""
+    await run(vm, "echo guest >> note; echo new > fresh")
+    saved = await vm.checkpoint(workspace.parent / "saved.qcow2")
+    await vm.close()
+    (workspace / "note").write_text("edited between the two\n")
+
+    mounts = {"/workspace": HostDir(workspace, mode="review")}
+    async with saved.resume(mounts=mounts) as again:
+        seen = await run(again, "cat note fresh")
+        with await again.changes() as changes:
+            outcomes = {outcome.path: outcome.status for outcome in changes.apply()}
+        await again.discard()
+        await run(again, "echo later >> note")
+        with await again.changes() as changes:
+            later = {outcome.path: outcome.status for outcome in changes.apply()}
+
+    assert seen == "first\nsecond\nthird\nguest\nnew\n"
+    assert outcomes == {"note": "conflict", "fresh": "applied"}
+    assert later == {"note": "applied"}
+    assert (workspace / "note").read_text() == "edited between the two\nlater\n"
