@@ -18,6 +18,7 @@ from taskvm.guest import Guest, Origin
 from taskvm.limits import Limits
 from taskvm.options import SandboxOptions
 from taskvm.paths import cache_dir
+from taskvm.room import room_for_one
 from taskvm.vm.command import Disk
 from taskvm.vm.rundir import RunDir, run_base
 from taskvm.vm.template import GuestFiles, Template, inputs_for
@@ -105,17 +106,18 @@ async def fork(
     template: Template, limits: Limits | None = None, carried: Carried | None = None
 ) -> Guest:
     """Start a guest from `template` and wake it. Raises UnavailableError, HostError or SandboxLostError."""
-    run_dir = _new_run_dir(template.guest, template.path, *_holders(template.disk))
-    try:
-        template = replace(template, disk=_kept(template.disk, run_dir.path))
-        machine = await template.fork(
-            run_dir.path, disk_limit_bytes=(limits or Limits()).disk_limit_bytes
-        )
-    except BaseException:
-        run_dir.remove()
-        raise
-    origin = Origin(template.qemu, template.guest, template.user)
-    return await _wake(await Guest.take_over(machine, run_dir, origin, carried), resumed=True)
+    with room_for_one():
+        run_dir = _new_run_dir(template.guest, template.path, *_holders(template.disk))
+        try:
+            template = replace(template, disk=_kept(template.disk, run_dir.path))
+            machine = await template.fork(
+                run_dir.path, disk_limit_bytes=(limits or Limits()).disk_limit_bytes
+            )
+        except BaseException:
+            run_dir.remove()
+            raise
+        origin = Origin(template.qemu, template.guest, template.user)
+        return await _wake(await Guest.take_over(machine, run_dir, origin, carried), resumed=True)
 
 
 def _holders(disk: Disk) -> Iterator[Path]:
@@ -135,14 +137,17 @@ def _kept(disk: Disk, run_dir: Path) -> Disk:
 
 
 async def _boot(wanted: Wanted, limits: Limits) -> Guest:
-    run_dir = _new_run_dir(wanted.guest)
-    try:
-        machine = await boot_cold(wanted, run_dir.path, disk_limit_bytes=limits.disk_limit_bytes)
-    except BaseException:
-        run_dir.remove()
-        raise
-    origin = Origin(wanted.qemu, wanted.guest, wanted.user)
-    return await _wake(await Guest.take_over(machine, run_dir, origin), resumed=False)
+    with room_for_one():
+        run_dir = _new_run_dir(wanted.guest)
+        try:
+            machine = await boot_cold(
+                wanted, run_dir.path, disk_limit_bytes=limits.disk_limit_bytes
+            )
+        except BaseException:
+            run_dir.remove()
+            raise
+        origin = Origin(wanted.qemu, wanted.guest, wanted.user)
+        return await _wake(await Guest.take_over(machine, run_dir, origin), resumed=False)
 
 
 async def _wake(guest: Guest, *, resumed: bool) -> Guest:

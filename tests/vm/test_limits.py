@@ -318,3 +318,26 @@ async def test_statistics_are_those_of_the_host(vm: Sandbox) -> None:
     assert 0 < during.proportional_bytes <= during.resident_bytes < 400 * MIB
     assert before.uptime_s < during.uptime_s < after.uptime_s
     assert during.open_connections == 0
+
+
+# Descriptors.
+
+
+def test_more_sandboxes_start_than_the_usual_limit_of_open_files_allows() -> None:
+    """The process raises it by itself; it has `taskvm.room` for them."""
+    program = """
+import asyncio, resource
+from taskvm import Sandbox
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 2000))
+async def main():
+    vms = await asyncio.gather(*(Sandbox.create(cpus=1, memory_mib=256) for n in range(6)))
+    answers = await asyncio.gather(*(vm.exec(["echo", "here"]) for vm in vms))
+    print(*(answer.stdout.strip() for answer in answers))
+    await asyncio.gather(*(vm.close() for vm in vms))
+asyncio.run(main())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=50
+    )
+
+    assert done.stdout.split() == ["here"] * 6, done.stderr

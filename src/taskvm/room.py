@@ -1,0 +1,49 @@
+"""Room in this process for one more sandbox: each holds 15 descriptors, and the usual limit of 1024 ends at 65.
+
+The limit that a process may raise by itself (getrlimit(2), the soft one) is raised when it is needed and not before, as
+other runtimes do at once: what a program starts later inherits it. Beyond the hard one the start fails with a reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import resource
+from collections.abc import Iterator
+
+from taskvm.errors import HostError
+
+# What one start holds at its height: sockets, pipes, the image, the template, the audit log.
+DESCRIPTORS = 32
+_starting: set[int] = set()
+_numbers = itertools.count()
+
+
+@contextlib.contextmanager
+def room_for_one() -> Iterator[None]:
+    """Make sure that a start finds descriptors, beside the others that are under way. Raises HostError.
+
+    What stays open is counted as open when the block is left.
+    """
+    number = next(_numbers)
+    _starting.add(number)
+    try:
+        _make_room(len(_starting) * DESCRIPTORS)
+        yield
+    finally:
+        _starting.discard(number)
+
+
+def _make_room(wanted: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - numbers, not paths
+    if used + wanted <= soft:
+        return
+    if used + wanted > hard:
+        raise HostError(
+            "start a sandbox",
+            f"this process has {used} files open, of at most {hard}",
+            "Raise its limit of open files (`ulimit -Hn`, LimitNOFILE= of systemd), or close sandboxes",
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(2 * (used + wanted), hard), hard))
