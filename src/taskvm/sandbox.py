@@ -433,7 +433,9 @@ class Sandbox:
         return child
 
     def _current_options(self) -> SandboxOptions:
-        return replace(self._options, policy=self.policy)
+        # As they are now: a copy revives nothing that was narrowed, replaced or revoked.
+        secrets = self._gateway.keyring.usable(self.policy)
+        return replace(self._options, policy=self.policy, secrets=secrets)
 
     async def _end_late(self, process: Process | None, capture: Capture) -> ExecResult:
         """Kill a command whose time is over. One that has not begun yet is killed by its agent as it begins."""

@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 from tests.conftest import GUEST
 
-from taskvm import HostDir, Sandbox, SandboxStateError, Secret, TaskvmError, UsageError, sync
+from taskvm import (
+    HostDir,
+    Policy,
+    Sandbox,
+    SandboxStateError,
+    Secret,
+    TaskvmError,
+    UsageError,
+    sync,
+)
 from taskvm.vm.layers import MAX_LAYERS
 
 pytestmark = pytest.mark.vm
@@ -72,6 +81,25 @@ async def test_a_copy_has_a_policy_secrets_and_variables_of_its_own(tmp_path: Pa
     assert list(changed.placeholders) == ["OTHER"]
     assert (tmp_path / "here").exists()
     assert len(logs) == 3
+
+
+async def test_a_copy_revives_nothing_that_was_narrowed_replaced_or_revoked() -> None:
+    """Policy and secrets are those of the instant of the fork, not of the original's start."""
+    names = ("OLD", "KEPT", "FAR")
+    hosts = {"OLD": "api.test", "KEPT": "api.test", "FAR": "far.test"}
+    secrets = [Secret(name, f"value-1-{name}", hosts=[hosts[name]]) for name in names]
+    async with Sandbox.create(**GUEST, allow=["api.test", "far.test"], secrets=secrets) as vm:
+        vm.put_secret(Secret("KEPT", "value-2-KEPT", hosts=["api.test"]))
+        vm.put_secret(Secret("NEW", "value-1-NEW", hosts=["api.test"]))
+        vm.revoke_secret("OLD")
+        vm.change_policy(Policy.parse(["api.test"]))
+        async with vm.fork() as copy:
+            variables = await copy.exec('echo "$OLD$FAR-$KEPT-$NEW"')
+            placeholders = copy.placeholders
+
+            assert set(placeholders) == {"KEPT", "NEW"}
+            assert copy.policy == Policy.parse(["api.test"])
+            assert variables.stdout == f"-{placeholders['KEPT']}-{placeholders['NEW']}\n"
 
 
 async def test_a_copy_that_cannot_start_is_its_error_and_nothing_is_left() -> None:

@@ -36,10 +36,13 @@ class Keyring:
             name: bound.placeholder for name, bound in self._secrets.items() if not bound.revoked
         }
 
-    @property
-    def secrets(self) -> tuple[Secret, ...]:
-        """The secrets as they are now, without revoked ones."""
-        return tuple(bound.secret for bound in self._secrets.values() if not bound.revoked)
+    def usable(self, policy: Policy) -> tuple[Secret, ...]:
+        """Return the secrets as they are now: not revoked, and for hosts that `policy` still allows."""
+        return tuple(
+            bound.secret
+            for bound in self._secrets.values()
+            if not bound.revoked and all(map(policy.covers, bound.hosts))
+        )
 
     def put(self, policy: Policy, secret: Secret) -> str:
         """Add a secret, or give the one of this name another value; return its placeholder.
