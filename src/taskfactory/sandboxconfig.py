@@ -28,7 +28,7 @@ SWITCH_VARIABLE = "PI_FACTORY_SANDBOX"
 _TASK_KEYS = ("enabled", "allowedHosts", "secrets", "imagePath", "checkpointPath")
 _WORKSPACE_KEYS = (
     *_TASK_KEYS, "taskMayAllow", "onUnavailable", "allowedAddresses", "resolve", "extraCaFiles",
-    "hiddenFiles",
+    "hiddenFiles", "passthrough",
 )  # fmt: skip
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}\Z")
 # A name in the image store, with an optional tag: never a path, so never a file an agent wrote.
@@ -66,6 +66,7 @@ class SandboxConfig(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     resolve: dict[str, str] = {}
     extra_ca_files: tuple[str, ...] = ()
     hidden_files: tuple[str, ...] = ()
+    passthrough: tuple[str, ...] = ()
 
 
 def merge_sandbox(
@@ -138,7 +139,11 @@ def _read_workspace(reader: _Reader, *, env_default: bool) -> SandboxConfig:
         resolve=reader.text_map("resolve"),
         extra_ca_files=_absolute_paths(reader, "extraCaFiles"),
         hidden_files=reader.texts("hiddenFiles"),
+        passthrough=reader.hosts("passthrough"),
     )
+    for index, host in enumerate(config.passthrough):
+        if not _covered(host, config.allowed_hosts):
+            reader.problem(("passthrough", index), _not_allowed(host))
     for name, secret in config.secrets.items():
         for index, host in enumerate(secret.hosts):
             if not _covered(host, config.allowed_hosts):

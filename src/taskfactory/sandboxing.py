@@ -114,6 +114,7 @@ def _sandbox(wish: _Wish) -> Opening[Sandbox]:
         secrets=_secrets(config, wish.environ),
         image=config.image_path,
         extra_ca_files=config.extra_ca_files,
+        passthrough=config.passthrough,
         audit_path=wish.audit_path,
         on_progress=wish.say,
     )

@@ -137,7 +137,8 @@ def test_a_task_cannot_widen_a_secret(task: str, key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["taskMayAllow", "onUnavailable", "allowedAddresses", "resolve", "extraCaFiles"]
+    "key",
+    ["taskMayAllow", "onUnavailable", "allowedAddresses", "resolve", "extraCaFiles", "passthrough"],
 )
 def test_some_words_are_the_workspaces_alone(key: str) -> None:
     assert problems(WORKSPACE, f"{key}: x") == [
@@ -154,6 +155,13 @@ def test_a_task_names_an_image_of_the_store() -> None:
 @pytest.mark.parametrize("path", ["/workspace/evil", "../x", "a/b", "~/x", ".", "", "x\\n"])
 def test_a_task_cannot_point_at_an_image_file(path: str) -> None:
     assert "imagePath" in problems(WORKSPACE, f'imagePath: "{path}"')[0]
+
+
+def test_a_passage_must_be_allowed() -> None:
+    text = "{allowedHosts: ['*.a.test'], passthrough: [x.a.test, b.test]}"
+
+    assert merge("{allowedHosts: [a.test], passthrough: [a.test]}", "{}").passthrough == ("a.test",)
+    assert [problem.split(": ")[1] for problem in problems(text, "{}")] == ["passthrough[1]"]
 
 
 def test_a_secrets_hosts_must_be_allowed() -> None:
