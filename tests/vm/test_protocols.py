@@ -95,6 +95,7 @@ async def test_git_clones_and_pushes(ca: Path, site: Path, https: int, tmp_path:
     assert subprocess.run(log, capture_output=True, check=True, text=True).stdout == "two\none\n"
 
 
+@pytest.mark.timeout(180)
 async def test_pip_installs_from_an_index(
     ca: Path, site: Path, https: int, programs_image: str
 ) -> None:
@@ -120,6 +121,7 @@ async def test_pip_installs_from_an_index(
     assert answer == "42\n"
 
 
+@pytest.mark.timeout(180)  # npm starts slowly without KVM, more so beside other tests
 async def test_npm_installs_from_a_registry(
     ca: Path, site: Path, https: int, programs_image: str
 ) -> None:
@@ -146,14 +148,14 @@ async def test_npm_installs_from_a_registry(
     assert answer == "42\n"
 
 
-async def test_node_fetches(ca: Path, programs_image: str) -> None:
-    async with h2_server(echo, alpn=["h2"]) as server, guest(ca, programs_image) as vm:
-        code = f"""fetch("https://{HOST}:{server.port}/n", {{method: "POST", body: "from node"}})
-            .then(async r => console.log(r.status, await r.text()))"""
-        refused = await vm.exec(["node", "-e", code], timeout_s=60)
+async def test_node_fetches(ca: Path, site: Path, https: int, programs_image: str) -> None:
+    (site / "hello").write_text("for node")
+    code = f"""fetch("https://{HOST}:{https}/hello").then(async r => console.log(r.status, await r.text()))"""
 
-    # The server speaks HTTP/2 alone, Node's fetch HTTP/1.1 alone: told in the gateway's one shape.
-    assert "upstream_failed" in refused.stdout, refused.stderr
+    async with guest(ca, programs_image) as vm:
+        printed = await run(vm, ["node", "-e", code])
+
+    assert printed == "200 for node\n"
 
 
 async def test_python_clients(ca: Path, programs_image: str) -> None:
