@@ -15,13 +15,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from tests.support.screen import PROMPT, SMALL, TASKVM, Screen
 
+from taskvm import sync
 from taskvm.vm.rundir import run_base
 
 pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("runtime")]
-PATIENCE_S = 20
+PATIENCE_S = 40
 
 
 def taskvm(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -30,8 +32,10 @@ def taskvm(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
-def listed(*options: str) -> dict[str, dict[str, Any]]:
-    return {each["name"]: each for each in json.loads(taskvm("ps", "--json", *options).stdout)}
+def listed(*, ended: bool = False) -> dict[str, dict[str, Any]]:
+    """What `ps --json` prints, by name; without a process for each look."""
+    found = msgspec.to_builtins(sync.Supervisor().list(ended=ended))
+    return {each["name"]: each for each in found}
 
 
 def wait_until(true: Callable[[], object]) -> None:
@@ -42,7 +46,9 @@ def wait_until(true: Callable[[], object]) -> None:
 
 
 def supervisor_pid() -> int:
-    return int(taskvm("supervisor", "status").stdout.partition("process ")[2].partition(",")[0])
+    status = sync.Supervisor().status()
+    assert status is not None
+    return status.pid
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +117,11 @@ def test_a_reader_that_leaves_ends_what_exec_has_started(work: str) -> None:
 
 def test_what_is_listed_says_what_it_uses(work: str) -> None:
     """`ps` has the figures of the sandbox, as a table and as JSON."""
-    status, table = listed()[work], taskvm("ps").stdout.splitlines()
+    printed = json.loads(taskvm("ps", "--json").stdout)
+    (status,) = (each for each in printed if each["name"] == work)
+    table = taskvm("ps").stdout.splitlines()
+
+    assert status.keys() == listed()[work].keys()
 
     assert status["state"] in ("running", "paused")
     assert status["memory_bytes"] > 10 << 20
@@ -173,11 +183,11 @@ def test_a_detached_command_runs_to_its_end_and_is_remembered(
     followed = taskvm("logs", "-f", "job")
     status = taskvm("attach", "job").returncode
 
-    assert started.stdout == f"{listed('--all')['job']['id']}\n"
+    assert started.stdout == f"{listed(ended=True)['job']['id']}\n"
     assert (followed.stdout, followed.stderr) == ("out\nlast\n", "err\n")
     assert status == 4
     assert (tmp_path / "file").read_text() == "last\n"
-    assert listed("--all")["job"]["outcome"] == "its command ended with 4"
+    assert listed(ended=True)["job"]["outcome"] == "its command ended with 4"
     assert "job" not in listed()
     assert not (run_base() / started.stdout.strip()).exists()
 
@@ -278,11 +288,11 @@ def test_an_idle_sandbox_ends(runtime: Path) -> None:
     """Also one whose shell waits at its prompt, as nobody is there."""
     started = taskvm("run", "-dt", *SMALL, "--name", "idle", "--idle-timeout", "1.5", "--", "bash")
     assert started.returncode == 0
-    assert 0 <= listed("--all")["idle"]["idle_left_s"] <= 1.5
+    assert 0 <= listed(ended=True)["idle"]["idle_left_s"] <= 1.5
 
     wait_until(lambda: "idle" not in listed())
 
-    assert "nothing happened" in listed("--all")["idle"]["outcome"]
+    assert "nothing happened" in listed(ended=True)["idle"]["outcome"]
 
 
 def test_a_life_that_is_over_ends_a_held_sandbox(runtime: Path) -> None:
@@ -290,7 +300,7 @@ def test_a_life_that_is_over_ends_a_held_sandbox(runtime: Path) -> None:
 
     wait_until(lambda: "short" not in listed())
 
-    assert "max_duration" in listed("--all")["short"]["outcome"]
+    assert "max_duration" in listed(ended=True)["short"]["outcome"]
 
 
 def test_stopping_tells_who_is_attached(runtime: Path) -> None:
