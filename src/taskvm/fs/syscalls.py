@@ -7,6 +7,8 @@ aarch64, which are the hosts there are. Every function raises OSError with the e
 from __future__ import annotations
 
 import ctypes
+import errno
+import functools
 import os
 import platform
 import struct
@@ -14,6 +16,7 @@ import struct
 import msgspec
 
 from taskvm.errors import UnavailableError
+from taskvm.fs import beneath
 
 # asm/unistd_64.h and asm-generic/unistd.h; openat2 is newer than the split and has one number everywhere.
 _NUMBERS: dict[str, dict[str, int]] = {
@@ -140,12 +143,21 @@ _OPENAT2_NUMBER = ctypes.c_long(_OPENAT2)
 _OPEN_HOW_SIZE = ctypes.c_size_t(_OPEN_HOW.size)
 
 
+@functools.cache
+def has_openat2() -> bool:
+    """Tell whether this host lets openat2(2) through. Without arguments it is ENOSYS or EPERM only where not."""
+    result = _syscall(_OPENAT2_NUMBER, ctypes.c_int(-1), None, None, ctypes.c_size_t(0))
+    return result >= 0 or ctypes.get_errno() not in (errno.ENOSYS, errno.EPERM)
+
+
 def open_beneath(directory: int, path: bytes, flags: int) -> int:
     """Open what exists at `path` beneath the descriptor `directory`, and nothing else.
 
     No symbolic link is followed, none of /proc's either, and no mount point entered, at any component. With O_PATH
     and O_NOFOLLOW the last component may be a symbolic link: it is opened itself.
     """
+    if not has_openat2():
+        return beneath.open_beneath(directory, path, flags)
     how = _OPEN_HOW.pack(flags | os.O_CLOEXEC, 0, _RESOLVE)
     return _check(
         _syscall(
