@@ -76,13 +76,14 @@ class _Wish:
 
 
 async def _enter(wish: _Wish, stack: AsyncExitStack) -> Place:
-    from taskvm.errors import HostError, TaskvmError
+    from taskvm.errors import CheckpointError, HostError, TaskvmError
 
     try:
         vm = await stack.enter_async_context(_sandbox(wish))
         return await _sandbox_place(vm, wish)
     except HostError as error:
-        if wish.config.on_unavailable != "host":
+        # A host that lacks QEMU is one thing; a checkpoint that is damaged or forged is no reason to go without.
+        if wish.config.on_unavailable != "host" or isinstance(error, CheckpointError):
             raise EnvironmentUnavailable(_refusal(error)) from error
         wish.say(f"NO SANDBOX: {error}. The workspace's file allows the host: the task runs there")
         return host_place(wish.workspace)
@@ -100,11 +101,8 @@ def _sandbox(wish: _Wish) -> Opening[Sandbox]:
     config = wish.config
     for path in config.extra_ca_files:
         refuse_inside(wish.workspace, Path(path), "CA file")
-    if config.checkpoint_path is not None:
-        raise EnvironmentUnavailable(
-            f"start from the checkpoint {config.checkpoint_path}: this version cannot."
-            " Remove checkpointPath, or name an image that has what the task needs"
-        )
+    if config.checkpoint_path is not None and "/" in config.checkpoint_path:
+        refuse_inside(wish.workspace, Path(config.checkpoint_path), "checkpoint")
     workspace = taskvm.HostDir(wish.workspace.resolve())
     return taskvm.Sandbox.create(
         mounts={GUEST_ROOT: _without(config.hidden_files, workspace)},
@@ -112,7 +110,8 @@ def _sandbox(wish: _Wish) -> Opening[Sandbox]:
         allow_addresses=config.allowed_addresses,
         resolve=config.resolve,
         secrets=_secrets(config, wish.environ),
-        image=config.image_path,
+        image=None if config.checkpoint_path else config.image_path,  # it has its own
+        checkpoint=config.checkpoint_path,
         extra_ca_files=config.extra_ca_files,
         passthrough=config.passthrough,
         audit_path=wish.audit_path,

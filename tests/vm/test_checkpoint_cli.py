@@ -16,6 +16,7 @@ def taskvm(*arguments: str, status: int = 0) -> str:
     return done.stdout if status == 0 else done.stderr
 
 
+@pytest.mark.timeout(240)  # a dozen processes of the command line
 def test_a_sandbox_is_saved_listed_carried_and_started_from(tmp_path: Path) -> None:
     """The whole life of a checkpoint, with memory and without."""
     taskvm("start", *SMALL, "--name", "source")

@@ -19,6 +19,7 @@ from taskfactory.runner import Summary, run_task
 from taskfactory.sandboxconfig import SandboxConfig
 from taskfactory.sandboxing import open_place
 from taskfactory.task import Task
+from taskvm import Sandbox
 
 pytestmark = pytest.mark.vm
 
@@ -282,3 +283,27 @@ def _own_guests() -> int:
         for pid in path.read_text().split()
     ]
     return sum("qemu" in Path(f"/proc/{pid}/cmdline").read_text() for pid in children)
+
+
+@pytest.mark.parametrize("memory", [False, True])
+async def test_a_task_starts_from_a_checkpoint_of_the_store(workspace: Path, memory: bool) -> None:
+    """What was set up once is there, with the task's own workspace."""
+    async with Sandbox.create() as vm:
+        await vm.exec("echo set up > /opt/tool", check=True)
+        checkpoint = await vm.checkpoint(f"tools-{memory}", memory=memory)
+
+    try:
+        await run(
+            workspace,
+            """
+- tools:
+    - tool: bash
+      arguments: {command: cat /opt/tool | tee here.txt}
+      expect: {contains: [set up]}
+""",
+            SandboxConfig(enabled=True, checkpoint_path=checkpoint.name),
+        )
+    finally:
+        checkpoint.delete()
+
+    assert (workspace / "here.txt").read_text() == "set up\n"

@@ -30,7 +30,7 @@ class Layers:
         self._paths = list(machine.files.disk.layers)
         self._nodes = [0]  # of the layers that were on top, the newest last
         self._next = 1
-        self._prepared = False
+        self._prepared: int | None = None
 
     @property
     def disk(self) -> Disk:
@@ -41,10 +41,11 @@ class Layers:
         """Make the disk `size_bytes` large; the guest's driver is told. The layers beneath stay as they are."""
         node = layer_node(self._nodes[-1])
         await self._machine.execute("block_resize", **{"node-name": node, "size": size_bytes})
+        self._prepared = None  # it has the size of before
 
     async def prepare(self) -> None:
         """Give QEMU the empty layer of the next `cut`. Raises SandboxStateError when there are too many."""
-        if self._prepared:  # for a cut that was given up
+        if self._prepared is not None:  # for a cut that was given up
             return
         if len(self._paths) >= MAX_LAYERS:
             raise SandboxStateError(
@@ -52,28 +53,32 @@ class Layers:
                 f"it has {MAX_LAYERS} layers, one for each fork in its line",
                 "Make a checkpoint, and resume that: it has one",
             )
-        path = self._path(self._next)
+        number, self._next = (
+            self._next,
+            self._next + 1,
+        )  # never used again, also when this is cancelled
+        path = self._path(number)
         await asyncio.to_thread(create_layer, path, self.disk)
         for access in (os.O_RDWR, os.O_RDONLY):  # a layer that is written, and later only read
             descriptor = os.open(path, access | os.O_CLOEXEC)
             try:
-                await self._machine.give("add-fd", descriptor, **{"fdset-id": self._next})
+                await self._machine.give("add-fd", descriptor, **{"fdset-id": number})
             finally:
                 os.close(descriptor)
-        node = top_layer(self._next, f"/dev/fdset/{self._next}", locking=False)
+        node = top_layer(number, f"/dev/fdset/{number}", locking=False)
         await self._machine.execute("blockdev-add", **node, backing=None)
-        self._prepared = True
+        self._prepared = number
 
     async def cut(self) -> Disk:
         """Let the stopped machine write to the prepared layer from now on; return the disk beneath it."""
-        beneath, top = self.disk, self._next
+        beneath, top = self.disk, self._prepared
+        assert top is not None, "a layer is prepared before it is needed"
         await self._machine.execute(
             "blockdev-snapshot", node=layer_node(self._nodes[-1]), overlay=layer_node(top)
         )
         self._nodes.append(top)
         self._paths.insert(0, self._path(top))
-        self._next += 1
-        self._prepared = False
+        self._prepared = None
         return beneath
 
     async def merge(self) -> None:

@@ -94,9 +94,19 @@ async def test_a_certificate_that_an_agent_can_write_is_not_trusted(tmp_path: Pa
         await enter(config, tmp_path)
 
 
-async def test_a_checkpoint_is_refused_and_not_ignored(tmp_path: Path) -> None:
-    with pytest.raises(EnvironmentUnavailable, match="checkpoint"):
-        await enter(SandboxConfig(enabled=True, checkpoint_path="base"), tmp_path)
+async def test_a_checkpoint_that_is_not_there_refuses_the_task(tmp_path: Path) -> None:
+    """It is never ignored, and never a reason to run on the host: it may have been forged."""
+    config = SandboxConfig(enabled=True, checkpoint_path="nosuch", on_unavailable="host")
+
+    with pytest.raises(EnvironmentUnavailable, match="find the checkpoint .*nosuch"):
+        await enter(config, tmp_path)
+
+
+async def test_a_checkpoint_that_an_agent_can_write_is_not_started_from(tmp_path: Path) -> None:
+    config = SandboxConfig(enabled=True, checkpoint_path=str(tmp_path / "mine.qcow2"))
+
+    with pytest.raises(UnsafePathError, match="checkpoint"):
+        await enter(config, tmp_path)
 
 
 def test_refusals_are_read_once_each_and_a_broken_line_is_skipped(tmp_path: Path) -> None:
