@@ -297,7 +297,6 @@ async def test_a_host_allowed_on_one_port_is_refused_on_another(canary: HttpServ
 @pytest.mark.parametrize(
     "first",
     [
-        b"SSH-2.0-OpenSSH_9.2p1 Debian\r\n",
         b"\x00\x01\x02",
         b"EHLO me\r\n",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",

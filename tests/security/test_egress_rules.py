@@ -180,7 +180,7 @@ async def test_ssh_is_refused_in_its_own_words(canary: HttpServer, host: str, sa
         if host != "api.test":
             lab.gateway.change_policy(Policy())
         sock = await lab.guest.connect(target, canary.port)
-        answer = await sock.exchange(b"SSH-2.0-OpenSSH_9.2\r\n")
+        answer = await sock.exchange(b"SSH-2.0-OpenSSH_9.2p1 Debian\r\n")
 
         assert answer.startswith(b"SSH-2.0-taskvm\r\n")
         assert said in answer
