@@ -32,6 +32,7 @@ from taskvm.filewatch import FileChange, FileWatch
 from taskvm.fs.hooks import Hooks, Operation
 from taskvm.fs.hostdir import HostDir
 from taskvm.fs.memory import Memory
+from taskvm.fs.pathprovider import PathProvider, PathStat
 from taskvm.fs.provider import Provider
 from taskvm.fs.quota import Quota
 from taskvm.fs.readonly import ReadOnly
@@ -125,6 +126,8 @@ __all__ = [
     "Hooks",
     "Operation",
     "Wrapper",
+    "PathProvider",
+    "PathStat",
     "Opening",
     "Forward",
     "Image",

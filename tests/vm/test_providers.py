@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from examples.dictionary import Dictionary
 from tests.conftest import GUEST
 
 from taskvm import (
@@ -141,3 +143,23 @@ def test_the_command_line_hides_files(project: Path) -> None:
 
     assert done.stdout.split() == ["server.pem", "src"]
     assert SECRET not in done.stdout + done.stderr
+
+
+async def test_a_provider_of_ones_own_serves_a_guest() -> None:
+    """The example of the documentation, with a real kernel and real programs in front of it."""
+    store = {"greeting": b"hello\n"}
+    async with Sandbox.create(mounts={"/data": Dictionary(store)}, **GUEST) as vm:
+        done = await vm.exec(
+            "cd /data; ls; cat greeting; tr a-z A-Z < greeting > loud; echo more >> loud; mkdir d; rm greeting"
+        )
+
+    assert done.stdout == "greeting\nhello\n"
+    assert store == {"loud": b"HELLO\nmore\n"}
+
+
+def test_the_page_shows_the_example_as_it_is() -> None:
+    root = Path(__file__).parent.parent.parent
+    example = (root / "examples" / "dictionary.py").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"^class Dictionary.*?\n\n\n", example, re.MULTILINE | re.DOTALL)
+
+    assert shown.rstrip() in (root / "docs" / "files.md").read_text(encoding="utf-8")
