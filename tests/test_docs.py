@@ -75,8 +75,8 @@ def test_the_defaults_of_a_sandbox_are_those_of_the_page() -> None:
     """The page says: nothing leaves, nothing is added, a task is refused."""
     defaults = msgspec.to_builtins(SandboxConfig())
 
-    assert {key for key, value in defaults.items() if value} == {"onUnavailable"}
-    assert defaults["onUnavailable"] == "refuse"
+    assert {key for key, value in defaults.items() if value} == {"onUnavailable", "workspaceMode"}
+    assert (defaults["onUnavailable"], defaults["workspaceMode"]) == ("refuse", "direct")
 
 
 def test_every_key_of_a_script_is_named() -> None:

@@ -22,13 +22,14 @@ from taskfactory.errors import ConfigError, Problem
 
 KeyPath = tuple[str | int, ...]
 OnUnavailable = Literal["refuse", "host"]
+WorkspaceMode = Literal["direct", "review"]
 
 SWITCH_VARIABLE = "PI_FACTORY_SANDBOX"
 
 _TASK_KEYS = ("enabled", "allowedHosts", "secrets", "imagePath", "checkpointPath")
 _WORKSPACE_KEYS = (
     *_TASK_KEYS, "taskMayAllow", "onUnavailable", "allowedAddresses", "resolve", "extraCaFiles",
-    "hiddenFiles", "passthrough",
+    "hiddenFiles", "passthrough", "workspaceMode",
 )  # fmt: skip
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}\Z")
 # A name in the image store, with an optional tag: never a path, so never a file an agent wrote.
@@ -67,6 +68,7 @@ class SandboxConfig(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     extra_ca_files: tuple[str, ...] = ()
     hidden_files: tuple[str, ...] = ()
     passthrough: tuple[str, ...] = ()
+    workspace_mode: WorkspaceMode = "direct"
 
 
 def merge_sandbox(
@@ -140,10 +142,16 @@ def _read_workspace(reader: _Reader, *, env_default: bool) -> SandboxConfig:
         extra_ca_files=_absolute_paths(reader, "extraCaFiles"),
         hidden_files=reader.texts("hiddenFiles"),
         passthrough=reader.hosts("passthrough"),
+        workspace_mode=_workspace_mode(reader),
     )
     for index, host in enumerate(config.passthrough):
         if not _covered(host, config.allowed_hosts):
             reader.problem(("passthrough", index), _not_allowed(host))
+    if config.workspace_mode == "review" and config.on_unavailable == "host":
+        reader.problem(
+            ("workspaceMode",),
+            "work on the host cannot be reviewed before it is done: drop onUnavailable",
+        )
     for name, secret in config.secrets.items():
         for index, host in enumerate(secret.hosts):
             if not _covered(host, config.allowed_hosts):
@@ -183,6 +191,13 @@ def _on_unavailable(reader: _Reader) -> OnUnavailable:
     return "host" if word == "host" else "refuse"
 
 
+def _workspace_mode(reader: _Reader) -> WorkspaceMode:
+    word = reader.text("workspaceMode")
+    if word not in (None, "direct", "review"):
+        reader.problem(("workspaceMode",), f'{word!r} is neither "direct" nor "review"')
+    return "review" if word == "review" else "direct"
+
+
 def _apply_task(reader: _Reader, ceiling: SandboxConfig) -> SandboxConfig:
     reader.check_keys(
         _TASK_KEYS,
@@ -191,6 +206,10 @@ def _apply_task(reader: _Reader, ceiling: SandboxConfig) -> SandboxConfig:
     enabled = reader.boolean("enabled")
     if enabled is False and ceiling.enabled:
         reader.problem(("enabled",), "a task cannot switch off the sandbox its workspace demands")
+    if ceiling.workspace_mode == "review" and not (ceiling.enabled or enabled):
+        reader.problem(
+            ("enabled",), "the workspace is for review, which needs a sandbox: set it to true"
+        )
     allowed = _task_hosts(reader, ceiling)
     return msgspec.structs.replace(
         ceiling,

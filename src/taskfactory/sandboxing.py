@@ -80,10 +80,15 @@ async def _enter(wish: _Wish, stack: AsyncExitStack) -> Place:
 
     try:
         vm = await stack.enter_async_context(_sandbox(wish))
+        if wish.config.workspace_mode == "review":
+            # On every path, before the sandbox goes.
+            stack.push_async_callback(_keep_changes, vm, wish)
         return await _sandbox_place(vm, wish)
     except HostError as error:
-        # A host that lacks QEMU is one thing; a checkpoint that is damaged or forged is no reason to go without.
-        if wish.config.on_unavailable != "host" or isinstance(error, CheckpointError):
+        # A host that lacks QEMU is one thing; a checkpoint that is damaged or forged is no reason to go without, nor is
+        # work that was to be reviewed before it is done.
+        never = wish.config.workspace_mode == "review" or isinstance(error, CheckpointError)
+        if never or wish.config.on_unavailable != "host":
             raise EnvironmentUnavailable(_refusal(error)) from error
         wish.say(f"NO SANDBOX: {error}. The workspace's file allows the host: the task runs there")
         return host_place(wish.workspace)
@@ -103,7 +108,7 @@ def _sandbox(wish: _Wish) -> Opening[Sandbox]:
         refuse_inside(wish.workspace, Path(path), "CA file")
     if config.checkpoint_path is not None and "/" in config.checkpoint_path:
         refuse_inside(wish.workspace, Path(config.checkpoint_path), "checkpoint")
-    workspace = taskvm.HostDir(wish.workspace.resolve())
+    workspace = taskvm.HostDir(wish.workspace.resolve(), mode=config.workspace_mode)
     return taskvm.Sandbox.create(
         mounts={GUEST_ROOT: _without(config.hidden_files, workspace)},
         allow=config.allowed_hosts,
@@ -117,6 +122,16 @@ def _sandbox(wish: _Wish) -> Opening[Sandbox]:
         audit_path=wish.audit_path,
         on_progress=wish.say,
     )
+
+
+async def _keep_changes(vm: Sandbox, wish: _Wish) -> None:
+    """Write what the task changed as a patch beside the record: nobody is there to be asked."""
+    with await vm.changes(GUEST_ROOT) as changes:
+        if len(changes):
+            patch = wish.audit_path.with_name("changes.patch")
+            text = await asyncio.to_thread(changes.diff, binary=True)
+            patch.write_bytes(text.encode("utf-8", "surrogateescape"))
+            wish.say(f"{len(changes)} changes wait for review: read {patch}, then `git apply` it")
 
 
 def _without(patterns: tuple[str, ...], workspace: HostDir) -> Provider:

@@ -157,6 +157,24 @@ async def test_a_commit_made_in_the_guest_is_on_the_host(workspace: Path) -> Non
     assert subprocess.run(log, capture_output=True, text=True).stdout == "Agent: From the guest\n"
 
 
+async def test_a_workspace_for_review_stays_and_gets_a_patch(workspace: Path) -> None:
+    """What the task did is beside its record, for a person; the workspace is as it was."""
+    (workspace / "note").write_text("old\n")
+
+    await run(
+        workspace,
+        "- tools: [{tool: bash, arguments: {command: 'echo new > note; echo more > made'}}]",
+        SandboxConfig(enabled=True, workspace_mode="review"),
+    )
+
+    assert sorted(path.name for path in workspace.iterdir()) == ["note"]
+    assert (workspace / "note").read_text() == "old\n"
+    apply = ["git", "apply", str(workspace.parent / "changes.patch")]
+    subprocess.run(apply, cwd=workspace, check=True)
+    assert (workspace / "note").read_text() == "new\n"
+    assert (workspace / "made").read_text() == "more\n"
+
+
 async def test_a_denied_host_is_in_the_summary(workspace: Path) -> None:
     summary = await run(
         workspace,

@@ -138,12 +138,32 @@ def test_a_task_cannot_widen_a_secret(task: str, key: str) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["taskMayAllow", "onUnavailable", "allowedAddresses", "resolve", "extraCaFiles", "passthrough"],
+    [
+        "taskMayAllow",
+        "onUnavailable",
+        "allowedAddresses",
+        "resolve",
+        "extraCaFiles",
+        "passthrough",
+        "workspaceMode",
+    ],
 )
 def test_some_words_are_the_workspaces_alone(key: str) -> None:
     assert problems(WORKSPACE, f"{key}: x") == [
         f"task.yaml:1: {key}: only the workspace's sandbox.json may say this"
     ]
+
+
+def test_a_workspace_for_review_is_never_worked_on_by_the_host() -> None:
+    """It needs a sandbox, whoever switches it on, and the host does not take its place."""
+    review = "workspaceMode: review"
+
+    assert merge(f"{{enabled: true, {review}}}").workspace_mode == "review"
+    assert merge(f"{{{review}}}", "enabled: true").enabled
+    assert merge(f"{{{review}}}", env_default=True).enabled
+    assert "set it to true" in problems(f"{{{review}}}")[0]
+    assert "drop onUnavailable" in problems(f"{{enabled: true, {review}, onUnavailable: host}}")[0]
+    assert "neither" in problems("{enabled: true, workspaceMode: ro}")[0]
 
 
 def test_a_task_names_an_image_of_the_store() -> None:
