@@ -321,6 +321,16 @@ async def test_what_is_neither_http_nor_tls_is_refused(canary: HttpServer, first
     assert canary.connections == 0
 
 
+async def test_ssh_is_refused_in_its_own_words(canary: HttpServer) -> None:
+    async with lab_for(canary) as lab:
+        sock = await lab.connect("api.test", canary.port)
+        answer = await sock.exchange(b"SSH-2.0-OpenSSH_9.2p1 Debian\r\n")
+
+        assert answer.startswith(b"SSH-2.0-")
+        assert lab.denials("connect")[0].rule == "protocol"
+    assert canary.connections == 0
+
+
 @pytest.mark.parametrize(
     ("line", "headers", "status"),
     [
