@@ -48,7 +48,7 @@ cat .env server.pem config/keys/master src/linked.txt .ENV ./src/../.env
 ln .env shown; ln -s .env pointer; cat pointer; ln -s "$PWD/config/keys" way; cat way/master
 mv config other; cat other/keys/master; mv .env shown; cp -a . /tmp/copy; cat /tmp/copy/.env
 mkdir -p made/keys; echo planted > made/keys/master; mv config old; mv made config
-echo planted > .env; echo planted > x; mv x .env; ln src/main.py server.pem; mkdir .env
+echo planted > .env; echo planted > src/linked.txt; echo planted > x; mv x .env; ln src/main.py server.pem; mkdir .env
 python3 -c 'import os; os.rename("src", ".env")'; rm -rf config; rm -f .env server.pem
 find . -inum "$(stat -c %i src/main.py)"; tar cf /tmp/all.tar .; grep -r hidden-value . /tmp/copy /tmp/all.tar
 mount --bind . /mnt; cat /mnt/.env; chroot . /bin/true; cat /proc/self/cwd/.env /proc/self/root/workspace/.env

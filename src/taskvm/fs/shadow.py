@@ -160,8 +160,20 @@ class Shadow(Tracked):
         return not self.patterns.hides(path, directory=entry.kind == DT_DIR)
 
     def _refuse_hidden(self, parent: Node, name: bytes) -> None:
-        if self.patterns.may_hide(self.place(parent).below(name)):
+        path = self.place(parent).below(name)
+        if self.patterns.may_hide(path):
             raise refuse(errno.EACCES)
+        try:
+            there = self.inner.lookup(parent, name)
+        except FileNotFoundError:
+            return
+        try:
+            if self._is_hidden(
+                path, there
+            ):  # by another of its names: opening it to write would cut it
+                raise refuse(errno.EACCES)
+        finally:
+            self.inner.forget(there.node, 1)
 
     def _kind_of(self, parent: Node, name: bytes) -> bool:
         """Say whether `name` is a directory; ENOENT when the guest sees nothing there."""

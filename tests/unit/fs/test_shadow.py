@@ -149,8 +149,12 @@ def test_a_hard_link_that_the_host_made_shows_nothing(host: Path) -> None:
     os.link(host / "public.pem", host / "published")
     shadow = Shadow(HostDir(host), PATTERNS).opened()
 
+    src = find(shadow, "src")
     for path in ("src/copied.txt", "master"):
         assert failure(lambda path=path: find(shadow, path)) == errno.ENOENT
+    cut = lambda: shadow.create(src, b"copied.txt", 0o644, os.O_TRUNC)  # noqa: E731
+    assert failure(cut) == errno.EACCES
+    assert (host / ".env").read_text() == "secret"
     assert shadow.read(find(shadow, "published"), 0, 10) == b"public"
     shadow.close()
 

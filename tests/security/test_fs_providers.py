@@ -1,0 +1,81 @@
+"""A hostile kernel in front of composed providers: random requests with guessed nodes, judged by the host's files."""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+from pathlib import Path
+
+import pytest
+from tests.security.test_fs_escape import O_CREAT, O_TRUNC, SECRET, HostileKernel
+
+from taskvm.fs.hostdir import HostDir
+from taskvm.fs.memory import Memory
+from taskvm.fs.quota import Quota
+from taskvm.fs.router import Router
+from taskvm.fs.shadow import Shadow
+from taskvm.wire.fuse import Opcode
+
+REQUESTS = 4000
+NAMES = [b".env", b"keys", b"plain", b"shown", b"covered", b"linked", b"a", b"b"]
+HIDDEN = [".env", "/config/keys/", "/*/covered/keys"]
+
+
+def request(chance: random.Random) -> tuple[int, int, bytes]:
+    """One well-formed request on nodes that were given, were forgotten, or never existed."""
+    node, other = (chance.randrange(80) for _ in "ab")
+    name, new_name = (chance.choice(NAMES) for _ in "ab")
+    read = struct.pack("<QQIIQII", 0, 0, 4096, 0, 0, 0, 0)
+    written = struct.pack("<QQIIQII", 0, chance.randrange(99), 5, 0, 0, 1, 0) + b"guest"
+    copied = struct.pack("<QQQQQQQ", 0, 0, other, 0, 0, 99, 0)
+    moved = struct.pack("<QII", other, chance.choice((0, 0, 1, 2)), 0)
+    named = name + b"\0"
+    return chance.choice(
+        (
+            (Opcode.LOOKUP, node, named),
+            (Opcode.LOOKUP, node, named),
+            (Opcode.READ, node, read),
+            (Opcode.READDIRPLUS, node, read),
+            (Opcode.GETATTR, node, bytes(16)),
+            (Opcode.WRITE, node, written),
+            (Opcode.COPY_FILE_RANGE, node, copied),
+            (Opcode.MKDIR, node, struct.pack("<II", 0o755, 0) + named),
+            (Opcode.CREATE, node, struct.pack("<IIII", O_CREAT | O_TRUNC, 0o644, 0, 0) + named),
+            (Opcode.SYMLINK, node, named + b"../outside\0"),
+            (Opcode.LINK, node, struct.pack("<Q", other) + named),
+            (Opcode.RENAME2, node, moved + named + new_name + b"\0"),
+            (Opcode.UNLINK, node, named),
+            (Opcode.RMDIR, node, named),
+        )
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_sequence_of_requests_shows_or_changes_what_is_hidden(tmp_path: Path, seed: int) -> None:
+    """Forgets are among them, too many at a time; the server answers to the end and holds what its quota allows."""
+    share, chance = tmp_path / "share", random.Random(seed)
+    (share / "config" / "keys").mkdir(parents=True)
+    (share / "covered").mkdir()
+    (share / "config" / "plain").write_text("plain")
+    secrets = [share / ".env", share / "config" / "keys" / "a", share / "covered" / "b"]
+    for path in (*secrets, tmp_path / "outside"):
+        path.write_bytes(SECRET)
+    os.link(share / ".env", share / "linked")
+    routed = Router({"/": HostDir(share), "/covered": Memory()})
+    kernel = HostileKernel(Quota(Shadow(routed, HIDDEN), limit_bytes=10_000, limit_files=50))
+
+    told = b""
+    for _ in range(REQUESTS):
+        if chance.random() < 0.03:
+            node = chance.randrange(80)
+            kernel.send(kernel.message(Opcode.FORGET, node, struct.pack("<Q", 2**63)))
+        told += kernel.ask(*request(chance))[1]
+
+    assert SECRET not in told
+    assert len(told) > 10_000  # much of it was answered
+    assert [path.read_bytes() for path in (*secrets, tmp_path / "outside")] == [SECRET] * 4
+    assert kernel.failures == []
+    grown = [path for path in share.rglob("*") if path.is_file() and path not in secrets]
+    assert sum(path.lstat().st_size for path in grown) < 11_000
+    kernel.close()
