@@ -71,7 +71,8 @@ async def main(files: int) -> dict[str, object]:
         mounts = {"/shared": HostDir(shared), "/review": HostDir(reviewed, mode="review")}
         async with Sandbox.create(mounts=mounts) as vm:
             await vm.exec("git config --global --add safe.directory '*'")
-            copy = "mount -t tmpfs -o mode=1777 none /mnt; cp -a /shared /mnt/own"
+            # Both trees are read once, so that neither figure has the other's first reading.
+            copy = "mount -t tmpfs -o mode=1777 none /mnt; cp -a /shared /mnt/own; cp -a /review /mnt/other"
             await vm.exec(copy, user="root", check=True)
             return {
                 "tmpfs": await measure(vm, "/mnt/own", files),
