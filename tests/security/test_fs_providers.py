@@ -73,7 +73,7 @@ def test_no_sequence_of_requests_shows_or_changes_what_is_hidden(tmp_path: Path,
         told += kernel.ask(*request(chance))[1]
 
     assert SECRET not in told
-    assert len(told) > 10_000  # much of it was answered
+    assert len(told) > 1000  # much of it was granted
     assert [path.read_bytes() for path in (*secrets, tmp_path / "outside")] == [SECRET] * 4
     assert kernel.failures == []
     grown = [path for path in share.rglob("*") if path.is_file() and path not in secrets]
