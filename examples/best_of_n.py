@@ -1,21 +1,22 @@
-"""Best of n: one prepared sandbox, n copies that each try something, and the best result kept.
+"""Best of n: one prepared sandbox, n copies that each try something, and the best result offered to the host.
 
-    python examples/best_of_n.py [N]
+    python examples/best_of_n.py [N [DIRECTORY]]
 
 The attempts here are shell commands that sort badly or well; put an agent in their place. What is prepared once
-(files, installed tools, a warm interpreter) every copy has in memory already.
+(files, installed tools, a warm interpreter) every copy has in memory already. The directory is mounted for review: each
+copy has changes of its own, and the host's files stay as they are until somebody applies the winner's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sys
+import tempfile
+from dataclasses import dataclass
 
-from taskvm import Sandbox
+from taskvm import HostDir, Sandbox
 
-PREPARE = (
-    "mkdir -p /work && cd /work && seq 20000 | shuf --random-source=/usr/bin/python3 > numbers"
-)
+PREPARE = "seq 20000 | shuf --random-source=/usr/bin/python3 > numbers"
 ATTEMPTS = (
     "sort -n numbers > sorted",
     "sort numbers > sorted",  # as text: wrong
@@ -25,26 +26,47 @@ ATTEMPTS = (
 CHECK = "seq 20000 | cmp -s - sorted"
 
 
-async def attempt(child: Sandbox, number: int) -> tuple[bool, float, str]:
+@dataclass(frozen=True)
+class Attempt:
+    """What one copy made of it."""
+
+    child: Sandbox
+    command: str
+    good: bool
+    cpu_s: float
+
+
+async def attempt(child: Sandbox, number: int) -> Attempt:
     """Let one copy try, and judge what it made."""
     command = ATTEMPTS[number % len(ATTEMPTS)]
-    async with child:
-        tried = await child.exec(command, cwd="/work", timeout_s=60)
-        good = tried.ok and (await child.exec(CHECK, cwd="/work")).ok
-        usage = tried.usage
-        return good, usage.user_s + usage.system_s if usage else 0.0, command
+    tried = await child.exec(command, timeout_s=60)
+    good = tried.ok and (await child.exec(CHECK)).ok
+    usage = tried.usage
+    return Attempt(child, command, good, usage.user_s + usage.system_s if usage else 0.0)
 
 
-async def main(count: int) -> None:
-    async with Sandbox.create() as base:
-        await base.exec(PREPARE, check=True, user="root")
-        await base.exec("chmod -R a+rwX /work", check=True, user="root")
+async def main(count: int, directory: str) -> None:
+    mounts = {"/workspace": HostDir(directory, mode="review")}
+    async with Sandbox.create(mounts=mounts) as base:
+        await base.exec(PREPARE, check=True)
         forked = await base.fork_many(count)
-        children = [child for child in forked if isinstance(child, Sandbox)]
-        results = await asyncio.gather(*map(attempt, children, range(len(children))))
-    for good, cpu_s, command in sorted(results, key=lambda each: (not each[0], each[1])):
-        print(f"{'good' if good else 'bad ':4}  {cpu_s:5.2f} s  {command}")
+    children = [child for child in forked if isinstance(child, Sandbox)]
+    try:
+        attempts = await asyncio.gather(*map(attempt, children, range(len(children))))
+        ranking = sorted(attempts, key=lambda each: (not each.good, each.cpu_s))
+        for each in ranking:
+            print(f"{'good' if each.good else 'bad ':4}  {each.cpu_s:5.2f} s  {each.command}")
+        if ranking and ranking[0].good:
+            with await ranking[0].child.changes() as changes:
+                print(
+                    "the best one changed:", *changes, sep="\n  "
+                )  # changes.apply() takes it over
+    finally:
+        for child in children:
+            await child.close()
 
 
 if __name__ == "__main__":
-    asyncio.run(main(int(sys.argv[1]) if len(sys.argv) > 1 else 4))
+    number = int(sys.argv[1]) if len(sys.argv) > 1 else 4
+    with tempfile.TemporaryDirectory() as empty:
+        asyncio.run(main(number, sys.argv[2] if len(sys.argv) > 2 else empty))

@@ -38,8 +38,9 @@ from taskvm.wire.qcow2 import MAX_HEAD_BYTES, parse_header
 MAGIC = b"TASKVMC1"
 # Some hundreds of bytes; what is larger is not ours.
 MAX_FACTS_BYTES = 64 * 1024
-# The host's side of a guest with 65 000 names of 253 bytes, the most there can be.
-MAX_MEMORY_JSON_BYTES = 32 * 1024 * 1024
+# The host's side of a guest: 65 000 names of 253 bytes (32 MiB) are the most there can be, and some 300 bytes for each
+# file of a mount that its kernel remembers.
+MAX_MEMORY_JSON_BYTES = 256 * 1024 * 1024
 MEMORY_FILES = ("ram", "state", "disk.qcow2")
 _TAIL = struct.Struct(">I8s")
 _SEAL_CONTEXT = b"taskvm memory checkpoint 1\0"
@@ -247,7 +248,7 @@ def write_facts(path: Path, description: Description) -> None:
 
 
 def write_memory(path: Path, inputs: TemplateInputs, carried: Carried) -> None:
-    """Seal the files in the directory `path` and write `memory.json`."""
+    """Seal the files in the directory `path` and write `memory.json`. Raises CheckpointError for too many nodes."""
     files = {}
     for name in MEMORY_FILES:
         with (path / name).open("rb") as file:
@@ -255,6 +256,12 @@ def write_memory(path: Path, inputs: TemplateInputs, carried: Carried) -> None:
             os.fsync(file.fileno())
         files[name] = mark_file(path / name)
     text = msgspec.json.encode(Memory(inputs=inputs, files=files, carried=carried))
+    if len(text) >= MAX_MEMORY_JSON_BYTES - _KEY_BYTES * 2:
+        raise CheckpointError(
+            "save the memory of a sandbox",
+            f"its kernel remembers more files of its mounts than {MAX_MEMORY_JSON_BYTES >> 20} MiB describe",
+            "Let root in it write 2 to /proc/sys/vm/drop_caches, or save its disk alone",
+        )
     replace_file(path / "memory.json", seal(text).encode() + b"\n" + text)
     sync_directory(path)
 

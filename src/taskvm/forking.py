@@ -16,11 +16,12 @@ from pathlib import Path
 
 from taskvm.boundsecret import bind_secrets
 from taskvm.carried import Carried
-from taskvm.errors import HostError, TaskvmError, UsageError
+from taskvm.errors import HostError, SandboxStateError, TaskvmError, UsageError
 from taskvm.guest import Guest
 from taskvm.launch import resume
+from taskvm.mounted import mode_of
 from taskvm.options import SandboxOptions
-from taskvm.saving import cut_machine, refuse_mounts
+from taskvm.saving import cut_machine
 from taskvm.vm.template import Template
 
 MAX_FORKS = 256
@@ -36,7 +37,7 @@ async def fork_guest(guest: Guest, children: Sequence[SandboxOptions]) -> list[G
     operation = f"fork the sandbox {guest.id}"
     if not 1 <= len(children) <= MAX_FORKS:
         raise UsageError(f"{operation} {len(children)} times", f"it must be 1 to {MAX_FORKS}")
-    refuse_mounts(guest, operation)
+    _refuse_shared_writing(guest, operation)
     with _directory(guest.directory) as directory:
         async with guest.kept_awake():
             cut, carried = await cut_machine(guest, directory)
@@ -51,6 +52,17 @@ async def fork_guest(guest: Guest, children: Sequence[SandboxOptions]) -> list[G
         )
 
         return await _start_all(template, carried, children)
+
+
+def _refuse_shared_writing(guest: Guest, operation: str) -> None:
+    """Raise SandboxStateError when copies, which are attempts at the same work, would write to one directory."""
+    direct = [path for path, provider in guest.mounts.items() if mode_of(provider) == "direct"]
+    if direct:
+        raise SandboxStateError(
+            operation,
+            f"it and its copies would write to the same mounts ({', '.join(direct)})",
+            'Mount HostDir(path, mode="review"): each copy has a view of its own; or mode="ro"',
+        )
 
 
 async def _start_all(

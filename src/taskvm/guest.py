@@ -18,7 +18,7 @@ from pathlib import Path
 
 from taskvm.background import Background
 from taskvm.boundsecret import BoundSecret
-from taskvm.carried import Carried
+from taskvm.carried import Carried, CarriedMount
 from taskvm.errors import SandboxLostError, TaskvmError, UsageError
 from taskvm.files import Files
 from taskvm.fs.provider import Provider
@@ -118,7 +118,7 @@ class Guest:
         self._release = contextlib.AsyncExitStack()
         self._lost: Exception | None = None
         self._flushes = False
-        self._mounted: tuple[str, ...] = ()
+        self._mounts: dict[str, Provider] = {}
         control.on_lost = self._fail
         machine.on_flood = self._fail
 
@@ -244,6 +244,7 @@ class Guest:
         self._release.push_async_callback(asyncio.to_thread, server.close)
         if self._carried is not None:
             gateway.reset(self._carried.gateway.streams)
+        await self._serve(server, options.mounts)
         if resumed:
             net.resume()
             server.resume()
@@ -251,7 +252,8 @@ class Guest:
             self.control.port.resume()
         if options.passthrough:
             await self._widen_trust(options.extra_ca_files)
-        await self._mount(server, options.mounts)
+        if self._carried is None or not self._carried.mounts:
+            await self._mount()
         self.watch = Watch(
             self,
             options.limits,
@@ -293,25 +295,40 @@ class Guest:
         )
 
     def carry(self) -> Carried:
-        """Return what the host knows of this guest, which is at rest."""
+        """Return what the host knows of this guest, which is at rest. Raises UsageError for a mount that stays."""
         assert self.gateway is not None, "only an equipped guest comes to rest"
+        assert self._server is not None, "only an equipped guest comes to rest"
+        states = self._server.export_mounts()
         return Carried(
             control=self.control.export(),
             gateway=self.gateway.export(),
             placeholders=dict(self.placeholders),
             authority=self._ca.export().decode(),
+            mounts={
+                path: CarriedMount.of(provider, states[number], self.reviews.get(path))
+                for number, (path, provider) in enumerate(self._mounts.items(), start=1)
+            },
         )
 
-    async def _mount(self, server: FsServer, mounts: Mapping[str, Provider]) -> None:
-        self._mounted = tuple(sorted(mounts))
+    async def _serve(self, server: FsServer, mounts: Mapping[str, Provider]) -> None:
+        """Serve the mounts, those of a saved guest from where they were left. Its kernel knows them by their numbers,
+        which follow from their paths.
+        """
+        saved = self._carried.mounts if self._carried else {}
         # Outer mounts before inner ones: a mount hides what was mounted below its path earlier.
-        for number, path in enumerate(sorted(mounts), start=1):
-            provider = mounts[path]
-            server.add_mount(number, provider)
-            self._flushes = self._flushes or not provider.readonly
+        self._mounts = {path: mounts[path] for path in sorted(mounts)}
+        for number, (path, provider) in enumerate(self._mounts.items(), start=1):
+            known = saved.get(path)
             review = ReviewMount.of(number, path, provider)
             if review is not None:
-                self.reviews[path] = review
+                self.reviews[path] = review if known is None else known.dated(review)
+            state = None if known is None else known.state
+            await asyncio.to_thread(server.add_mount, number, provider, state, name=path)
+            self._flushes = self._flushes or not provider.readonly
+
+    async def _mount(self) -> None:
+        for number, (path, provider) in enumerate(self._mounts.items(), start=1):
+            review = self.reviews.get(path)
             request = MountRequest(
                 id=number,
                 path=path.encode(),
@@ -351,9 +368,9 @@ class Guest:
     # Rest.
 
     @property
-    def mounted(self) -> tuple[str, ...]:
-        """The paths of its mounts."""
-        return self._mounted
+    def mounts(self) -> Mapping[str, Provider]:
+        """What is mounted in it, by path."""
+        return self._mounts
 
     @asynccontextmanager
     async def kept_awake(self) -> AsyncIterator[None]:

@@ -95,7 +95,10 @@ async def _go_on(
 async def resume(
     template: Template, options: SandboxOptions, bound: Sequence[BoundSecret], carried: Carried
 ) -> Guest:
-    """Start a guest that goes on where the one was saved whose memory `template` is."""
+    """Start a guest that goes on where the one was saved whose memory `template` is. Raises UsageError for mounts that
+    are not the saved guest's.
+    """
+    carried.check_mounts(options.mounts)
     guest = await fork(template, options.limits, carried)
     async with _closed_on_failure(guest):
         await guest.equip(options, carried.bind(bound), resumed=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from taskvm.errors import UsageError
-from taskvm.fs.hostdir import HostDir
+from taskvm.fs.hostdir import HostDir, Mode
 from taskvm.fs.hostpaths import Seen
 from taskvm.fs.patterns import Patterns
 from taskvm.fs.provider import Provider
@@ -25,6 +25,16 @@ _CLOCK_REALTIME_COARSE = 5
 def clock_ns() -> int:
     """Return the time that the kernel would give a file now."""
     return time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
+
+
+def mode_of(provider: Provider) -> Mode:
+    """Return how a mount of `provider` takes what the guest writes."""
+    inner = provider
+    while isinstance(inner, Wrapper):
+        inner = inner.inner
+    if isinstance(inner, HostDir) and inner.mode == "review":
+        return "review"
+    return "ro" if provider.readonly else "direct"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -344,8 +344,8 @@ class Sandbox:
         Everything on the guest's disk is kept. Mounts, policy, secrets and variables are not in it. Programs stand
         still for some tens of milliseconds; connections go on here.
 
-        Raises CheckpointError when it is there already or cannot be written; SandboxStateError for `memory` of a
-        sandbox with mounts; UsageError for a path that the guest may write to; SandboxLostError.
+        Raises CheckpointError when it is there already or cannot be written; UsageError for a path that the guest may
+        write to, or with `memory` for a mount that cannot be taken up again; SandboxStateError, SandboxLostError.
         """
         self._require_running("save a sandbox")
         path = checkpoint_path(target)
@@ -365,7 +365,10 @@ class Sandbox:
         the connections of its programs are broken off. Options are this sandbox's, or what `changes` says instead;
         its audit log is its own. What its copied programs write to their standard output is dropped.
 
-        Raises SandboxStateError for a sandbox with mounts, UsageError, HostError, SandboxLostError.
+        Mounts are the same ones: a `ro` directory is shared, and of a `review` each has its own changes, which start
+        from what this sandbox has changed.
+
+        Raises SandboxStateError for a sandbox that writes to a mount directly, UsageError, HostError, SandboxLostError.
         """
         return Opening(partial(self._fork, changes))
 

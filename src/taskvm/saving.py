@@ -25,7 +25,7 @@ from taskvm.checkpointfile import (
     write_facts,
     write_memory,
 )
-from taskvm.errors import CheckpointError, SandboxStateError
+from taskvm.errors import CheckpointError
 from taskvm.guest import Guest
 from taskvm.paths import sync_directory
 from taskvm.vm.command import Disk
@@ -36,8 +36,6 @@ from taskvm.vm.template import inputs_for
 
 async def save(guest: Guest, path: Path, *, memory: bool) -> Saved:
     """Save `guest` as the new checkpoint `path`. Raises CheckpointError, SandboxStateError, SandboxLostError."""
-    if memory:
-        refuse_mounts(guest, "save the memory of a sandbox")
     with _staging(path) as staging:
         async with guest.kept_awake():
             if memory:
@@ -64,16 +62,6 @@ async def cut_machine(guest: Guest, directory: Path) -> tuple[Cut, Carried]:
 
     cut = await save_machine(guest.origin.qemu, guest.machine, guest.layers, at_rest, directory)
     return cut, known[-1]
-
-
-def refuse_mounts(guest: Guest, operation: str) -> None:
-    """Raise SandboxStateError when `guest` has mounts: its kernel knows nodes of this host's file server."""
-    if guest.mounted:
-        raise SandboxStateError(
-            operation,
-            f"it has mounts ({', '.join(guest.mounted)}), whose open files would be nobody's then",
-            "Save its disk alone, or copy files in (files.copy_in) instead of mounting them",
-        )
 
 
 def _describe(guest: Guest, staging: Path, carried: Carried | None) -> None:

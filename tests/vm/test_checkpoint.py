@@ -12,8 +12,17 @@ from pathlib import Path
 import pytest
 from tests.conftest import GUEST
 
-from taskvm import Checkpoint, CheckpointError, CheckpointStore, HostDir, Sandbox, Secret, sync
-from taskvm.errors import SandboxStateError, UsageError
+from taskvm import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointStore,
+    HostDir,
+    Memory,
+    Sandbox,
+    Secret,
+    UsageError,
+    sync,
+)
 
 pytestmark = pytest.mark.vm
 
@@ -155,12 +164,51 @@ async def test_a_program_that_writes_much_goes_on_too(tmp_path: Path) -> None:
     assert done.ok
 
 
+async def test_programs_write_on_to_a_mounted_directory(tmp_path: Path, workspace: Path) -> None:
+    """Files that were open, and directories that were stood in, are the host's; what the host did meanwhile is seen."""
+    writes = (
+        "cd sub && exec 3>>log && for i in $(seq 200); do echo $i >&3; sleep 0.01; "
+        "test $i != 50 || until test -e /dev/shm/go; do sleep 0.02; done; done; pwd > end"
+    )
+    (workspace / "sub").mkdir()
+    mounts = {"/workspace": HostDir(workspace), "/seen": HostDir(workspace, mode="review")}
+    async with Sandbox.create(mounts=mounts, **GUEST) as vm:
+        await vm.spawn(writes)
+        await vm.exec("echo guest > both; echo mine > /seen/sub/mine; cat both > /dev/null")
+        await vm.exec("until grep -qx 50 sub/log; do sleep 0.02; done", check=True, timeout_s=60)
+        checkpoint = await vm.checkpoint(tmp_path / "memory", memory=True, stop=True)
+    saved = (workspace / "sub" / "log").read_text()
+    (workspace / "both").write_text("host, meanwhile\n")
+
+    again = {"/workspace": HostDir(workspace), "/seen": HostDir(workspace, mode="review")}
+    for wrong, message in (
+        ({}, "/seen, /workspace is missing"),
+        ({**again, "/seen": HostDir(workspace, mode="ro")}, "/seen was mounted review, not ro"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            await checkpoint.resume(mounts=wrong)
+    async with checkpoint.resume(mounts=again) as vm:
+        both = await vm.exec(
+            "cat both; touch /dev/shm/go; until test -s sub/end; do sleep 0.05; done", timeout_s=60
+        )
+        with await vm.changes("/seen") as changes:
+            reviewed = {each.path: each.kind for each in changes}
+
+    assert saved == "".join(f"{number}\n" for number in range(1, 51))
+    assert (workspace / "sub" / "log").read_text() == "".join(f"{n}\n" for n in range(1, 201))
+    assert (workspace / "sub" / "end").read_text() == "/workspace/sub\n"
+    assert both.stdout == "host, meanwhile\n"
+    assert reviewed == {"sub/mine": "added"}
+    assert not (workspace / "sub" / "mine").exists()
+
+
 async def test_what_cannot_be_saved_is_refused_with_the_reason(
     tmp_path: Path, workspace: Path
 ) -> None:
-    """Mounts with memory, a name that is taken, a path that the guest may write to, no directory."""
-    async with Sandbox.create(mounts={"/workspace": HostDir(workspace)}, **GUEST) as vm:
-        with pytest.raises(SandboxStateError, match=r"it has mounts \(/workspace\)"):
+    """A name that is taken, a path that the guest may write to, no directory, a mount that nobody can serve on."""
+    mounts = {"/workspace": HostDir(workspace), "/m": Memory()}
+    async with Sandbox.create(mounts=mounts, **GUEST) as vm:
+        with pytest.raises(UsageError, match="save the mount /m: Memory cannot be taken up again"):
             await vm.checkpoint(tmp_path / "memory", memory=True)
         with pytest.raises(UsageError, match="the guest may write to it"):
             await vm.checkpoint(workspace / "x.qcow2")

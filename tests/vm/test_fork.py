@@ -11,7 +11,9 @@ from tests.conftest import GUEST
 
 from taskvm import (
     HostDir,
+    Memory,
     Policy,
+    ReadOnly,
     Sandbox,
     SandboxStateError,
     Secret,
@@ -118,9 +120,119 @@ async def test_a_copy_that_cannot_start_is_its_error_and_nothing_is_left() -> No
     assert (alive.stdout, left) == ("alive\n", [])
 
 
-async def test_a_sandbox_with_mounts_is_not_forked(vm_with_workspace: Sandbox) -> None:
-    with pytest.raises(SandboxStateError, match=r"it has mounts \(/workspace\)"):
+async def test_each_copy_reviews_changes_of_its_own(tmp_path: Path) -> None:
+    """It starts from its original's changes, with files that programs have open; the host has what it had."""
+    (tmp_path / "note").write_text("host\n")
+    (tmp_path / "kept").write_text("kept\n")
+    append = "exec 3>>log; until test -e /dev/shm/go; do sleep 0.02; done; cat /dev/shm/go >&3; touch /dev/shm/done"
+    mounts = {"/workspace": HostDir(tmp_path, mode="review")}
+    async with Sandbox.create(mounts=mounts, **GUEST) as vm:
+        await vm.exec("echo base >> note; echo base > log; rm kept", check=True)
+        await vm.spawn(append)
+        started = await vm.fork_many(3)
+        children = [each for each in started if isinstance(each, Sandbox)]
+        found = {}
+        for number, child in enumerate(children):
+            async with child:
+                await child.exec(
+                    f"echo {number} >> note; echo {number} > made{number}; "
+                    f"echo {number} > /dev/shm/next; mv /dev/shm/next /dev/shm/go; "
+                    "until test -e /dev/shm/done; do sleep 0.02; done",
+                    check=True,
+                    timeout_s=60,
+                )
+                with await child.changes() as changes:
+                    found[number] = {each.path: each.kind for each in changes}
+                    contents = [changes.read(name) for name in ("note", "log")]
+                assert contents == [
+                    f"host\nbase\n{number}\n".encode(),
+                    f"base\n{number}\n".encode(),
+                ]
+        with await vm.changes() as changes:
+            parents = {each.path: each.kind for each in changes}
+
+    common = {"note": "modified", "kept": "deleted", "log": "added"}
+    assert parents == common
+    assert found == {number: {**common, f"made{number}": "added"} for number in range(3)}
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "note": "host\n",
+        "kept": "kept\n",
+    }
+
+
+async def test_a_copy_knows_what_was_applied_and_discards_alone(tmp_path: Path) -> None:
+    """What its original has put on the host is no conflict for a copy; what anybody else changed there is."""
+    (tmp_path / "one").write_text("host\n")
+    (tmp_path / "two").write_text("host\n")
+    mounts = {"/workspace": HostDir(tmp_path, mode="review")}
+    async with Sandbox.create(mounts=mounts, **GUEST) as vm:
+        await vm.exec("echo a > one; echo a > two", check=True)
+        with await vm.changes() as changes:
+            changes.apply(["one"])
+        (tmp_path / "two").write_text("edited by its owner\n")
+        async with vm.fork() as child:
+            await child.exec("echo b > one; echo b > two", check=True)
+            with await child.changes() as changes:
+                statuses = {each.path: each.status for each in changes.apply()}
+            await child.discard()
+            discarded = await child.exec("cat one two")
+        kept = await vm.exec("cat one two")
+
+    assert statuses == {"one": "applied", "two": "conflict"}
+    assert discarded.stdout == "b\nedited by its owner\n"
+    assert kept.stdout == "a\na\n"
+
+
+async def test_copies_share_a_read_only_mount(tmp_path: Path) -> None:
+    """A file that is open there stays open, what the host writes later is seen, and nobody writes."""
+    (tmp_path / "note").write_text("one\n")
+    async with Sandbox.create(mounts={"/in": HostDir(tmp_path, mode="ro")}, **GUEST) as vm:
+        await vm.spawn(
+            "exec 3</in/note; until test -e /dev/shm/go; do sleep 0.02; done; cat <&3 > /dev/shm/read"
+        )
+        await vm.exec("cat /in/note", check=True)
+        async with vm.fork() as child:
+            (tmp_path / "later").write_text("two\n")
+            said = await child.exec(
+                "touch /dev/shm/go; until test -s /dev/shm/read; do sleep 0.02; done; cat /dev/shm/read /in/later; "
+                "touch /in/x 2> /dev/null || echo refused",
+                timeout_s=60,
+            )
+            own = (await vm.exec("cat /in/later")).stdout
+
+    assert (said.stdout, own) == ("one\ntwo\nrefused\n", "two\n")
+
+
+async def test_copies_that_would_share_a_writable_mount_are_refused(
+    vm_with_workspace: Sandbox,
+) -> None:
+    with pytest.raises(SandboxStateError, match=r"write to the same mounts \(/workspace\)"):
         await vm_with_workspace.fork()
+
+
+async def test_a_copy_has_the_mounts_that_its_original_has(tmp_path: Path) -> None:
+    """Its kernel knows them already: another set of paths, another mode or another directory is refused."""
+    given, other = tmp_path / "given", tmp_path / "other"
+    given.mkdir()
+    other.mkdir()
+    given_ro, review = HostDir(given, mode="ro"), HostDir(given, mode="review")
+    async with Sandbox.create(mounts={"/in": given_ro}, **GUEST) as vm:
+        for mounts, message in (
+            ({}, "/in is missing"),
+            ({"/in": given_ro, "/more": given_ro}, "it had nothing at /more"),
+            ({"/in": review}, "/in was mounted ro, not review"),
+            ({"/in": HostDir(other, mode="ro")}, "take up the saved mount /in"),
+        ):
+            with pytest.raises(UsageError, match=message):
+                await vm.fork(mounts=mounts)
+        alive = await vm.exec("ls /in")
+    async with Sandbox.create(mounts={"/m": ReadOnly(Memory())}, **GUEST) as vm:
+        with pytest.raises(UsageError, match="save the mount /m: ReadOnly cannot be"):
+            await vm.fork()
+        still = await vm.exec("ls /m")
+
+    assert alive.ok
+    assert still.ok
 
 
 async def test_a_copy_is_copied_and_saved_like_any_other(tmp_path: Path) -> None:

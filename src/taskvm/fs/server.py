@@ -74,6 +74,7 @@ class FsServer:
         self._sock = sock
         self._sock.setblocking(True)
         self._mounts: dict[int, Session] = {}
+        self._names: dict[int, str] = {}  # what errors call them
         self._serving = threading.Lock()
         self._sending = threading.Lock()
         self._quiesced = threading.Event()
@@ -91,11 +92,13 @@ class FsServer:
 
     # What the sandbox calls, from any thread.
 
-    def add_mount(self, mount_id: int, provider: Provider, state: bytes | None = None) -> None:
+    def add_mount(
+        self, mount_id: int, provider: Provider, state: bytes | None = None, *, name: str = ""
+    ) -> None:
         """Serve the stream `mount_id` from `provider.opened()`. Call it before the guest mounts.
 
-        With `state`, of `export_mounts`, the guest has mounted it before it was saved; call it before `resume`. Raises
-        UsageError when this is not the state of such a mount.
+        With `state`, of `export_mounts`, the guest has mounted it before it was saved; call it before `resume`.
+        Errors call the mount `name`. Raises UsageError when this is not the state of such a mount.
         """
         if not 0 < mount_id < GUEST_STREAM_BIT:
             raise UsageError(f"add the mount {mount_id}", "the id is out of range", "Count from 1")
@@ -113,14 +116,16 @@ class FsServer:
             session = Session(opened, self._report, tell)
             if state is not None:
                 self._rest()
-                _take_up(mount_id, session, state)
+                _take_up(name or str(mount_id), session, state)
             self._mounts[mount_id] = session
+            self._names[mount_id] = name or str(mount_id)
             self._watch(session)
 
     def remove_mount(self, mount_id: int) -> None:
         """Stop serving a mount and close its provider; the guest gets ENODEV from then on. Idempotent."""
         with self._serving:
             session = self._mounts.pop(mount_id, None)
+            self._names.pop(mount_id, None)
             if session is not None:
                 self._unwatch(session)
                 session.provider.close()
@@ -131,7 +136,8 @@ class FsServer:
         Raises UsageError for a mount whose provider cannot be taken up again.
         """
         with self._serving:
-            return {mount_id: _export(mount_id, one) for mount_id, one in self._mounts.items()}
+            names = self._names
+            return {number: _export(names[number], one) for number, one in self._mounts.items()}
 
     def quiesce(self) -> None:
         """Return when the guest's side is at rest and has taken all answers; nothing is told until `resume`.
@@ -337,24 +343,24 @@ class FsServer:
             self._sending.release()
 
 
-def _export(mount_id: int, session: Session) -> bytes:
+def _export(name: str, session: Session) -> bytes:
     try:
         return session.export()
     except OSError as error:
         raise UsageError(
-            f"save the mount {mount_id}",
+            f"save the mount {name}",
             f"{type(session.provider).__name__} cannot be taken up again ({error.strerror})",
-            "Unmount it first, or save the disk without the memory",
+            "Save the disk without the memory, or mount a HostDir there",
         ) from error
 
 
-def _take_up(mount_id: int, session: Session, state: bytes) -> None:
+def _take_up(name: str, session: Session, state: bytes) -> None:
     try:
         session.resume(state)
     except (ValueError, OSError) as error:
         session.provider.close()
         raise UsageError(
-            f"take up the saved mount {mount_id}",
+            f"take up the saved mount {name}",
             f"its state is not one of {type(session.provider).__name__}",
             "Mount what was mounted there when the guest was saved",
         ) from error
