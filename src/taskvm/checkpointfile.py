@@ -38,7 +38,7 @@ from taskvm.wire.qcow2 import MAX_HEAD_BYTES, parse_header
 MAGIC = b"TASKVMC1"
 # Some hundreds of bytes; what is larger is not ours.
 MAX_FACTS_BYTES = 64 * 1024
-# The host's side of a guest: 65 000 names of 253 bytes (32 MiB) are the most there can be, and some 300 bytes for each
+# The host's side of a guest: 65 000 names of 253 bytes (32 MiB) are the most there can be, and up to 400 bytes for each
 # file of a mount that its kernel remembers.
 MAX_MEMORY_JSON_BYTES = 256 * 1024 * 1024
 MEMORY_FILES = ("ram", "state", "disk.qcow2")

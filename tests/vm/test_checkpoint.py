@@ -164,7 +164,9 @@ async def test_a_program_that_writes_much_goes_on_too(tmp_path: Path) -> None:
     assert done.ok
 
 
-async def test_programs_write_on_to_a_mounted_directory(tmp_path: Path, workspace: Path) -> None:
+async def test_programs_write_on_to_a_mounted_directory(
+    tmp_path: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Files that were open, and directories that were stood in, are the host's; what the host did meanwhile is seen."""
     writes = (
         "cd sub && exec 3>>log && for i in $(seq 200); do echo $i >&3; sleep 0.01; "
@@ -176,6 +178,10 @@ async def test_programs_write_on_to_a_mounted_directory(tmp_path: Path, workspac
         await vm.spawn(writes)
         await vm.exec("echo guest > both; echo mine > /seen/sub/mine; cat both > /dev/null")
         await vm.exec("until grep -qx 50 sub/log; do sleep 0.02; done", check=True, timeout_s=60)
+        with monkeypatch.context() as patch:
+            patch.setattr("taskvm.checkpointfile.MAX_MEMORY_JSON_BYTES", 512)
+            with pytest.raises(CheckpointError, match="remembers more files of its mounts"):
+                await vm.checkpoint(tmp_path / "memory", memory=True)
         checkpoint = await vm.checkpoint(tmp_path / "memory", memory=True, stop=True)
     saved = (workspace / "sub" / "log").read_text()
     (workspace / "both").write_text("host, meanwhile\n")

@@ -170,7 +170,7 @@ async def test_a_copy_knows_what_was_applied_and_discards_alone(tmp_path: Path) 
         with await vm.changes() as changes:
             changes.apply(["one"])
         (tmp_path / "two").write_text("edited by its owner\n")
-        async with vm.fork() as child:
+        async with vm.fork() as between, between.fork() as child:
             await child.exec("echo b > one; echo b > two", check=True)
             with await child.changes() as changes:
                 statuses = {each.path: each.status for each in changes.apply()}
