@@ -13,6 +13,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "kernel.h"
 #include "log.h"
 
 #define ROOT "/sys/fs/cgroup"
@@ -99,6 +100,25 @@ int cgroup_make(uint32_t stream)
 	if (mkdirat(execs, name, 0755) < 0)
 		return -1;
 	return openat(execs, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+}
+
+uint32_t cgroup_owner(uint64_t id)
+{
+	static const char ABOVE[] = ROOT "/exec/";
+	union {
+		struct file_handle handle;
+		uint8_t bytes[sizeof(struct file_handle) + sizeof(id)];
+	} name = {.handle = {.handle_bytes = sizeof(id), .handle_type = HANDLE_OF_KERNFS}};
+	memcpy(name.bytes + sizeof(struct file_handle), &id, sizeof(id));
+	int group = open_by_handle_at(execs, &name.handle, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (group < 0)
+		return 0;
+	char link[32], path[64]; /* longer ones are cut behind the exec's number */
+	snprintf(link, sizeof(link), "/proc/self/fd/%d", group);
+	ssize_t length = readlink(link, path, sizeof(path) - 1);
+	close(group);
+	path[length > 0 ? length : 0] = 0;
+	return strncmp(path, ABOVE, sizeof(ABOVE) - 1) ? 0 : (uint32_t)strtoul(path + sizeof(ABOVE) - 1, NULL, 10);
 }
 
 static void remove_below(int directory, int depth)

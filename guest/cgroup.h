@@ -15,6 +15,8 @@ int cgroup_make(uint32_t stream);
 bool cgroup_write(int group, const char *file, const char *text);
 /* Read the beginning of one of the group's files, as a string; an empty one when it cannot be read. */
 void cgroup_read(int group, const char *file, char *text, size_t size);
+/* The exec that the cgroup with the kernel's number `id` belongs to, itself or nested below it; 0 for another one. */
+uint32_t cgroup_owner(uint64_t id);
 /* Remove the leaf and what was made below it. False while a process lives in it. */
 bool cgroup_remove(uint32_t stream);
 void cgroup_kill(int group);

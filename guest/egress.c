@@ -22,6 +22,7 @@
 #include "kernel.h"
 #include "log.h"
 #include "msgpack.h"
+#include "origin.h"
 #include "pool.h"
 #include "port.h"
 
@@ -451,18 +452,22 @@ static bool original_destination(int fd, struct sockaddr_in *address)
 	return address->sin_port != htons(EGRESS_PORT) || ntohl(address->sin_addr.s_addr) >> 24 != 127;
 }
 
-static void send_open(uint32_t id, const struct sockaddr_in *address)
+static void send_open(uint32_t id, const struct sockaddr_in *address, uint32_t exec)
 {
 	uint8_t bytes[96];
 	char text[INET_ADDRSTRLEN];
 	struct msgpack_writer map = {.bytes = bytes, .capacity = sizeof(bytes)};
-	msgpack_write_map(&map, 3);
+	msgpack_write_map(&map, exec ? 4 : 3);
 	msgpack_write_string(&map, "op");
 	msgpack_write_string(&map, "connect");
 	msgpack_write_string(&map, "addr");
 	msgpack_write_string(&map, inet_ntop(AF_INET, &address->sin_addr, text, sizeof(text)));
 	msgpack_write_string(&map, "port");
 	msgpack_write_integer(&map, ntohs(address->sin_port));
+	if (exec) {
+		msgpack_write_string(&map, "exec");
+		msgpack_write_integer(&map, exec);
+	}
 	send_frame(FRAME_OPEN, id, map.bytes, map.length);
 }
 
@@ -481,7 +486,7 @@ static void add_connection(int fd)
 	connection->id = new_id();
 	connection->fd = fd;
 	enter(connection);
-	send_open(connection->id, &address);
+	send_open(connection->id, &address, origin_exec(fd, &address));
 	watch(connection);
 }
 
@@ -545,6 +550,7 @@ void egress_start(int fd)
 {
 	port_init(&net_port, PORT_NET, fd, MAX_DATA);
 	loop_init(&net_loop, settle);
+	origin_init();
 	listener = bind_loopback(SOCK_STREAM);
 	if (listen(listener, BACKLOG) < 0)
 		fatal("listen on 127.0.0.1 port %d: %s", EGRESS_PORT, strerror(errno));

@@ -64,8 +64,12 @@ struct sockaddr_netlink {
 	uint16_t family, padding;
 	uint32_t port, groups;
 };
+#define NETLINK_DIAGNOSTICS 4 /* NETLINK_SOCK_DIAG */
 #define NETLINK_FILTER 12 /* NETLINK_NETFILTER */
 #define NETLINK_UEVENT 15 /* NETLINK_KOBJECT_UEVENT */
+
+/* linux/exportfs.h: the handle of a cgroup is its number (Linux 5.5) */
+#define HANDLE_OF_KERNFS 0xfe /* FILEID_KERNFS */
 
 /* linux/netfilter_ipv4.h */
 #define ORIGINAL_DESTINATION 80 /* SO_ORIGINAL_DST */

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "../counters.h"
+#include "../diag.h"
 #include "../frames.h"
 #include "../msgpack.h"
 #include "check.h"
@@ -52,6 +53,27 @@ static void fuzz_counters(void)
 	for (size_t i = 0; i < sizeof(NAMES) / sizeof(NAMES[0]); i++)
 		CHECK(counter_sum(text, NAMES[i]) >= 0);
 	free(text);
+}
+
+/* An answer of sock_diag with broken bytes and any length: nothing behind it is read. */
+static void fuzz_diag(void)
+{
+	const struct diag_question question = diag_ask(1, 2, 3, 4, 5);
+	size_t length = random_number(160);
+	uint8_t *answer = malloc(length ? length : 1);
+	fill(answer, length);
+	if (length >= 24 + sizeof(question.socket)) {
+		const uint32_t header[3] = {random_number((uint32_t)length + 4), 20, question.header.sequence};
+		memcpy(answer, header, sizeof(header));
+		memcpy(answer + 20, &question.socket, sizeof(question.socket));
+	}
+	for (size_t at = 88; at + 4 <= length; at += 12) { /* attributes of about the right sizes */
+		const uint16_t attribute[2] = {(uint16_t)random_number(16), (uint16_t)(20 + random_number(2))};
+		memcpy(answer + at, attribute, sizeof(attribute));
+	}
+	uint64_t cgroup = diag_cgroup(answer, length, &question);
+	CHECK(!cgroup || length >= 88 + 12);
+	free(answer);
 }
 
 static size_t mutated_map(uint8_t *bytes, size_t capacity)
@@ -117,6 +139,7 @@ int main(int count, char **arguments)
 		fuzz_map(bytes, length);
 		fuzz_map(bytes, mutated_map(bytes, sizeof(bytes)));
 		fuzz_counters();
+		fuzz_diag();
 		fuzz_frames(HEADER_SIZE + 64 + random_number(1024));
 	}
 	printf("ok fuzz: %ld rounds\n", rounds);

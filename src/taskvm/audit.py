@@ -47,6 +47,7 @@ class AuditEvent(
     rule: str = ""  # the text of the rule that decided, or the name of a built-in one
     reason: str = ""
     connection: int = 0  # the stream's number; joins the events of one connection
+    exec: int = 0  # `Process.id` of who connected, as the guest says; only of one that ran
     host: str = ""
     address: str = ""  # what was connected to, or asked for by number; ingress: who connected
     port: int = 0

@@ -292,6 +292,7 @@ class Guest:
             extra_ca_files=options.extra_ca_files,
             passthrough=options.passthrough,
             saved=self._carried.gateway if self._carried else None,
+            is_running=self.control.is_running,
         )
 
     def carry(self) -> Carried:

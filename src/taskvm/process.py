@@ -121,6 +121,7 @@ class ByteStream:
 class Process:
     """A running process of the guest. Leaving `async with` ends it and everything it started.
 
+    `id` is its number in this sandbox, which the audit record's `exec` repeats; `pid` is the guest's, used again.
     `stdout` and `stderr` are live; with `merge_output` or a terminal all output arrives in `stdout`.
     """
 
@@ -128,6 +129,7 @@ class Process:
         self._call = call
         self._exit: ExecResult | None = None
         self.command = command
+        self.id: int = call.stream
         self.pid = pid
         self.stdout: ByteStream = ByteStream(call.inlets[1])
         self.stderr: ByteStream = ByteStream(call.inlets[2])

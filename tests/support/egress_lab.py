@@ -84,12 +84,12 @@ class Guest:
         address = str(ipaddress.IPv4Address(answer[-4:])) if count else None
         return flags & 15, address
 
-    async def connect(self, address: str, port: int) -> GuestSocket:
-        """Open a connection. Raises StreamReset."""
+    async def connect(self, address: str, port: int, **claims: object) -> GuestSocket:
+        """Open a connection; `claims` are further fields of its OPEN. Raises StreamReset."""
         number = self._number()
         flows = Inlet(self.port, number, 0), Outlet(self.port, number, 0)
         self._flows[number] = flows
-        request = {"op": "connect", "addr": address, "port": port}
+        request = {"op": "connect", "addr": address, "port": port, **claims}
         self.port.send(FrameType.OPEN, 0, number, msgspec.msgpack.encode(request))
         await self._reply(number)
         return GuestSocket(self, number, *flows)
@@ -292,6 +292,7 @@ async def egress_lab(
     secrets: Sequence[Secret] = (),
     passthrough: Sequence[str] = (),
     max_log_bytes: int = 10_000_000,
+    running_execs: Sequence[int] = (),
 ) -> AsyncIterator[Lab]:
     """Run a gateway for a policy (`rules` is a policy file's text); `hosts` is what the host's resolver knows."""
     policy = Policy.from_text(rules).joined(Policy.parse(allow, allow_addresses))
@@ -309,6 +310,7 @@ async def egress_lab(
         gateway = Gateway(
             port, policy=policy, secrets=bound, audit=audit, ca=ca, resolver=resolver,
             extra_ca_files=[server_ca], passthrough=passed, oversight=oversight,
+            is_running=lambda number: number in running_execs,
         )  # fmt: skip
         guest = Guest(await FramePort.open(guest_end, "the host"))
         lab = Lab(guest, gateway, policy, bound, ca, resolver, our_ca, lines, audit)

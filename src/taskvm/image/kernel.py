@@ -41,6 +41,8 @@ GUEST_MODULES = (
     "nft_chain_nat",
     "nft_redir",
     "dummy",
+    "inet_diag",
+    "tcp_diag",  # which exec a connection comes from (guest/origin.c)
 )
 
 _MODULE_FILE = re.compile(r"(?P<name>.+)\.ko(?:\.(?P<compression>gz|xz|zst))?")

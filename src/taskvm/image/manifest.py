@@ -19,7 +19,7 @@ from taskvm.errors import UsageError
 MANIFEST_FORMAT = 1
 # Raised when the same ImageSpec gives a different guest, such as by another kernel module: what an older recipe made
 # is then built anew.
-RECIPE = 1
+RECIPE = 2
 DEFAULT_SUITE = "bookworm"
 DEFAULT_SIZE_MIB = 4096  # virtual: the file is sparse, and each sandbox writes to its own overlay
 

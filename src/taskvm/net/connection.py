@@ -46,10 +46,11 @@ _HTTP_ALPN = frozenset({H2.encode(), H1.encode(), b"http/1.0"})
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """Where the guest's program connected to."""
+    """Where the guest's program connected to, and the running exec that the guest says it belongs to (0: unknown)."""
 
     address: ipaddress.IPv4Address
     port: int
+    exec: int = 0
 
 
 class GuestConnection:
@@ -191,7 +192,7 @@ class GuestConnection:
 
     def _session(self, scheme: Scheme, host: str) -> Session:
         origin = Origin(scheme, host, self._destination.port)
-        return Session(self._egress, origin, self._number)
+        return Session(self._egress, origin, self._number, self._destination.exec)
 
     def _denial(self) -> Refusal | None:
         return None if self._decision.allowed else Refusal.of(self._decision)
@@ -221,6 +222,7 @@ class GuestConnection:
             rule=rule,
             reason=reason,
             connection=self._number,
+            exec=self._destination.exec,
             host=self._host if named else "",
             address="" if named else self._host,
             port=self._destination.port,

@@ -69,6 +69,7 @@ class Session:
     egress: Egress
     origin: Origin
     connection: int
+    exec: int = 0  # which the guest says it comes from
 
     def record(self, kind: Kind, decision: Verdict, **fields: Any) -> bool:
         """Record an event of this connection; `fields` are those of AuditEvent.
@@ -77,8 +78,9 @@ class Session:
         """
         origin = self.origin
         return self.egress.audit.record(
-            kind, decision, connection=self.connection, host=origin.host, port=origin.port, **fields
-        )
+            kind, decision, connection=self.connection, exec=self.exec,
+            host=origin.host, port=origin.port, **fields,
+        )  # fmt: skip
 
 
 class Refusal(Exception):  # noqa: N818 - an answer for the guest, not a fault

@@ -17,7 +17,7 @@ import ipaddress
 import logging
 import os
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -77,7 +77,8 @@ class Gateway:
 
     `keyring` has its secrets. `ingress` has the streams that the host opens; it may be used before
     `run`, and ends with it. `saved` continues what a saved guest knows: its names keep their
-    addresses; its connections are `reset`.
+    addresses; its connections are `reset`. `is_running` tells an exec that runs from a number that the
+    guest made up.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Gateway:
         passthrough: Passthrough = NOTHING,
         saved: GatewayState | None = None,
         oversight: Oversight | None = None,
+        is_running: Callable[[int], bool] = lambda number: False,
     ) -> None:
         saved = saved or GatewayState()
         self.ingress: Ingress = Ingress(port, audit, used=saved.used)
@@ -105,6 +107,7 @@ class Gateway:
         )  # fmt: skip
         self._nameserver = NameServer(self._egress.judge_name, self.names, audit)
         self._audit = audit
+        self._is_running = is_running
         self._port = port
         self._streams: dict[int, _Stream] = {}
         self._tasks: asyncio.TaskGroup | None = None
@@ -157,7 +160,8 @@ class Gateway:
             host = self.names.name_at(address) or str(address)
             if not before.keeps(policy, host, port) and stream.task is not None:
                 self._audit.record(
-                    "connect", "deny", rule="policy-changed", connection=number, host=host, port=port,
+                    "connect", "deny", rule="policy-changed", connection=number, exec=stream.destination.exec,
+                    host=host, port=port,
                     reason="the policy was changed while the connection was open",
                 )  # fmt: skip
                 stream.task.cancel()
@@ -231,7 +235,9 @@ class Gateway:
         except (ValueError, msgspec.MsgspecError) as error:
             self._port.fail(f"malformed OPEN on the net port: {type(error).__name__}")
             return
-        self._connect(frame.stream, Destination(address, request.port))
+        # The guest's word: it may name another of its execs, and nothing is decided by it.
+        number = request.exec if self._is_running(request.exec) else 0
+        self._connect(frame.stream, Destination(address, request.port, number))
 
     def _connect(self, number: int, destination: Destination) -> None:
         assert self._tasks is not None, "frames are held until run has started"
@@ -268,7 +274,7 @@ class Gateway:
         if self._refused:
             number, destination = self._refused.popleft()
             self._audit.record(
-                "connect", "deny", rule="connection-limit", connection=number,
+                "connect", "deny", rule="connection-limit", connection=number, exec=destination.exec,
                 reason=f"{MAX_CONNECTIONS} connections are open",
                 address=str(destination.address), port=destination.port,
             )  # fmt: skip
@@ -294,7 +300,13 @@ class Gateway:
         except Exception:
             # Our own bug: this connection ends, the sandbox's others go on.
             _logger.exception("connection %#x of the guest failed", number)
-            self._audit.record("connect", "error", connection=number, reason="internal error")
+            self._audit.record(
+                "connect",
+                "error",
+                connection=number,
+                exec=destination.exec,
+                reason="internal error",
+            )
         finally:
             with contextlib.suppress(SandboxLostError):
                 guest.abort()

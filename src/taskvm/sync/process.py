@@ -40,6 +40,7 @@ class ByteStream:
 class Process:
     """A running process of the guest. Leaving `with` ends it and everything it started.
 
+    `id` is its number in this sandbox, which the audit record's `exec` repeats; `pid` is the guest's, used again.
     `stdout` and `stderr` are live; with `merge_output` standard error arrives in `stdout` and `stderr` is empty.
     Threads may share it: one may read while another writes.
     """
@@ -48,6 +49,7 @@ class Process:
         self._bridge = bridge
         self._process = process
         self.command: str = process.command
+        self.id: int = process.id
         self.pid: int = process.pid
         self.stdout: ByteStream = ByteStream(bridge, process.stdout)
         self.stderr: ByteStream = ByteStream(bridge, process.stderr)

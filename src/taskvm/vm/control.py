@@ -241,6 +241,11 @@ class Control:
         """How many commands run: the calls with a standard error."""
         return sum(2 in call.inlets for call in self._calls.values())
 
+    def is_running(self, stream: int) -> bool:
+        """Say whether the stream is that of a command that runs."""
+        call = self._calls.get(stream)
+        return call is not None and 2 in call.inlets
+
     def drop(self, stream: int) -> bool:
         """Forget a stream; frames that still come for it are ignored. Returns whether it was known."""
         return self._calls.pop(stream, None) is not None

@@ -11,12 +11,22 @@ GUEST_LOOPBACK = "127.0.0.1"
 
 
 class ConnectRequest(
-    msgspec.Struct, frozen=True, tag_field="op", tag="connect", forbid_unknown_fields=True
+    msgspec.Struct,
+    frozen=True,
+    tag_field="op",
+    tag="connect",
+    forbid_unknown_fields=True,
+    omit_defaults=True,
 ):
-    """From the guest: where its program connected to. From the host: a port of the guest's loopback."""
+    """From the guest: where its program connected to. From the host: a port of the guest's loopback.
+
+    `exec` is the guest's word for which exec the program belongs to, the stream on the control port; 0 is unknown. It
+    may be any number: who uses it looks it up.
+    """
 
     addr: str
     port: Annotated[int, Meta(ge=1, le=65535)]
+    exec: int = 0
 
 
 def encode_connect(request: ConnectRequest) -> bytes:

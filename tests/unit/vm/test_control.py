@@ -133,6 +133,20 @@ async def test_frames_for_a_stream_that_the_host_dropped_are_ignored() -> None:
     assert [type(item) for item in lost] == [GuestProtocolError]
 
 
+async def test_only_a_command_that_has_not_ended_is_running() -> None:
+    """Neither another call, nor one that was dropped, nor a number that was never a stream."""
+    async with control_and_guest() as (control, _):
+        ping = control.open_call(messages.PingRequest(), "ping")
+        request = messages.ExecRequest(argv=[b"true"], env=[], cwd=b"/")
+        command, ended = (control.open_call(request, "run true", (1, 2)) for _ in range(2))
+        control.drop(ended.stream)
+
+        running = [n for n in (-1, 0, *range(1, 9), 2**64) if control.is_running(n)]
+
+    assert running == [command.stream]
+    assert ping.stream != command.stream
+
+
 async def test_the_end_of_the_guest_fails_every_waiting_call() -> None:
     """Nobody waits for a guest that is gone."""
     async with control_and_guest() as (control, guest), asyncio.TaskGroup() as group:
