@@ -9,6 +9,7 @@ demo: setup
 # which is made for that.
 test: setup check
 	@guest/tests/run
+	@.venv/bin/python -m tests.support.images
 	@.venv/bin/python -m pytest -n auto --dist loadfile
 
 setup:

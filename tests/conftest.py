@@ -15,24 +15,6 @@ import pytest
 if TYPE_CHECKING:
     from taskvm import Sandbox
 
-# What real programs need beyond the default image; built once into the user's cache, in about 90 s. Keep it small.
-PROGRAMS = (
-    "gcc",
-    "git-lfs",  # a client in Go
-    "libc6-dev",
-    "make",
-    "nodejs",
-    "npm",
-    "python3-grpcio",
-    "python3-h2",  # httpx's HTTP/2
-    "python3-httpx",
-    "python3-pip",
-    "python3-pytest",
-    "python3-requests",
-    "python3-websockets",
-    "rsync",
-    "sqlite3",
-)
 # The first test that asks for the image of programs may have to build it.
 BUILD_TIMEOUT_S = 600
 # What tests start guests with: small, so that several fit; the same for all, so that they share one template.
@@ -57,15 +39,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whoever comes first builds the image of programs, within a limit of its own."""
     for item in items:
         if "programs_image" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.timeout(BUILD_TIMEOUT_S))
+            item.add_marker(pytest.mark.timeout(BUILD_TIMEOUT_S), append=False)
 
 
 @pytest.fixture(scope="session")
 def programs_image() -> str:
     """The digest of an image with compilers and package managers (`PROGRAMS`), for `Sandbox.create(image=…)`."""
-    from taskvm import ImageSpec, ImageStore
+    from taskvm import ImageStore
+    from tests.support.images import PROGRAMS
 
-    return ImageStore().ensure(ImageSpec(include=PROGRAMS), print).digest
+    return ImageStore().ensure(PROGRAMS, print).digest
 
 
 @pytest.fixture

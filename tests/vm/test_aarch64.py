@@ -1,18 +1,16 @@
 """A guest of another processor than the host's: emulated, and otherwise like any. The image is built once (minutes)."""
 
 import pytest
+from tests.support.images import CAN_BUILD_OTHER
+from tests.support.images import OTHER_ARCH as OTHER
 
 from taskvm import HostDir, ImageSpec, ImageStore, Sandbox, examine
-from taskvm.image.build import runs_programs_of
-from taskvm.image.manifest import DEBIAN_ARCHITECTURES
-from taskvm.vm.qemu import host_arch
 
-OTHER = "aarch64" if host_arch() == "x86_64" else "x86_64"
 pytestmark = [
     pytest.mark.vm,
     pytest.mark.timeout(900),  # the first run builds the image under emulation
     pytest.mark.skipif(
-        not runs_programs_of(DEBIAN_ARCHITECTURES[OTHER]),
+        not CAN_BUILD_OTHER,
         reason=f"this host runs no {OTHER} programs (binfmt_misc), so it cannot build an image of them",
     ),
 ]
