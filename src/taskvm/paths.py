@@ -109,10 +109,14 @@ def hold(path: Path) -> int:
     raise HostError(operation, "it was removed a moment ago", remedy)
 
 
-@contextlib.contextmanager
-def seized(path: Path) -> Iterator[bool]:
+def seized(path: Path) -> contextlib.AbstractContextManager[bool]:
     """Say whether nobody holds the directory `path`. If so, nobody can until the end, when it should be gone."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    return lock_if_free(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+
+
+@contextlib.contextmanager
+def lock_if_free(descriptor: int) -> Iterator[bool]:
+    """Take the lock of an open file alone, without waiting; say whether it was free. Closes the file at the end."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         free = True

@@ -26,7 +26,7 @@ class Attributes(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     st_atime_ns: int
     st_mtime_ns: int
     st_ctime_ns: int
-    st_blksize: int = BLOCK
+    st_blksize: int
 
     @classmethod
     def of(cls, attr: Attr, ino: int) -> Attributes:
@@ -57,6 +57,7 @@ class Attributes(msgspec.Struct, frozen=True, kw_only=True, gc=False):
             st_gid=os.getgid(),
             st_size=size,
             st_blocks=(size + 511) // 512,
+            st_blksize=BLOCK,
             st_atime_ns=now,
             st_mtime_ns=now,
             st_ctime_ns=now,

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 
 import msgspec
 
+from taskvm.fs.attributes import Attributes
 from taskvm.fs.provider import (
     ROOT,
     Absent,
@@ -38,22 +39,6 @@ _UNSURE = Lifetime(entry_ns=0, attr_ns=0)
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
 
-class Kept(msgspec.Struct, frozen=True, gc=False):
-    """The attributes that a node had when it was last seen."""
-
-    st_ino: int
-    st_mode: int
-    st_nlink: int
-    st_uid: int
-    st_gid: int
-    st_size: int
-    st_blocks: int
-    st_blksize: int
-    st_atime_ns: int
-    st_mtime_ns: int
-    st_ctime_ns: int
-
-
 class PlaceState(msgspec.Struct, frozen=True, gc=False):
     """What of a place is saved with its guest: by node, that of the directory, and the inner provider's."""
 
@@ -62,7 +47,7 @@ class PlaceState(msgspec.Struct, frozen=True, gc=False):
     name: bytes
     inner: Node
     references: int
-    attr: Kept
+    attr: Attributes  # when it was last seen
 
 
 class LowerState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -78,7 +63,9 @@ class Place:
 
     __slots__ = ("attr", "children", "inner", "name", "node", "parent", "references")
 
-    def __init__(self, node: Node, inner: Node, attr: Kept, parent: Node, name: bytes) -> None:
+    def __init__(
+        self, node: Node, inner: Node, attr: Attributes, parent: Node, name: bytes
+    ) -> None:
         self.node = node
         self.inner = inner
         self.attr = attr
@@ -96,7 +83,7 @@ class Lower(Provider):
     def __init__(self, inner: Provider) -> None:
         self._inner = inner
         self._following: Node = ROOT + 1
-        root = Place(ROOT, ROOT, _kept(inner.getattr(ROOT)[0]), ROOT, b"")
+        root = Place(ROOT, ROOT, _seen(inner.getattr(ROOT)[0]), ROOT, b"")
         self._places: dict[Node, Place] = {ROOT: root}
         self._by_inner: dict[Node, set[Node]] = {ROOT: {ROOT}}
         self.lasting = inner.lasting
@@ -152,7 +139,7 @@ class Lower(Provider):
             known.references += 1
             return Entry(known.node, known.attr, _UNSURE)
         place = self._bind(directory, name, found, known)
-        place.attr = _kept(found.attr)
+        place.attr = _seen(found.attr)
         place.references += 1
         return Entry(place.node, found.attr, found.lifetime)
 
@@ -190,7 +177,7 @@ class Lower(Provider):
             if error.errno not in _GONE:
                 raise
             return place.attr, _UNSURE
-        place.attr = _kept(attr)
+        place.attr = _seen(attr)
         return attr, lifetime
 
     def statfs(self, node: Node) -> StatFs:
@@ -230,7 +217,7 @@ class Lower(Provider):
             self._by_inner.setdefault(found.node, set()).add(known.node)
             self.changes(Change(known.node))  # its pages are another file's
             return known
-        place = Place(self._following, found.node, _kept(found.attr), directory.node, name)
+        place = Place(self._following, found.node, _seen(found.attr), directory.node, name)
         self._following += 1
         self._places[place.node] = directory.children[name] = place
         self._by_inner.setdefault(found.node, set()).add(place.node)
@@ -259,23 +246,11 @@ def _nothing_of_what_is_gone(number: int) -> Iterator[None]:
         raise
 
 
-def _may_replace(old: Kept, new: Attr) -> bool:
+def _may_replace(old: Attributes, new: Attr) -> bool:
     """A link is another node when it changes: the guest keeps what it read of one for good."""
     kind = stat.S_IFMT(old.st_mode)
     return kind == stat.S_IFMT(new.st_mode) and kind != stat.S_IFLNK
 
 
-def _kept(attr: Attr) -> Kept:
-    return Kept(
-        attr.st_ino,
-        attr.st_mode,
-        attr.st_nlink,
-        attr.st_uid,
-        attr.st_gid,
-        attr.st_size,
-        attr.st_blocks,
-        attr.st_blksize,
-        attr.st_atime_ns,
-        attr.st_mtime_ns,
-        attr.st_ctime_ns,
-    )
+def _seen(attr: Attr) -> Attributes:
+    return Attributes.of(attr, attr.st_ino)

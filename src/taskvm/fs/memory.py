@@ -11,8 +11,7 @@ import os
 import stat
 import time
 
-import msgspec
-
+from taskvm.fs.attributes import BLOCK, Attributes
 from taskvm.fs.provider import ROOT, Absent, DirEntry, Entry, Node, Provider, refuse
 from taskvm.fs.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 from taskvm.wire.fuse import SetAttr, SetAttrField
@@ -23,28 +22,11 @@ DEFAULT_LIMIT = 256 * 1024 * 1024
 NODE_COST = 1024
 ENTRY_COST = 256
 MAX_NAME = 255
-BLOCK = 4096
 _DAY_NS = 86_400_000_000_000
 LIFETIME = Lifetime(entry_ns=_DAY_NS, attr_ns=_DAY_NS)
 _MODE = 0o1777
 _KINDS = (stat.S_IFREG, stat.S_IFIFO, stat.S_IFSOCK)
 _XATTR_CREATE, _XATTR_REPLACE = 1, 2
-
-
-class MemoryAttr(msgspec.Struct, frozen=True, kw_only=True):
-    """The attributes of a node, named as os.stat_result names them."""
-
-    st_ino: int
-    st_mode: int
-    st_nlink: int
-    st_uid: int
-    st_gid: int
-    st_size: int
-    st_blocks: int
-    st_atime_ns: int
-    st_mtime_ns: int
-    st_ctime_ns: int
-    st_blksize: int = BLOCK
 
 
 class _Inode:
@@ -195,10 +177,10 @@ class Memory(Provider):
 
     # Attributes.
 
-    def getattr(self, node: Node) -> tuple[MemoryAttr, Lifetime]:
+    def getattr(self, node: Node) -> tuple[Attributes, Lifetime]:
         return self._attr(self._inode(node)), LIFETIME
 
-    def setattr(self, node: Node, changes: SetAttr) -> tuple[MemoryAttr, Lifetime]:
+    def setattr(self, node: Node, changes: SetAttr) -> tuple[Attributes, Lifetime]:
         inode, valid = self._inode(node), changes.valid
         uid, gid = self._owner
         if (valid & SetAttrField.UID and changes.uid != uid) or (
@@ -377,8 +359,8 @@ class Memory(Provider):
         inode.references += 1
         return Entry(inode.node, self._attr(inode), LIFETIME)
 
-    def _attr(self, inode: _Inode) -> MemoryAttr:
-        return MemoryAttr(
+    def _attr(self, inode: _Inode) -> Attributes:
+        return Attributes(
             st_ino=inode.node,
             st_mode=inode.mode,
             st_nlink=inode.links,  # 1 for a directory: subdirectories are not counted, as in btrfs
@@ -386,6 +368,7 @@ class Memory(Provider):
             st_gid=self._owner[1],
             st_size=len(inode.data),
             st_blocks=(len(inode.data) + 511) // 512,
+            st_blksize=BLOCK,
             st_atime_ns=inode.atime_ns,
             st_mtime_ns=inode.mtime_ns,
             st_ctime_ns=inode.ctime_ns,

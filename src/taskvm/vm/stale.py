@@ -5,16 +5,15 @@ A template in use is held by its sandboxes, and one that is being built is locke
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import msgspec
 
-from taskvm.paths import Removed, measure, seized
+from taskvm.paths import Removed, lock_if_free, measure, seized
 from taskvm.vm.template import LAYOUT, Manifest
 
 
@@ -53,16 +52,6 @@ def _is_stale(path: Path, is_stale: Callable[[str], bool]) -> bool:
     return inputs.layout != LAYOUT or is_stale(inputs.guest_digest)
 
 
-@contextmanager
-def _building(lock: Path) -> Iterator[bool]:
+def _building(lock: Path) -> AbstractContextManager[bool]:
     """Take the builders' lock of one template for a moment; say whether it was free."""
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        free = True
-    except BlockingIOError:
-        free = False
-    try:
-        yield free
-    finally:
-        os.close(descriptor)
+    return lock_if_free(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
