@@ -52,6 +52,12 @@ class Pattern:
             raise UsageError(f"hide {line!r}", "it is no pattern of names below the mount")
         if names[-1] == "**":  # what is below a directory, and not the directory itself
             names.append("*")
+        # Several `**` in a row say what one does, and `_skipped` looks past one.
+        names = [
+            name
+            for before, name in zip(["", *names], names, strict=False)
+            if (before, name) != ("**", "**")
+        ]
         segments = [_ANY if name == "**" else _compile(name, line, negated) for name in names]
         if "/" not in body:
             segments = [_ANY, _compile(body, line, negated)]

@@ -101,6 +101,8 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @given(st.lists(LINES, min_size=1, max_size=3), st.lists(PATHS, min_size=4, max_size=4))
 @example(["a/**", "!a/b"], ["a/b", "a", "a/c/d", "b/a"])
+@example(["**/**"], ["a", "a/b", "b", "b/a"])
+@example(["a/**/**/b"], ["a/b", "a", "a/c/b", "b/a"])
 @settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
