@@ -7,11 +7,11 @@ import os
 import time
 from collections.abc import Callable
 
-from taskvm.boundsecret import bind_secrets
-from taskvm.injection import Injector
-from taskvm.policy import Intent, Policy, decide_request
-from taskvm.redaction import Redactor
-from taskvm.secret import Secret
+from taskvm.egress.boundsecret import bind_secrets
+from taskvm.egress.injection import Injector
+from taskvm.egress.policy import Intent, Policy, decide_request
+from taskvm.egress.redaction import Redactor
+from taskvm.egress.secret import Secret
 
 RULES = 50
 SECRETS = 4

@@ -20,7 +20,7 @@ from taskfactory.events import AnyEvent
 from taskfactory.runner import Summary
 from taskfactory.sandboxconfig import SWITCH_VARIABLE, SandboxConfig, SandboxSecret
 from taskfactory.settings import HOME_VARIABLE
-from taskvm.audit import AuditEvent
+from taskvm.egress.audit import AuditEvent
 from taskvm.supervisor.place import RUNTIME_VARIABLE
 
 PAGE = (Path(__file__).parent.parent / "docs" / "configuration.md").read_text(encoding="utf-8")

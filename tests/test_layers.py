@@ -16,23 +16,12 @@ MODULES = {
     for path in SRC.rglob("*.py")
 }
 
-BASE = ("taskvm.errors", "taskvm.secret")
+BASE = ("taskvm.errors", "taskvm.egress.secret")
 PURE = (
     *BASE,
-    "taskvm.audit",
-    "taskvm.policy",
-    "taskvm.policyfile",
-    "taskvm.hostpattern",
-    "taskvm.pathpattern",
-    "taskvm.explanation",
-    "taskvm.suggestion",
+    "taskvm.egress",
+    "taskvm.egress.*",
     "taskvm.identity",
-    "taskvm.injection",
-    "taskvm.boundsecret",
-    "taskvm.passthrough",
-    "taskvm.redaction",
-    "taskvm.oversight",
-    "taskvm.replacing",
     "taskvm.ring",
     "taskvm.wire.*",
 )

@@ -4,12 +4,24 @@ async with Sandbox.create(mounts={"/workspace": HostDir(".")}, allow=["api.examp
     print((await vm.exec("ls -l")).stdout)
 """
 
-from taskvm.audit import AuditEvent
 from taskvm.auditreading import find_audit_log, read_audit
 from taskvm.cache import Cache
-from taskvm.changes import Change, ChangeSet, Outcome, printable
-from taskvm.checkpoint import Checkpoint, CheckpointStore
+from taskvm.checkpoints.checkpoint import Checkpoint, CheckpointStore
 from taskvm.doctor import Finding, examine, render_findings
+from taskvm.egress.audit import AuditEvent
+from taskvm.egress.explanation import Explanation, Step, explain
+from taskvm.egress.oversight import (
+    HttpAnswer,
+    HttpHook,
+    HttpRequest,
+    HttpResponse,
+    Oversight,
+    Question,
+    Refuse,
+)
+from taskvm.egress.policy import Decision, Policy
+from taskvm.egress.secret import Secret
+from taskvm.egress.suggestion import Suggestion, suggest_policy
 from taskvm.errors import (
     CheckpointError,
     CommandError,
@@ -26,7 +38,6 @@ from taskvm.errors import (
     UpstreamError,
     UsageError,
 )
-from taskvm.explanation import Explanation, Step, explain
 from taskvm.files import FileInfo, Files
 from taskvm.filewatch import FileChange, FileWatch
 from taskvm.fs.hooks import Hooks, Operation
@@ -44,24 +55,13 @@ from taskvm.image.store import ImageStore
 from taskvm.limits import Limits
 from taskvm.net.ingress import Forward
 from taskvm.opening import Opening
-from taskvm.oversight import (
-    HttpAnswer,
-    HttpHook,
-    HttpRequest,
-    HttpResponse,
-    Oversight,
-    Question,
-    Refuse,
-)
 from taskvm.paths import Removed
-from taskvm.policy import Decision, Policy
 from taskvm.pool import WarmPool
 from taskvm.process import ByteStream, ExecResult, Process
 from taskvm.resources import ExecLimits, ExecUsage
+from taskvm.review.changes import Change, ChangeSet, Outcome, printable
 from taskvm.sandbox import Sandbox
-from taskvm.secret import Secret
 from taskvm.secretcommand import command_output
-from taskvm.suggestion import Suggestion, suggest_policy
 from taskvm.supervisor.attachment import Attachment
 from taskvm.supervisor.client import Supervisor
 from taskvm.treecopy import CopyLimits

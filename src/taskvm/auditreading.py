@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from taskvm.audit import AuditEvent, parse_event
+from taskvm.egress.audit import AuditEvent, parse_event
 from taskvm.errors import UsageError
 from taskvm.net.auditfile import find_parts
 from taskvm.paths import state_dir

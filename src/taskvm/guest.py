@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from taskvm.background import Background
-from taskvm.boundsecret import BoundSecret
-from taskvm.carried import Carried, CarriedMount
+from taskvm.checkpoints.carried import Carried, CarriedMount
+from taskvm.egress.boundsecret import BoundSecret
 from taskvm.errors import SandboxLostError, TaskvmError, UsageError
 from taskvm.files import Files
 from taskvm.fs.provider import Provider
@@ -31,7 +31,6 @@ from taskvm.identity import (
     refresh_request,
     trust_requests,
 )
-from taskvm.mounted import ReviewMount, clock_ns
 from taskvm.net.auditlog import AuditLog
 from taskvm.net.gateway import Gateway
 from taskvm.net.resolver import HostResolver, MappedResolver
@@ -39,6 +38,7 @@ from taskvm.net.truststore import make_bundle
 from taskvm.options import SandboxOptions
 from taskvm.paths import private_dir, state_dir
 from taskvm.port import FramePort
+from taskvm.review.mounted import ReviewMount, clock_ns
 from taskvm.vm.boot import add_account, wait_hello
 from taskvm.vm.control import Control, ControlClosedError
 from taskvm.vm.cpushare import CpuShare

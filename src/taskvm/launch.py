@@ -10,9 +10,9 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from taskvm.boundsecret import BoundSecret, bind_secrets
-from taskvm.carried import Carried
-from taskvm.checkpointfile import Memory, Saved, verify_checkpoint
+from taskvm.checkpoints.carried import Carried
+from taskvm.checkpoints.checkpointfile import Memory, Saved, verify_checkpoint
+from taskvm.egress.boundsecret import BoundSecret, bind_secrets
 from taskvm.errors import CheckpointError, ImageError
 from taskvm.guest import Guest, Origin
 from taskvm.limits import Limits

@@ -9,17 +9,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Unpack
 
-from taskvm.checkpointfile import Saved
+from taskvm.checkpoints.checkpointfile import Saved
+from taskvm.egress.oversight import Oversight
+from taskvm.egress.passthrough import NOTHING, Passthrough
+from taskvm.egress.policy import Policy
+from taskvm.egress.secret import Secret
 from taskvm.errors import UsageError
 from taskvm.fs.hostdir import HostDir
 from taskvm.fs.provider import Provider
 from taskvm.fs.router import Router
 from taskvm.fs.wrapper import Wrapper
 from taskvm.limits import LimitArguments, Limits
-from taskvm.oversight import Oversight
-from taskvm.passthrough import NOTHING, Passthrough
-from taskvm.policy import Policy
-from taskvm.secret import Secret
 from taskvm.vm.warm import AcceleratorChoice
 
 if TYPE_CHECKING:

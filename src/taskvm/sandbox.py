@@ -25,8 +25,12 @@ from typing import Literal, Self, Unpack
 import msgspec
 
 from taskvm.accounts import Account, Accounts
-from taskvm.changes import ChangeSet
-from taskvm.checkpoint import Checkpoint, checkpoint_path, find_checkpoint
+from taskvm.checkpoints.checkpoint import Checkpoint, checkpoint_path, find_checkpoint
+from taskvm.checkpoints.forking import fork_guest
+from taskvm.checkpoints.saving import save
+from taskvm.egress.oversight import Oversight
+from taskvm.egress.policy import Policy
+from taskvm.egress.secret import Secret
 from taskvm.errors import (
     CommandError,
     GuestError,
@@ -36,12 +40,10 @@ from taskvm.errors import (
     UsageError,
 )
 from taskvm.files import Files, GuestPath
-from taskvm.forking import fork_guest
 from taskvm.fs.provider import Provider
 from taskvm.guest import Guest
 from taskvm.launch import launch
 from taskvm.limits import LimitArguments
-from taskvm.mounted import ReviewMount
 from taskvm.net.gateway import Gateway
 from taskvm.net.ingress import LOCALHOST, Forward
 from taskvm.opening import Opening
@@ -56,14 +58,12 @@ from taskvm.options import (
     is_writable_in,
     read_options,
 )
-from taskvm.oversight import Oversight
-from taskvm.policy import Policy
 from taskvm.pool import WarmPool
 from taskvm.process import KILL_TIMEOUT_S, Capture, ExecResult, Process, pty_size
 from taskvm.resources import ExecLimits, bounds_of
-from taskvm.saving import save
-from taskvm.secret import Secret
-from taskvm.survey import CHANGE_LIMITS, take_changes
+from taskvm.review.changes import ChangeSet
+from taskvm.review.mounted import ReviewMount
+from taskvm.review.survey import CHANGE_LIMITS, take_changes
 from taskvm.treecopy import CopyLimits
 from taskvm.usage import Statistics, measure
 from taskvm.vm.warm import AcceleratorChoice

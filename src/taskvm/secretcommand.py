@@ -6,8 +6,8 @@ import shlex
 import subprocess
 from collections.abc import Callable, Sequence
 
+from taskvm.egress.secret import MAX_VALUE
 from taskvm.errors import UsageError
-from taskvm.secret import MAX_VALUE
 
 TIMEOUT_S = 30.0  # a password manager may ask its user
 

@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import GUEST
 
 from taskvm import Checkpoint, CheckpointError, CheckpointStore, HostDir, HostError, Sandbox, sync
-from taskvm.checkpointfile import MAGIC, Description, read_checkpoint, write_facts
+from taskvm.checkpoints.checkpointfile import MAGIC, Description, read_checkpoint, write_facts
 from taskvm.errors import UsageError
 from taskvm.paths import state_dir
 

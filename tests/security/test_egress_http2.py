@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 from tests.support.egress_lab import Lab, egress_lab
 from tests.support.h2_lab import Call, H2Client, H2Server, fields, h2_client, h2_server
 
-from taskvm.policy import Policy
-from taskvm.secret import Secret
+from taskvm.egress.policy import Policy
+from taskvm.egress.secret import Secret
 
 VALUE = "sk-live-0123456789abcdef"
 RULES = """

@@ -15,8 +15,7 @@ from dataclasses import replace
 import pytest
 from tests.support.egress_lab import HttpServer, Lab, egress_lab, http_server
 
-from taskvm.net import approvals
-from taskvm.oversight import (
+from taskvm.egress.oversight import (
     Answer,
     Approver,
     HttpAnswer,
@@ -27,7 +26,8 @@ from taskvm.oversight import (
     Question,
     Refuse,
 )
-from taskvm.secret import Secret
+from taskvm.egress.secret import Secret
+from taskvm.net import approvals
 
 VALUE = "sk-live-0123456789"
 

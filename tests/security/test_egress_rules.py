@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from tests.support.egress_lab import HttpServer, Lab, egress_lab, http_server, scripted_server
 
-from taskvm.policy import Policy
+from taskvm.egress.policy import Policy
 from taskvm.port import StreamReset
 
 RULES = """

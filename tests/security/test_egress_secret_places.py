@@ -23,8 +23,8 @@ from tests.support.egress_lab import (
     scripted_server,
 )
 
+from taskvm.egress.secret import Place, Secret
 from taskvm.errors import UsageError
-from taskvm.secret import Place, Secret
 
 VALUE = 'sk/live+"0123&456=789'
 QUOTED = quote(VALUE, safe="")

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 import pytest
 from tests.support.egress_lab import HttpServer, Lab, egress_lab, http_server, read_all
 
-from taskvm.secret import Secret
+from taskvm.egress.secret import Secret
 
 VALUE = "sk-live-0123456789abcdef"
 

@@ -24,7 +24,7 @@ from tests.support.h2_lab import (
     h2_server,
 )
 
-from taskvm.secret import Secret
+from taskvm.egress.secret import Secret
 
 VALUE = "sk-live-0123456789abcdef"
 FRANK = {"validate_outbound_headers": False, "normalize_outbound_headers": False}

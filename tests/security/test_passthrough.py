@@ -18,8 +18,8 @@ from tests.support.egress_lab import (
     read_all,
 )
 
+from taskvm.egress.secret import Secret
 from taskvm.errors import UsageError
-from taskvm.secret import Secret
 
 RULES = """
 [[rules]]

@@ -25,19 +25,19 @@ from pathlib import Path
 import msgspec
 import trustme
 
-from taskvm.audit import AuditEvent, parse_event
-from taskvm.boundsecret import BoundSecret, bind_secrets
+from taskvm.egress.audit import AuditEvent, parse_event
+from taskvm.egress.boundsecret import BoundSecret, bind_secrets
+from taskvm.egress.oversight import Oversight
+from taskvm.egress.passthrough import Passthrough
+from taskvm.egress.policy import Policy
+from taskvm.egress.secret import Secret
 from taskvm.errors import TaskvmError, UpstreamError
 from taskvm.net.auditlog import AuditLog
 from taskvm.net.certs import CertificateAuthority
 from taskvm.net.gateway import Gateway
 from taskvm.net.streams import GuestStream
 from taskvm.net.tlsstream import TlsStream
-from taskvm.oversight import Oversight
-from taskvm.passthrough import Passthrough
-from taskvm.policy import Policy
 from taskvm.port import FramePort, Inlet, Outlet, StreamReset
-from taskvm.secret import Secret
 from taskvm.wire.frames import GUEST_STREAM_BIT, Frame, FrameType, decode_u32
 from taskvm.wire.hostname import IPAddress
 

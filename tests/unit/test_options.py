@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from taskvm.egress.policy import Policy
+from taskvm.egress.secret import Secret
 from taskvm.errors import UsageError
 from taskvm.fs.hostdir import HostDir
 from taskvm.fs.memory import Memory
 from taskvm.fs.shadow import Shadow
 from taskvm.options import MAX_MOUNTS, ResumeArguments, SandboxOptions, change_options
-from taskvm.policy import Policy
-from taskvm.secret import Secret
 
 NOTHING = Policy.parse()
 

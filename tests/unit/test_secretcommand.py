@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
+from taskvm.egress.secret import MAX_VALUE, Secret
 from taskvm.errors import UsageError
-from taskvm.secret import MAX_VALUE, Secret
 from taskvm.secretcommand import command_output
 
 

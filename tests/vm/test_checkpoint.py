@@ -1,6 +1,7 @@
 """Checkpoints: what is kept, what is fresh, what a resumed sandbox is given anew, and that the source runs on.
 
-Covers taskvm.checkpoint, taskvm.checkpointfile, taskvm.saving, taskvm.carried and taskvm.sync.checkpoint.
+Covers taskvm.checkpoints.checkpoint, taskvm.checkpoints.checkpointfile, taskvm.checkpoints.saving,
+taskvm.checkpoints.carried and taskvm.sync.checkpoint.
 """
 
 import asyncio
@@ -179,7 +180,7 @@ async def test_programs_write_on_to_a_mounted_directory(
         await vm.exec("echo guest > both; echo mine > /seen/sub/mine; cat both > /dev/null")
         await vm.exec("until grep -qx 50 sub/log; do sleep 0.02; done", check=True, timeout_s=60)
         with monkeypatch.context() as patch:
-            patch.setattr("taskvm.checkpointfile.MAX_MEMORY_JSON_BYTES", 512)
+            patch.setattr("taskvm.checkpoints.checkpointfile.MAX_MEMORY_JSON_BYTES", 512)
             with pytest.raises(CheckpointError, match="remembers more files of its mounts"):
                 await vm.checkpoint(tmp_path / "memory", memory=True)
         checkpoint = await vm.checkpoint(tmp_path / "memory", memory=True, stop=True)

@@ -1,6 +1,6 @@
 """Forks: independent copies of a running sandbox, each with an identity, a policy and secrets of its own.
 
-Covers taskvm.forking.
+Covers taskvm.checkpoints.forking.
 """
 
 import asyncio

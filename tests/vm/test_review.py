@@ -1,5 +1,5 @@
-"""A directory in the mode "review": what the guest does stays in the guest until it is applied (taskvm.survey,
-taskvm.changes, taskvm.mounted, taskvm.fs.lower, taskvm.fs.hostpaths). Judged by the host's own files.
+"""A directory in the mode "review": what the guest does stays in the guest until it is applied (taskvm.review.survey,
+taskvm.review.changes, taskvm.review.mounted, taskvm.fs.lower, taskvm.fs.hostpaths). Judged by the host's own files.
 """
 
 import os

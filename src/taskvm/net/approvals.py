@@ -12,9 +12,9 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from taskvm.egress.oversight import Answer, Approver, Question
+from taskvm.egress.policy import Decision
 from taskvm.net.consulting import consult
-from taskvm.oversight import Answer, Approver, Question
-from taskvm.policy import Decision
 
 MAX_QUESTIONS = 256
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from taskvm.audit import AuditEvent, Kind, Verdict, render_event, render_time
+from taskvm.egress.audit import AuditEvent, Kind, Verdict, render_event, render_time
 from taskvm.errors import HostError
 from taskvm.net.auditfile import AuditFile
 

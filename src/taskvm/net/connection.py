@@ -18,7 +18,8 @@ import ipaddress
 import ssl
 from dataclasses import dataclass
 
-from taskvm.audit import Kind, Verdict
+from taskvm.egress.audit import Kind, Verdict
+from taskvm.egress.policy import Decision
 from taskvm.net.egress import UNRECORDED, Egress, Refusal, Session
 from taskvm.net.http1guest import Http1Guest
 from taskvm.net.names import SYNTHETIC_NETWORK
@@ -26,7 +27,6 @@ from taskvm.net.splice import pass_through
 from taskvm.net.streams import ByteStream, GuestStream
 from taskvm.net.tlsstream import TlsStream
 from taskvm.net.upstream import H1, H2
-from taskvm.policy import Decision
 from taskvm.wire.hostname import parse_address
 from taskvm.wire.http1 import looks_like_request
 from taskvm.wire.message import Origin, Scheme

@@ -6,15 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from taskvm.audit import Kind, Verdict
+from taskvm.egress.audit import Kind, Verdict
+from taskvm.egress.oversight import Oversight
+from taskvm.egress.passthrough import NOTHING, Passthrough
+from taskvm.egress.policy import Decision, Policy, decide_name
 from taskvm.net.approvals import Approvals
 from taskvm.net.auditlog import AuditLog
 from taskvm.net.keyring import Keyring
 from taskvm.net.names import SyntheticNames
 from taskvm.net.upstream import Dialer
-from taskvm.oversight import Oversight
-from taskvm.passthrough import NOTHING, Passthrough
-from taskvm.policy import Decision, Policy, decide_name
 from taskvm.wire.address import special_range
 from taskvm.wire.hostname import parse_address
 from taskvm.wire.message import Header, Origin, render_refusal

@@ -22,7 +22,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from taskvm.boundsecret import BoundSecret
+from taskvm.egress.boundsecret import BoundSecret
+from taskvm.egress.oversight import Oversight
+from taskvm.egress.passthrough import NOTHING, Passthrough
+from taskvm.egress.policy import Policy
 from taskvm.errors import SandboxLostError
 from taskvm.net.auditlog import AuditLog
 from taskvm.net.connection import Destination, GuestConnection
@@ -34,9 +37,6 @@ from taskvm.net.nameserver import NameServer
 from taskvm.net.resolver import Resolver
 from taskvm.net.streams import GuestStream
 from taskvm.net.upstream import Dialer
-from taskvm.oversight import Oversight
-from taskvm.passthrough import NOTHING, Passthrough
-from taskvm.policy import Policy
 from taskvm.port import FramePort, Inlet, Outlet, StreamReset
 from taskvm.wire.connect import decode_connect
 from taskvm.wire.frames import GUEST_STREAM_BIT, Frame, FrameType, decode_u32, encode_u32

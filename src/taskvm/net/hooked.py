@@ -12,9 +12,7 @@ from collections.abc import Awaitable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from taskvm.net.consulting import consult
-from taskvm.net.egress import Refusal
-from taskvm.oversight import (
+from taskvm.egress.oversight import (
     Fields,
     HttpAnswer,
     HttpHook,
@@ -22,6 +20,8 @@ from taskvm.oversight import (
     HttpResponse,
     Refuse,
 )
+from taskvm.net.consulting import consult
+from taskvm.net.egress import Refusal
 from taskvm.wire.message import (
     BodyFilter,
     Header,

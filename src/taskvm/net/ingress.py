@@ -23,8 +23,8 @@ import time
 from types import TracebackType
 from typing import Any, Self
 
-from taskvm.audit import Verdict
 from taskvm.background import Background
+from taskvm.egress.audit import Verdict
 from taskvm.errors import HostError, SandboxLostError, UsageError
 from taskvm.net.auditlog import AuditLog
 from taskvm.net.streams import GuestStream, SocketStream

@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from taskvm.audit import Verdict
-from taskvm.injection import Injected, InjectionRefused, Injector, asking_plainly
+from taskvm.egress.audit import Verdict
+from taskvm.egress.injection import Injected, InjectionRefused, Injector, asking_plainly
+from taskvm.egress.oversight import Question
+from taskvm.egress.policy import Decision, Intent, decide_request
+from taskvm.egress.redaction import Redactor, is_readable
 from taskvm.net.approvals import ONCE
 from taskvm.net.egress import UNRECORDED, Refusal, Session
 from taskvm.net.hooked import HookAnswer, Hooked, both
-from taskvm.oversight import Question
-from taskvm.policy import Decision, Intent, decide_request
-from taskvm.redaction import Redactor, is_readable
 from taskvm.wire.message import (
     Asked,
     BodyFilter,

@@ -11,11 +11,11 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 
-from taskvm.boundsecret import BoundSecret, bind_secret
+from taskvm.egress.boundsecret import BoundSecret, bind_secret
+from taskvm.egress.injection import InjectionRefused, Injector
+from taskvm.egress.policy import Policy
+from taskvm.egress.secret import Secret
 from taskvm.errors import UsageError
-from taskvm.injection import InjectionRefused, Injector
-from taskvm.policy import Policy
-from taskvm.secret import Secret
 
 RENEW_TIMEOUT_S = 60.0
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 
-from taskvm.audit import Verdict
+from taskvm.egress.audit import Verdict
+from taskvm.egress.policy import Decision
 from taskvm.net.auditlog import AuditLog
 from taskvm.net.names import SyntheticNames
-from taskvm.policy import Decision
 from taskvm.wire.dns import (
     DnsError,
     QType,

@@ -14,7 +14,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from taskvm.audit import Verdict
+from taskvm.egress.audit import Verdict
 from taskvm.errors import UpstreamError
 from taskvm.net.egress import Refusal, Session
 from taskvm.net.exchange import GuestExchange, ServerExchange, StreamEnded

@@ -10,7 +10,7 @@ import asyncio
 import time
 from dataclasses import dataclass, field
 
-from taskvm.audit import Verdict
+from taskvm.egress.audit import Verdict
 from taskvm.errors import UpstreamError
 from taskvm.net.egress import UNRECORDED, Refusal, Session
 from taskvm.net.streams import ByteStream, SocketStream

@@ -15,11 +15,11 @@ import ssl
 from collections.abc import Iterable
 from contextlib import closing
 
+from taskvm.egress.policy import Decision, Policy, decide_address
 from taskvm.errors import UpstreamError, UsageError
 from taskvm.net.resolver import Resolver
 from taskvm.net.streams import ByteStream, SocketStream
 from taskvm.net.tlsstream import TlsStream
-from taskvm.policy import Decision, Policy, decide_address
 from taskvm.wire.hostname import IPAddress, parse_address
 from taskvm.wire.message import Origin
 

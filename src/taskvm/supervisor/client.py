@@ -9,11 +9,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from taskvm.checkpoint import Checkpoint, checkpoint_path
+from taskvm.checkpoints.checkpoint import Checkpoint, checkpoint_path
+from taskvm.egress.policy import Policy
+from taskvm.egress.secret import Secret
 from taskvm.files import GuestPath
 from taskvm.options import ignore_progress
-from taskvm.policy import Policy
-from taskvm.secret import Secret
 from taskvm.supervisor.attachment import Attachment
 from taskvm.supervisor.connection import NoneRunsError, connect
 from taskvm.supervisor.place import Place

@@ -12,10 +12,10 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from taskvm.egress.policy import Policy
+from taskvm.egress.secret import Secret, SecretArguments
 from taskvm.errors import GuestError, UsageError
-from taskvm.policy import Policy
 from taskvm.sandbox import Sandbox
-from taskvm.secret import Secret, SecretArguments
 from taskvm.supervisor.holding import Holding
 from taskvm.supervisor.job import Job
 from taskvm.supervisor.ports import Service

@@ -8,7 +8,7 @@ with Sandbox.create(mounts={"/workspace": HostDir(".")}) as vm:
 Values, providers and errors are those of `taskvm`. Callbacks and iterators of yours run in the thread that called.
 """
 
-from taskvm.changes import Change, ChangeSet, Outcome, printable
+from taskvm.egress.secret import Secret
 from taskvm.files import FileInfo
 from taskvm.filewatch import FileChange
 from taskvm.fs.hooks import Hooks
@@ -22,7 +22,7 @@ from taskvm.fs.shadow import Shadow
 from taskvm.limits import Limits
 from taskvm.process import ExecResult
 from taskvm.resources import ExecLimits, ExecUsage
-from taskvm.secret import Secret
+from taskvm.review.changes import Change, ChangeSet, Outcome, printable
 from taskvm.sync.checkpoint import Checkpoint
 from taskvm.sync.files import Files
 from taskvm.sync.filewatch import FileWatch

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, Unpack
 
-from taskvm import checkpoint as aio
+from taskvm.checkpoints import checkpoint as aio
 from taskvm.options import ResumeArguments
 
 if TYPE_CHECKING:

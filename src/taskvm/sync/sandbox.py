@@ -12,7 +12,9 @@ from types import TracebackType
 from typing import Self, Unpack
 
 from taskvm import sandbox as aio
-from taskvm.changes import ChangeSet
+from taskvm.egress.oversight import Oversight
+from taskvm.egress.policy import Policy
+from taskvm.egress.secret import Secret
 from taskvm.errors import TaskvmError
 from taskvm.files import GuestPath
 from taskvm.fs.provider import Provider
@@ -20,13 +22,11 @@ from taskvm.limits import LimitArguments
 from taskvm.net import ingress as aio_ingress
 from taskvm.net.ingress import LOCALHOST
 from taskvm.options import DEFAULT_CPUS, DEFAULT_MEMORY_MIB, ResumeArguments, ignore_progress
-from taskvm.oversight import Oversight
-from taskvm.policy import Policy
 from taskvm.process import ExecResult
 from taskvm.resources import ExecLimits
+from taskvm.review.changes import ChangeSet
+from taskvm.review.survey import CHANGE_LIMITS
 from taskvm.sandbox import Command, State
-from taskvm.secret import Secret
-from taskvm.survey import CHANGE_LIMITS
 from taskvm.sync.bridge import Bridge, Call
 from taskvm.sync.checkpoint import Checkpoint
 from taskvm.sync.files import Files

@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
+from taskvm.egress.policy import Policy
+from taskvm.egress.secret import Secret
 from taskvm.files import GuestPath
 from taskvm.options import ignore_progress
-from taskvm.policy import Policy
 from taskvm.process import ExecResult
-from taskvm.secret import Secret
 from taskvm.supervisor import attachment as aio_attachment
 from taskvm.supervisor import client as aio
 from taskvm.sync.bridge import Bridge, Call

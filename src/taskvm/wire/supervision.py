@@ -14,8 +14,8 @@ import msgspec
 from msgspec import Meta
 
 from taskvm import errors
+from taskvm.egress.secret import Place
 from taskvm.errors import GuestError, GuestProtocolError, TaskvmError
-from taskvm.secret import Place
 
 SandboxState = Literal["running", "paused", "ended"]
 # These are served to a client of any version: it must be able to end a supervisor of another.

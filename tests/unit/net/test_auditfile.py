@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from taskvm.audit import AuditEvent, render_event, render_time
 from taskvm.auditreading import find_audit_log, read_audit
+from taskvm.egress.audit import AuditEvent, render_event, render_time
 from taskvm.errors import HostError, UsageError
 from taskvm.net.auditfile import KEPT_PARTS, AuditFile, find_parts
 from taskvm.net.auditlog import AuditLog

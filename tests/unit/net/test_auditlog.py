@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from taskvm.audit import AuditEvent, parse_event
+from taskvm.egress.audit import AuditEvent, parse_event
 from taskvm.errors import HostError
 from taskvm.net.auditlog import AuditLog
 

@@ -6,10 +6,10 @@ import threading
 
 import pytest
 
+from taskvm.egress.oversight import Oversight
 from taskvm.errors import UsageError
 from taskvm.net.consulting import consult
 from taskvm.net.hooked import both
-from taskvm.oversight import Oversight
 
 
 async def test_a_plain_function_runs_in_a_thread_and_a_coroutine_function_here() -> None:

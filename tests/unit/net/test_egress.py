@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from taskvm.egress.policy import Policy, decide_name
 from taskvm.net.egress import UNRECORDED, Refusal
-from taskvm.policy import Policy, decide_name
 
 
 def test_a_denial_becomes_an_answer_that_says_how_to_ask() -> None:

@@ -7,8 +7,10 @@ import os
 import h11
 import pytest
 
-from taskvm.audit import AuditEvent, parse_event
-from taskvm.boundsecret import bind_secrets
+from taskvm.egress.audit import AuditEvent, parse_event
+from taskvm.egress.boundsecret import bind_secrets
+from taskvm.egress.policy import Policy
+from taskvm.egress.secret import Secret
 from taskvm.net.auditlog import AuditLog
 from taskvm.net.certs import CertificateAuthority
 from taskvm.net.egress import Egress, Refusal, Session
@@ -17,8 +19,6 @@ from taskvm.net.keyring import Keyring
 from taskvm.net.names import SyntheticNames
 from taskvm.net.resolver import HostResolver
 from taskvm.net.upstream import Dialer
-from taskvm.policy import Policy
-from taskvm.secret import Secret
 from taskvm.wire.http1 import read_request
 from taskvm.wire.message import Origin, RequestHead, ResponseHead
 

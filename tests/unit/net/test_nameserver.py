@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from tests.support.egress_lab import dns_query
 
-from taskvm.audit import parse_event
+from taskvm.egress.audit import parse_event
+from taskvm.egress.policy import Policy, decide_name
 from taskvm.net.auditlog import AuditLog
 from taskvm.net.names import SyntheticNames
 from taskvm.net.nameserver import NameServer
-from taskvm.policy import Policy, decide_name
 from taskvm.wire.dns import RCode
 
 

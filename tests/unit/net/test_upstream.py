@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from tests.support.egress_lab import SERVER_CA, RecordingResolver, http_server
 
+from taskvm.egress.policy import Policy
 from taskvm.errors import UpstreamError, UsageError
 from taskvm.net import upstream
 from taskvm.net.streams import SocketStream
 from taskvm.net.upstream import AddressRefused, Dialer, client_context, is_own_address
-from taskvm.policy import Policy
 from taskvm.wire.message import Origin
 
 

@@ -1,0 +1,1 @@
+"""Saved sandboxes and copies of running ones."""

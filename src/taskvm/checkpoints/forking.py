@@ -1,0 +1,104 @@
+"""Copies of a running sandbox: its memory saved once, mapped copy-on-write by each copy; its disk one more layer.
+
+The memory is a file in the sandbox's own directory, which goes as soon as the copies have mapped it. The layer that
+was cut stays as long as one of them has a name for it (launch.py), so the original cannot merge it: it gets one deeper.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from taskvm.checkpoints.carried import Carried
+from taskvm.checkpoints.saving import cut_machine
+from taskvm.egress.boundsecret import bind_secrets
+from taskvm.errors import HostError, SandboxStateError, TaskvmError, UsageError
+from taskvm.guest import Guest
+from taskvm.launch import resume
+from taskvm.options import SandboxOptions
+from taskvm.review.mounted import mode_of
+from taskvm.vm.template import Template
+
+MAX_FORKS = 256
+# QEMU's own start is most of a fork, and takes a processor for about 75 ms: more at once only wait for each other.
+STARTS_AT_ONCE = 2 * (os.cpu_count() or 1)
+
+
+async def fork_guest(guest: Guest, children: Sequence[SandboxOptions]) -> list[Guest | TaskvmError]:
+    """Start a copy of `guest` for each of `children`; a failed one is its error.
+
+    Raises SandboxStateError, UsageError, HostError or SandboxLostError when nothing could be copied.
+    """
+    operation = f"fork the sandbox {guest.id}"
+    if not 1 <= len(children) <= MAX_FORKS:
+        raise UsageError(f"{operation} {len(children)} times", f"it must be 1 to {MAX_FORKS}")
+    _refuse_shared_writing(guest, operation)
+    with _directory(guest.directory) as directory:
+        async with guest.kept_awake():
+            cut, carried = await cut_machine(guest, directory)
+        origin = guest.origin
+        template = Template(
+            path=directory,
+            qemu=origin.qemu,
+            shape=guest.machine.shape,
+            guest=origin.files,
+            user=origin.user,
+            disk=cut.disk,
+        )
+
+        return await _start_all(template, carried, children)
+
+
+def _refuse_shared_writing(guest: Guest, operation: str) -> None:
+    """Raise SandboxStateError when copies, which are attempts at the same work, would write to one directory."""
+    direct = [path for path, provider in guest.mounts.items() if mode_of(provider) == "direct"]
+    if direct:
+        raise SandboxStateError(
+            operation,
+            f"it and its copies would write to the same mounts ({', '.join(direct)})",
+            'Mount HostDir(path, mode="review"): each copy has a view of its own; or mode="ro"',
+        )
+
+
+async def _start_all(
+    template: Template, carried: Carried, children: Sequence[SandboxOptions]
+) -> list[Guest | TaskvmError]:
+    starts = asyncio.Semaphore(STARTS_AT_ONCE)
+    started: list[Guest] = []
+
+    async def start(options: SandboxOptions) -> Guest | TaskvmError:
+        try:
+            bound = bind_secrets(options.policy, options.secrets, os.urandom)
+            async with starts:
+                guest = await resume(template, options, bound, carried)
+        except TaskvmError as error:
+            return error
+        started.append(guest)
+        return guest
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(start(options)) for options in children]
+    except BaseException:  # cancelled: nobody gets those that have started
+        for guest in started:
+            await guest.close()
+        raise
+    return [task.result() for task in tasks]
+
+
+@contextmanager
+def _directory(parent: Path) -> Iterator[Path]:
+    path = parent / f"fork-{secrets.token_hex(4)}"
+    try:
+        path.mkdir(mode=0o700)
+    except OSError as error:
+        raise HostError(f"make {path}", error.strerror or str(error), "Free disk space") from error
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""What may leave, and with which secrets: values and decisions. Pure; `taskvm.net` does what is decided."""

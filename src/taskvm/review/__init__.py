@@ -1,0 +1,1 @@
+"""What a guest has changed in a directory that is mounted for review, and how it reaches the host."""

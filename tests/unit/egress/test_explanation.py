@@ -1,0 +1,74 @@
+"""What a policy would do (taskvm.egress.explanation, taskvm.cli.policy): the same decisions, without a packet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from taskvm import Policy, UsageError, explain
+from taskvm.cli import main
+
+POLICY = Policy.parse(["api.test", "1.1.1.1"]).denying("api.test:81")
+
+
+@pytest.mark.parametrize(
+    ("url", "allowed", "rule"),
+    [
+        ("https://api.test", True, "api.test"),
+        ("HTTPS://API.test.:443/x?y#z", True, "api.test"),
+        ("wss://api.test/socket", True, "api.test"),
+        ("http://api.test:81/", False, "deny api.test:81"),
+        ("https://evil.test/", False, "default"),
+        ("https://1.1.1.1/", True, "public"),
+        ("https://127.0.0.1/", False, "default"),
+    ],
+)
+def test_the_rule_that_decides_is_named(url: str, allowed: bool, rule: str) -> None:
+    explanation = explain(POLICY, url)
+
+    assert explanation.allowed is allowed
+    assert explanation.steps[-1].decision.rule == rule
+
+
+def test_a_known_address_is_judged() -> None:
+    explanation = explain(POLICY, "https://api.test/", resolve={"api.test": "169.254.169.254"})
+
+    assert not explanation.allowed
+    assert explanation.steps[-1].decision.rule == "special-address"
+
+
+@pytest.mark.parametrize(
+    "url", ["api.test", "ftp://api.test/", "https://a@api.test/", "https:///x", "https://[::1", "https://a.test/ b"]
+)  # fmt: skip
+def test_what_is_no_url_is_a_usage_error(url: str) -> None:
+    with pytest.raises(UsageError, match="read the URL"):
+        explain(POLICY, url)
+
+
+def test_check_says_the_rule_and_exits_with_the_answer(tmp_path: Path) -> None:
+    file = tmp_path / "p.toml"
+    file.write_text(
+        '[[rules]]\nname = "read"\naction = "allow"\nhosts = ["api.test"]\nmethods = ["GET"]\n'
+    )
+    arguments = ["policy", "check", "--policy", str(file), "--allow", "b.test"]
+    runner = CliRunner()
+
+    read = runner.invoke(main, [*arguments, "https://api.test/x"])
+    write = runner.invoke(main, [*arguments, "https://api.test/x", "--method", "post"])
+    other = runner.invoke(main, [*arguments, "https://b.test/"])
+
+    assert (read.exit_code, write.exit_code, other.exit_code) == (0, 1, 0)
+    assert "allow by read" in read.output
+    assert "POST https://api.test/x" in write.output
+    assert "no rule allows POST" in write.output
+    assert runner.invoke(main, [*arguments, "nonsense"]).exit_code == 2
+
+
+def test_show_prints_a_file_that_means_the_same(tmp_path: Path) -> None:
+    arguments = ["policy", "show", "--allow", "a.test:8443", "--allow-address", "127.0.0.1"]
+
+    shown = CliRunner().invoke(main, arguments)
+
+    assert Policy.from_text(shown.output) == Policy.parse(["a.test:8443"], ["127.0.0.1"])
