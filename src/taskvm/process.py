@@ -46,7 +46,8 @@ class ExecResult:
     `exit_code` is its exit status, or 128 + the signal that ended it, which is then in `signal`. `timed_out` says that
     `timeout_s` passed and everything it had started was killed. `truncated` says that more than
     MAX_CAPTURED_BYTES of a stream were written and the rest was dropped. `usage` is what it cost in the guest; None
-    when it was over before it began.
+    when it was over before it began. `id` is its number in this sandbox, which the audit record's `exec` repeats; 0
+    when it did not begin.
     """
 
     exit_code: int
@@ -56,6 +57,7 @@ class ExecResult:
     timed_out: bool = False
     truncated: bool = False
     usage: ExecUsage | None = None
+    id: int = 0
 
     @property
     def ok(self) -> bool:
@@ -175,7 +177,7 @@ class Process:
                 exited = await asyncio.shield(self._call.exited)
             except StreamReset as error:
                 raise GuestError(self._call.operation, error.errno or _IO_ERROR, "reset") from error
-            self._exit = _result(exited)
+            self._exit = _result(exited, self.id)
         return self._exit
 
     async def kill_all(self) -> None:
@@ -261,11 +263,10 @@ class Capture:
             into += data[: max(room, 0)]
 
 
-def _result(exited: Exited) -> ExecResult:
+def _result(exited: Exited, number: int) -> ExecResult:
     usage = None if exited.usage is None else usage_of(exited.usage)
-    if exited.signal is not None:
-        return ExecResult(exit_code=128 + exited.signal, signal=exited.signal, usage=usage)
-    return ExecResult(exit_code=exited.code or 0, usage=usage)
+    code = exited.code or 0 if exited.signal is None else 128 + exited.signal
+    return ExecResult(exit_code=code, signal=exited.signal, usage=usage, id=number)
 
 
 async def _feed(process: Process, stdin: bytes | AsyncIterator[bytes] | None) -> None:

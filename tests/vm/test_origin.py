@@ -4,10 +4,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
+from click.testing import CliRunner
 from tests.conftest import GUEST
 from tests.servers import http_server
 
 from taskvm import AuditEvent, Sandbox, read_audit
+from taskvm.cli import main
 
 pytestmark = pytest.mark.vm
 
@@ -49,6 +51,21 @@ async def test_the_record_names_the_exec_of_each_connection() -> None:
     assert len({one.id, two.id, three.id}) == 3
     joined = {event.connection: event.exec for event in seen.values()}
     assert all(e.exec == joined[e.connection] for e in events if e.connection)
+
+
+async def test_a_result_is_joined_with_its_lines() -> None:
+    """By its number, in Python and in `taskvm log --exec`."""
+    async with a_sandbox_and_a_server() as (vm, curl):
+        result = await vm.exec(f"{curl}/mine")
+        other = await vm.exec(f"{curl}/other")
+        lines = [event for event in read_audit(vm.audit_path) if event.exec == result.id]
+        printed = CliRunner().invoke(main, ["log", "--exec", str(result.id), str(vm.audit_path)])
+
+    assert {line.path for line in lines if line.kind == "request"} == {"/mine"}
+    assert result.id != other.id
+    assert len(printed.output.splitlines()) == len(lines)
+    assert f"/mine, exec {result.id}" in printed.output
+    assert "/other" not in printed.output
 
 
 async def test_what_outlives_its_exec_is_named_by_none() -> None:

@@ -120,14 +120,15 @@ def test_the_blocking_surface_does_the_same(tmp_path: Path) -> None:
         attached.write(b"typed\n")
         attached.close_stdin()
         assert b"".join(attached.stdout) == b"hello\ntyped\n"
-        assert attached.wait().exit_code == 3
+        first = attached.wait()
+        assert (first.exit_code, first.id) == (3, attached.number)
     with supervisor.exec("sync", ["sleep", "600"], pty=(24, 80)) as attached:
         attached.resize(30, 90)
         attached.kill(9)
         assert attached.wait().signal == 9
     with supervisor.exec("sync", ["sleep", "600"]) as attached:
         attached.kill_all()
-    with supervisor.attach("sync", 1, follow=False) as attached:
+    with supervisor.attach("sync", first.id, follow=False) as attached:
         assert attached.stdout.read() == b"hello\ntyped\n"
     supervisor.copy_out("sync", "/tmp/in", tmp_path / "out")
     assert supervisor.publish("sync", 8000).startswith("127.0.0.1:")

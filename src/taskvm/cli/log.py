@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from itertools import filterfalse
 
 import click
 import msgspec
@@ -14,19 +13,24 @@ from taskvm import AuditEvent, find_audit_log, read_audit
 @click.command()
 @click.option("--follow", "-f", is_flag=True, help="Go on as the log grows, until Ctrl-C.")
 @click.option("--denied", is_flag=True, help="Only what was refused.")
+@click.option(
+    "--exec",
+    "number",
+    type=int,
+    metavar="ID",
+    help="Only what this command connected to: the number that `taskvm ps` has, Process.id in Python.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the lines as they are.")
 @click.argument("log", required=False)
-def log(log: str | None, follow: bool, denied: bool, as_json: bool) -> None:
+def log(log: str | None, follow: bool, denied: bool, number: int | None, as_json: bool) -> None:
     """Print the audit log LOG: a file, or a sandbox's id. [default: of the newest sandbox]"""
     events = read_audit(find_audit_log(log), follow=follow)
-    for event in filterfalse(_is_no_denial, events) if denied else events:
+    for event in events:
+        if (denied and event.decision != "deny") or number not in (None, event.exec):
+            continue
         text = msgspec.json.encode(event).decode() if as_json else render(event)
         click.echo(text)
         sys.stdout.flush()
-
-
-def _is_no_denial(event: AuditEvent) -> bool:
-    return event.decision != "deny"
 
 
 def render(event: AuditEvent) -> str:
@@ -42,6 +46,8 @@ def render(event: AuditEvent) -> str:
         facts.append(f"{event.duration_ms} ms")
     if event.secrets:
         facts.append(f"secrets {', '.join(event.secrets)}")
+    if event.exec and event.kind == "request":
+        facts.append(f"exec {event.exec}")
     why = ": ".join(filter(None, (event.rule, event.reason)))
     said = ", ".join(facts) + (f" ({why})" if why else "")
     line = f"{event.time[11:23]} {event.decision:5} {event.kind:8} {said}"

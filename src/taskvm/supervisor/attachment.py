@@ -20,7 +20,8 @@ class Attachment:
     """A command that this program is attached to; leave it by leaving `async with`, or by `detach`.
 
     `stdout` and `stderr` begin with what is kept of the past output; what a terminal's command writes faster than it
-    is read here is skipped, and counted in `skipped`. With a terminal all output is in `stdout`.
+    is read here is skipped, and counted in `skipped`. With a terminal all output is in `stdout`. `number` is its
+    `Process.id`, which the audit record's `exec` repeats.
     """
 
     def __init__(self, caller: Caller, status: ExecStatus) -> None:
@@ -81,6 +82,7 @@ class Attachment:
             signal=ended.signal,
             timed_out=ended.timed_out,
             usage=None if ended.usage is None else msgspec.convert(ended.usage, ExecUsage),
+            id=self.number,
         )
 
     async def detach(self) -> None:

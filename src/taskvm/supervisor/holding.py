@@ -57,7 +57,6 @@ class Holding:
         self._recipe = recipe
         self._forwards: list[Forward] = []
         self._requests = 0
-        self._last_number = 0
         self._started_s = time.monotonic()
         self._idle_s = 0.0
         self._last: Statistics | None = None
@@ -97,8 +96,8 @@ class Holding:
         )
         if not launch.stdin:
             await process.close_stdin()
-        self._last_number += 1
-        job = self.jobs[self._last_number] = Job(self._last_number, process, launch)
+        # The record's `exec` has the same number.
+        job = self.jobs[process.id] = Job(process.id, process, launch)
         self._background.start(job.run(), f"command {job.number} of {self.vm.id}")
         self._forget_old()
         return job

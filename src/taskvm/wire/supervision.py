@@ -232,7 +232,7 @@ class Answer(_Message, frozen=True, kw_only=True):
 
 
 class ExecStatus(_Message, frozen=True, kw_only=True):
-    """A command of a sandbox. `number` names it in its sandbox; `exit_code` is None while it runs."""
+    """A command of a sandbox. `number` is its `Process.id`; `exit_code` is None while it runs."""
 
     number: int
     command: str
