@@ -120,6 +120,7 @@ class Guest:
         self._flushes = False
         self._mounts: dict[str, Provider] = {}
         control.on_lost = self._fail
+        control.port.explain_end = machine.tell_end
         machine.on_flood = self._fail
 
     @classmethod
@@ -234,6 +235,7 @@ class Guest:
         if options.limits.cpu_share is not None:
             self._bind_processor(options.limits.cpu_share)
         net = self._net = await FramePort.open(self.machine.take("net"), PORT_NET)
+        net.explain_end = self.machine.tell_end
         self._release.callback(net.close)
         gateway = self.gateway = self._make_gateway(options, bound, net)
         self._release.push_async_callback(gateway.ingress.aclose)  # run may be cancelled unbegun

@@ -56,6 +56,8 @@ class FramePort(asyncio.Protocol):
         self.on_frame: Callable[[Frame], None] = lambda frame: None
         self.on_lost: Callable[[Exception], None] = lambda error: None
         self.on_held: Callable[[], None] = lambda: None
+        # Asked when the peer has closed the port: calls back, soon, with words for the reason.
+        self.explain_end: Callable[[Callable[[str], None]], None] = lambda tell: tell("")
         self.frames: int = 0  # that have moved, in either direction
         self._held: list[bytes] | None = None
         self._decoder = FrameDecoder(max_payload)
@@ -201,8 +203,12 @@ class FramePort(asyncio.Protocol):
             self._transport.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        reason = f"the virtual machine ended ({exc or 'end of file'})"
-        self.lose(self.make_lost_error("read from", reason))
+        def end(words: str) -> None:
+            reason = f"the virtual machine ended ({exc or 'end of file'}){words}"
+            self.lose(self.make_lost_error("read from", reason))
+
+        if self._lost is None:
+            self.explain_end(end)
 
     def pause_writing(self) -> None:
         self._writable.clear()

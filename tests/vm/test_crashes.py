@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tests.conftest import GUEST
 
-from taskvm import HostError, Sandbox, SandboxLostError, sandbox, watch
+from taskvm import HostError, Sandbox, SandboxLostError, TaskvmError, sandbox, watch
 from taskvm.paths import cache_dir
 from taskvm.vm import control, machine
 from taskvm.vm.rundir import run_base
@@ -133,6 +133,17 @@ async def test_a_qemu_killed_while_paused_is_lost_at_once() -> None:
             os.kill(qemu_of(vm.host_pid), signal.SIGKILL)
             with pytest.raises(SandboxLostError):
                 await vm.exec(["true"])
+
+
+async def test_the_error_says_how_qemu_ended(vm: Sandbox) -> None:
+    """What waits for the guest, and what comes later, both learn of the signal."""
+    process = await vm.spawn("sleep 600")
+    os.kill(qemu_of(vm.host_pid), signal.SIGKILL)
+
+    for attempt in (process.wait(), vm.exec(["true"]), vm.checkpoint("never")):
+        async with asyncio.timeout(20):
+            with pytest.raises(TaskvmError, match="QEMU was ended by SIGKILL"):
+                await attempt
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ from taskvm.vm.command import (
     qemu_command,
 )
 from taskvm.vm.eventrate import EventRate
+from taskvm.vm.exitstatus import explain_exit
 from taskvm.vm.native import confine_binary
 from taskvm.vm.qemu import Qemu
 
@@ -43,6 +44,8 @@ TAIL_BYTES = 64 * 1024
 QMP_TIMEOUT_S = 30.0
 # State of a q35 machine is 330-380 KB, its RAM is not in it: a second even on a slow disk.
 MIGRATION_TIMEOUT_S = 60.0
+# Between the end of QEMU's channels and that of its supervisor lie milliseconds; of memory that is torn down, more.
+END_WAIT_S = 5.0
 # The default for a disk overlay: it holds the disk of every image we build, and its tables (1/8192).
 DISK_LIMIT_BYTES = 16 * 1024**3
 
@@ -164,7 +167,11 @@ class Machine:
         try:
             async with asyncio.timeout(QMP_TIMEOUT_S):
                 return await self._qmp.execute(command, arguments or None)
-        except (QMPError, ExecuteError, TimeoutError) as error:
+        except (QMPError, TimeoutError) as error:
+            if not isinstance(
+                error, (ExecuteError, TimeoutError)
+            ):  # it is gone: learn how it ended
+                await asyncio.wait([self.exited], timeout=END_WAIT_S)
             raise SandboxLostError(
                 f"ask QEMU for {command}", f"{str(error) or 'no answer'}{self.last_words()}"
             ) from error
@@ -260,13 +267,25 @@ class Machine:
             await self._qmp.disconnect()
 
     def last_words(self) -> str:
-        """What QEMU and the guest's console said last, for an error message; empty when neither spoke."""
-        parts = [
+        """How QEMU ended, if it has, and what it and the guest's console said last; empty when there is nothing."""
+        parts = [f"; {explain_exit(self.exited.result())}"] if self.exited.done() else []
+        parts += [
             f"; {name}: {text}"
             for name, tail in (("QEMU said", self.stderr), ("the guest's console", self.console))
             if (text := tail.text())
         ]
         return "".join(parts)
+
+    def tell_end(self, tell: Callable[[str], None]) -> None:
+        """Call `tell` with the last words once QEMU has ended, or with "" when it has not after END_WAIT_S."""
+        waiting = asyncio.get_running_loop().call_later(END_WAIT_S, lambda: told())
+
+        def told(_exited: object = None) -> None:
+            waiting.cancel()
+            self.exited.remove_done_callback(told)
+            tell(self.last_words() if self.exited.done() else "")
+
+        self.exited.add_done_callback(told)
 
     def _count_event(self, event: Message) -> bool:
         if self._events.exceeds(asyncio.get_running_loop().time()):
