@@ -39,6 +39,7 @@ struct fuse_mount {
 	struct fuse_mount *next;
 	uint32_t id;
 	int fd, users; /* the table and each thread that holds it; under `mounts_lock` */
+	bool file; /* its root is a regular file, not a directory */
 	char path[PATH_MAX]; /* where the host's files are */
 	char layer[PATH_MAX], view[PATH_MAX]; /* of a review mount: its directory, and where programs see it; else empty */
 
@@ -304,6 +305,7 @@ static struct fuse_mount *mount_new(const struct request *request, struct failur
 		return NULL;
 	}
 	mount->id = (uint32_t)id;
+	mount->file = request_flag(request, "file", false);
 	mount->users = 1;
 	mount->last = &mount->first;
 	pthread_mutex_init(&mount->lock, NULL);
@@ -319,13 +321,23 @@ static struct fuse_mount *mount_new(const struct request *request, struct failur
 	return NULL;
 }
 
-static bool make_mount_point(const char *path, struct failure *failure)
+static bool make_file(const char *path, struct failure *failure)
+{
+	int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
+	if (fd < 0)
+		return fail_call(failure, errno, "open");
+	close(fd);
+	return true;
+}
+
+static bool make_mount_point(const char *path, bool file, struct failure *failure)
 {
 	struct stat status;
 	const struct owner root = {0, 0};
 	if (stat(path, &status) == 0)
-		return S_ISDIR(status.st_mode) || fail_call(failure, ENOTDIR, "path");
-	return tree_make_parents(path, root, failure) && tree_make_directory(path, 0755, root, failure);
+		return S_ISDIR(status.st_mode) == !file || fail_call(failure, file ? EISDIR : ENOTDIR, "path");
+	return tree_make_parents(path, root, failure) &&
+	       (file ? make_file(path, failure) : tree_make_directory(path, 0755, root, failure));
 }
 
 static bool attach(const struct fuse_mount *new, bool readonly, struct failure *failure)
@@ -333,7 +345,8 @@ static bool attach(const struct fuse_mount *new, bool readonly, struct failure *
 	char options[128];
 	unsigned long flags = MS_NOSUID | MS_NODEV | (readonly ? MS_RDONLY : 0);
 	snprintf(options, sizeof(options),
-		 "fd=%d,rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions", new->fd);
+		 "fd=%d,rootmode=%o,user_id=0,group_id=0,allow_other,default_permissions", new->fd,
+		 new->file ? S_IFREG : S_IFDIR);
 	return mount("taskvm", new->path, "fuse", flags, options) == 0 || fail_call(failure, errno, "mount");
 }
 
@@ -374,13 +387,13 @@ static bool start_thread(struct fuse_mount *mount, void *(*run)(void *), struct 
 static bool cover(const struct fuse_mount *mount, struct failure *failure)
 {
 	return !mount->layer[0] ||
-	       (make_mount_point(mount->view, failure) && review_cover(mount->layer, mount->view, failure));
+	       (make_mount_point(mount->view, false, failure) && review_cover(mount->layer, mount->view, failure));
 }
 
 /* The reader begins after mount(2): before it, /dev/fuse belongs to no file system. */
 static bool bring_up(struct fuse_mount *mount, bool readonly, struct failure *failure)
 {
-	if (!make_mount_point(mount->path, failure) || !mount_enter(mount, failure))
+	if (!make_mount_point(mount->path, mount->file, failure) || !mount_enter(mount, failure))
 		return false;
 	bool attached = attach(mount, readonly, failure);
 	if (attached && start_thread(mount, write_notifications, failure) &&

@@ -42,6 +42,7 @@ from taskvm.files import FileInfo, Files
 from taskvm.filewatch import FileChange, FileWatch
 from taskvm.fs.hooks import Hooks, Operation
 from taskvm.fs.hostdir import HostDir
+from taskvm.fs.hostfile import HostFile
 from taskvm.fs.memory import Memory
 from taskvm.fs.pathprovider import PathProvider, PathStat
 from taskvm.fs.provider import Provider
@@ -75,6 +76,7 @@ __all__ = [
     "Sandbox",
     "Checkpoint",
     "HostDir",
+    "HostFile",
     "Secret",
     "command_output",
     "ExecResult",

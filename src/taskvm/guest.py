@@ -336,6 +336,7 @@ class Guest:
                 id=number,
                 path=path.encode(),
                 readonly=provider.readonly,
+                file=provider.is_file,
                 layer=None if review is None else review.layer.encode(),
             )
             await self._ask(request, f"mount {path} in the guest")

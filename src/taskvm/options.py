@@ -16,6 +16,7 @@ from taskvm.egress.policy import Policy
 from taskvm.egress.secret import Secret
 from taskvm.errors import UsageError
 from taskvm.fs.hostdir import HostDir
+from taskvm.fs.hostfile import HostFile
 from taskvm.fs.provider import Provider
 from taskvm.fs.router import Router
 from taskvm.fs.wrapper import Wrapper
@@ -218,6 +219,8 @@ def is_writable_in(provider: Provider, path: Path) -> bool:
         return any(is_writable_in(each, path) for each in provider.providers)
     if isinstance(provider, Wrapper) and not provider.readonly:
         return is_writable_in(provider.inner, path)
+    if isinstance(provider, HostFile):
+        return provider.mode != "ro" and path.resolve() == provider.path
     if not isinstance(provider, HostDir) or provider.mode == "ro":
         return False
     return path.resolve().is_relative_to(provider.path)

@@ -7,6 +7,7 @@ import errno
 import os
 import queue
 import socket
+import stat
 import struct
 import threading
 from collections import Counter
@@ -56,7 +57,7 @@ class KernelMount:
         self._threads: list[threading.Thread] = []
         self._connect()
         self.server.add_mount(MOUNT_ID, provider)
-        self._mount()
+        self._mount(file=provider.is_file)
         self._start(self._up)
         self._start(self._notify)
 
@@ -94,11 +95,13 @@ class KernelMount:
         self.server = FsServer(theirs, on_failure=self.failures.append)
         self._start(self._down)
 
-    def _mount(self) -> None:
-        self.path.mkdir(exist_ok=True)
-        options = (
-            f"fd={self._fuse},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions"
-        )
+    def _mount(self, *, file: bool) -> None:
+        if file:
+            self.path.touch()
+        else:
+            self.path.mkdir(exist_ok=True)
+        rootmode = stat.S_IFREG if file else stat.S_IFDIR
+        options = f"fd={self._fuse},rootmode={rootmode:o},user_id=0,group_id=0,allow_other,default_permissions"
         flags = MS_NOSUID | MS_NODEV
         if libc.mount(b"taskvm", os.fsencode(self.path), b"fuse", flags, options.encode()):
             pytest.skip(f"cannot mount FUSE: {os.strerror(ctypes.get_errno())}: NOT run")

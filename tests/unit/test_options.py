@@ -9,9 +9,16 @@ from taskvm.egress.policy import Policy
 from taskvm.egress.secret import Secret
 from taskvm.errors import UsageError
 from taskvm.fs.hostdir import HostDir
+from taskvm.fs.hostfile import HostFile
 from taskvm.fs.memory import Memory
 from taskvm.fs.shadow import Shadow
-from taskvm.options import MAX_MOUNTS, ResumeArguments, SandboxOptions, change_options
+from taskvm.options import (
+    MAX_MOUNTS,
+    ResumeArguments,
+    SandboxOptions,
+    change_options,
+    is_writable_in,
+)
 
 NOTHING = Policy.parse()
 
@@ -47,6 +54,17 @@ def test_too_many_mounts_are_refused() -> None:
 
     with pytest.raises(UsageError, match=str(MAX_MOUNTS)):
         SandboxOptions(policy=NOTHING, mounts=mounts)
+
+
+def test_a_single_file_is_writable_and_its_neighbours_are_not(tmp_path: Path) -> None:
+    """What may come to a path of the host, through the mount of one file."""
+    for name in ("file", "neighbour"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "link").symlink_to("file")
+
+    assert is_writable_in(HostFile(tmp_path / "file"), tmp_path / "link")
+    assert not is_writable_in(HostFile(tmp_path / "file"), tmp_path / "neighbour")
+    assert not is_writable_in(HostFile(tmp_path / "file", mode="ro"), tmp_path / "file")
 
 
 def test_a_guest_cannot_be_given_its_own_audit_log(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from tests.conftest import GUEST
 from taskvm import (
     Hooks,
     HostDir,
+    HostFile,
     Memory,
     Operation,
     Quota,
@@ -163,3 +164,54 @@ def test_the_page_shows_the_example_as_it_is() -> None:
     (shown,) = re.findall(r"^class Dictionary.*?\n\n\n", example, re.MULTILINE | re.DOTALL)
 
     assert shown.rstrip() in (root / "docs" / "files.md").read_text(encoding="utf-8")
+
+
+async def test_a_single_file_is_shared_and_nothing_beside_it(tmp_path: Path) -> None:
+    """A file below a mounted directory and one of the guest's own /etc; saves of the host by rename are seen."""
+    beside = tmp_path / "home"
+    beside.mkdir()
+    (beside / "app.conf").write_text("port = 1\n")
+    (beside / "id_ed25519").write_text(SECRET)
+    (tmp_path / "project").mkdir()
+    mounts = {
+        "/etc/app/app.conf": HostFile(beside / "app.conf"),
+        "/workspace": HostDir(tmp_path / "project"),
+        "/workspace/app.conf": HostFile(beside / "app.conf", mode="ro"),
+    }
+    async with Sandbox.create(mounts=mounts, **GUEST) as vm:
+        before = await vm.exec(
+            "cat /workspace/app.conf; ls -A /etc/app;"
+            " echo 'user = 2' >> /etc/app/app.conf; echo no > /workspace/app.conf;"
+            " rm /etc/app/app.conf; sed -i s/1/3/ /etc/app/app.conf; mv /etc/app/app.conf /tmp; cat /etc/app/id_ed25519"
+            " /etc/app/app.conf/../id_ed25519; grep -r hidden-value /etc/app /workspace"
+        )
+        written = (beside / "app.conf").read_text()
+        (beside / "app.conf.new").write_text("port = 4\n")
+        (beside / "app.conf.new").rename(beside / "app.conf")
+        after = await vm.exec(
+            "for n in $(seq 300); do grep -q 4 /etc/app/app.conf && break; sleep 0.1; done; cat /etc/app/app.conf"
+        )
+
+    assert before.stdout == "port = 1\napp.conf\n"
+    assert SECRET not in before.stdout + before.stderr
+    assert before.stderr.count("busy") == 3
+    assert written == "port = 1\nuser = 2\n"
+    assert after.stdout == "port = 4\n"
+    assert (tmp_path / "project" / "app.conf").read_text() == ""
+
+
+def test_the_command_line_mounts_a_file(project: Path) -> None:
+    taskvm = Path(sys.executable).with_name("taskvm")
+    options = ["--mount", "./server.pem:/etc/tls/server.pem:ro", "-q", "--cpus", "1"]
+
+    done = subprocess.run(
+        [taskvm, "run", *options, "--memory", "256", "--", "sh", "-c", "cd /etc/tls; ls; cat *; echo > server.pem"],
+        cwd=project,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=50,
+    )  # fmt: skip
+
+    assert done.stdout == f"server.pem\n{SECRET}"
+    assert "Read-only" in done.stderr

@@ -15,6 +15,7 @@ import msgspec
 import taskvm
 from taskvm import (
     HostDir,
+    HostFile,
     ImageError,
     ImageStore,
     Policy,
@@ -90,7 +91,8 @@ SANDBOX_OPTIONS = (
         "mounts",
         multiple=True,
         metavar="HOST:GUEST[:MODE]",
-        help="Mount a host directory: rw (the default), ro, or review: changes stay in the guest until you apply them.",
+        help="Mount a host directory: rw (the default), ro, or review: changes stay in the guest until you apply them. "
+        "Or a file: rw or ro.",
     ),
     click.option(
         "--hide",
@@ -356,7 +358,7 @@ _MOUNT_MODES: dict[str, Literal["direct", "ro", "review"]] = {
 
 def _absolute_mount(text: str) -> str:
     host, colon, rest = text.partition(":")
-    return f"{Path(host or '.').absolute()}{colon}{rest}"
+    return f"{Path(host or '.').expanduser().absolute()}{colon}{rest}"
 
 
 def _absolute(path: str | None) -> str | None:
@@ -374,8 +376,20 @@ def _mount(text: str, hide: tuple[str, ...]) -> tuple[str, Provider]:
             "MODE is rw, ro or review",
         )
     host, guest, mode = parts
+    if Path(host).expanduser().is_file():
+        return guest, _mounted_file(text, host, _MOUNT_MODES[mode])
     directory = HostDir(host or ".", mode=_MOUNT_MODES[mode])
     return guest, Shadow(directory, hide) if hide else directory
+
+
+def _mounted_file(text: str, host: str, mode: str) -> Provider:
+    if mode == "review":
+        raise UsageError(
+            f"read --mount {text}",
+            "a single file cannot be reviewed",
+            "Mount its directory for review, or the file ro",
+        )
+    return HostFile(host, mode="ro" if mode == "ro" else "direct")
 
 
 def pair(text: str, option: str, form: str) -> tuple[str, str]:

@@ -467,13 +467,20 @@ class HostDir(Provider):
 
 def _resolve(path: str | os.PathLike[str]) -> Path:
     operation = f"serve the directory {os.fspath(path)}"
+    resolved = resolve_host_path(path, operation)
+    if not resolved.is_dir():
+        raise UsageError(operation, "it is not a directory", "Serve a file with HostFile")
+    return resolved
+
+
+def resolve_host_path(path: str | os.PathLike[str], operation: str) -> Path:
+    """Return where `path`, which must exist and may begin with `~`, leads. Raises UsageError."""
     try:
-        resolved = Path(path).resolve(strict=True)
+        return Path(path).expanduser().resolve(strict=True)
     except OSError as error:
         raise UsageError(operation, error.strerror or str(error), "Create it first") from error
-    if not resolved.is_dir():
-        raise UsageError(operation, "it is not a directory", "Name the directory it is in")
-    return resolved
+    except RuntimeError as error:  # a home directory that is not known, or links in a circle
+        raise UsageError(operation, str(error), "Write the whole path") from error
 
 
 def _umask() -> int:

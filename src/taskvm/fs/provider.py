@@ -86,6 +86,8 @@ class Provider:
     """What serves a mount. Every method here refuses as a file system without that ability does."""
 
     readonly: bool = False
+    is_file: bool = False
+    """Whether the root is a regular file, which is mounted on one, and not a directory."""
     lasting: bool = False
     """Whether lifetimes are long, so that the guest may keep whole listings. With short ones a listing
     that it kept costs a LOOKUP for each name that is used; one that it reads again brings the attributes

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import os
 import stat
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -64,6 +65,8 @@ class Router(Provider):
         self._providers: list[Provider] = []
         for path, provider in sorted(routes.items()):
             self._add(path, provider)
+        for junction in self._junctions:
+            self._check(junction)
         self._base = (len(self._providers) + 1) | 1  # odd, so that no two inode numbers become one
         self._begin()
 
@@ -84,6 +87,16 @@ class Router(Provider):
             junction = junction.routes[name]
         self._providers.append(provider)
         junction.index = len(self._providers)
+
+    def _check(self, junction: Junction) -> None:
+        if not junction.index or not self._providers[junction.index - 1].is_file:
+            return
+        if junction.parent is None or junction.routes:
+            raise UsageError(
+                f"route a file at {os.fsdecode(junction.name) or '/'!r}",
+                "it has to be a directory",
+                "Give the file a path of its own",
+            )
 
     def _begin(self) -> None:
         self._made_ns = time.time_ns()

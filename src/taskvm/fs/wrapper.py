@@ -55,6 +55,10 @@ class Wrapper(Provider):
         return self.inner.readonly
 
     @property
+    def is_file(self) -> bool:  # type: ignore[override]  # as above
+        return self.inner.is_file
+
+    @property
     def lasting(self) -> bool:  # type: ignore[override]  # as above
         return self.inner.lasting
 

@@ -13,6 +13,7 @@ from taskvm.files import FileInfo
 from taskvm.filewatch import FileChange
 from taskvm.fs.hooks import Hooks
 from taskvm.fs.hostdir import HostDir
+from taskvm.fs.hostfile import HostFile
 from taskvm.fs.memory import Memory
 from taskvm.fs.provider import Provider
 from taskvm.fs.quota import Quota
@@ -39,6 +40,7 @@ __all__ = [  # noqa: RUF022  # most important first, as in taskvm
     "Sandbox",
     "Checkpoint",
     "HostDir",
+    "HostFile",
     "Secret",
     "ExecResult",
     "ExecUsage",

@@ -165,11 +165,14 @@ class GrowRequest(_Request, frozen=True, kw_only=True, tag="grow"):
 
 
 class MountRequest(_Request, frozen=True, kw_only=True, tag="mount"):
-    """With `layer`, a directory of the guest's disk, changes are kept there by overlayfs."""
+    """With `layer`, a directory of the guest's disk, changes are kept there by overlayfs. With `file`, the root is a
+    regular file, and so is what it is mounted on.
+    """
 
     id: int
     path: bytes
     readonly: bool = False
+    file: bool = False
     layer: bytes | None = None
 
 
