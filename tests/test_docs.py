@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 import taskfactory.cli
-import taskvm.cli
+import taskvm.cli.commands
 from taskfactory.agents.scripted import Expectation, ScriptedCall, ScriptedTurn
 from taskfactory.agents.tools import AnyTool, builtin_tools
 from taskfactory.events import AnyEvent
@@ -53,7 +53,7 @@ def _options(command: click.Command) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     ("heading", "command"),
-    [("taskvm", taskvm.cli.main), ("taskfactory run", taskfactory.cli.main)],
+    [("taskvm", taskvm.cli.commands.main), ("taskfactory run", taskfactory.cli.main)],
 )
 def test_every_option_is_named(heading: str, command: click.Group) -> None:
     written = {

@@ -21,6 +21,7 @@ from taskvm.fs.provider import Provider
 from taskvm.fs.router import Router
 from taskvm.fs.wrapper import Wrapper
 from taskvm.limits import LimitArguments, Limits
+from taskvm.progress import ignore_progress
 from taskvm.vm.warm import AcceleratorChoice
 
 if TYPE_CHECKING:
@@ -44,10 +45,6 @@ _RESERVED = (
     "/sbin",
 )
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
-
-
-def ignore_progress(line: str) -> None:
-    """For progress that nobody wants to hear."""
 
 
 class ResumeArguments(LimitArguments, total=False):

@@ -18,7 +18,8 @@ from taskvm.background import Background
 from taskvm.errors import SandboxLostError, SandboxStateError, UsageError
 from taskvm.guest import Guest
 from taskvm.launch import fork
-from taskvm.options import DEFAULT_CPUS, DEFAULT_MEMORY_MIB, ignore_progress
+from taskvm.options import DEFAULT_CPUS, DEFAULT_MEMORY_MIB
+from taskvm.progress import ignore_progress
 from taskvm.vm.template import Progress, Template
 from taskvm.vm.warm import AcceleratorChoice, prepare
 from taskvm.wanted import find_wanted

@@ -54,12 +54,12 @@ from taskvm.options import (
     ResumeArguments,
     SandboxOptions,
     change_options,
-    ignore_progress,
     is_writable_in,
     read_options,
 )
 from taskvm.pool import WarmPool
 from taskvm.process import KILL_TIMEOUT_S, Capture, ExecResult, Process, pty_size
+from taskvm.progress import ignore_progress
 from taskvm.resources import ExecLimits, bounds_of
 from taskvm.review.changes import ChangeSet
 from taskvm.review.mounted import ReviewMount

@@ -1,4 +1,4 @@
-"""The options of a sandbox: what exists can be started (taskvm.options)."""
+"""The options of a sandbox: what exists can be started (taskvm.options, taskvm.progress)."""
 
 import typing
 from pathlib import Path

@@ -2,7 +2,7 @@
 
 taskvm.supervisor.client, taskvm.supervisor.connection, taskvm.supervisor.server, taskvm.supervisor.holding,
 taskvm.supervisor.job, taskvm.supervisor.attachment, taskvm.supervisor.spawn, taskvm.supervisor.place,
-taskvm.supervisor.roster, taskvm.cli.sandboxes, taskvm.cli.supervisor.
+taskvm.supervisor.roster, taskvm.cli.sandboxes, taskvm.cli.supervisor, taskvm.cli.serving.
 """
 
 import json

@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-from taskvm.cli import (
-    attached,
-    checkpoint,
-    doctor,
-    image,
-    log,
-    policy,
-    run,
-    sandboxes,
-    secret,
-    supervisor,
-)
-from taskvm.cli.group import main
+import signal
 
 __all__ = ["main"]
 
-for _command in (
-    run.run,
-    attached.shell,
-    sandboxes.start,
-    sandboxes.ps,
-    attached.attach,
-    attached.exec_,
-    sandboxes.logs,
-    sandboxes.cp,
-    sandboxes.publish,
-    sandboxes.stop,
-    supervisor.supervisor,
-    image.image,
-    checkpoint.checkpoint,
-    policy.policy,
-    secret.secret,
-    log.log,
-    doctor.doctor,
-):
-    main.add_command(_command)
+
+def main() -> None:
+    """Be the program `taskvm`."""
+    handled = signal.getsignal(signal.SIGINT)
+    # Ctrl-C before there is anything to release ends us as any program, and not with a traceback out of an import.
+    if (
+        handled is signal.default_int_handler
+    ):  # who started us may have it ignored, as `command &` of a shell
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from taskvm.cli.commands import main as commands
+
+    signal.signal(signal.SIGINT, handled)
+    commands()

@@ -15,7 +15,8 @@ from collections.abc import Awaitable, Callable, Coroutine
 
 import click
 
-from taskvm import Attachment, HostError, Launch, SandboxStatus, Supervisor, TaskvmError, UsageError
+import taskvm
+from taskvm import HostError, TaskvmError, UsageError
 from taskvm.cli.detach import DEFAULT_KEYS, DetachKeys
 from taskvm.cli.group import EXIT_NO_READER, EXIT_TIMEOUT
 from taskvm.cli.options import SandboxArguments, pair, sandbox_options
@@ -68,18 +69,18 @@ def shell(
         )
     occupy_standard_streams()
     keys, terminal = DetachKeys.parse(detach_keys), Terminal(STDIN)
-    started: list[SandboxStatus] = []
+    started: list[taskvm.SandboxStatus] = []
 
     async def work() -> int:
         launch = make_launch(arguments, command or LOGIN_SHELL, terminal.size)
         status = await start_held(arguments, launch, name)
         started.append(status)
-        attached = await Supervisor().attach(status.id)
+        attached = await taskvm.Supervisor().attach(status.id)
         return await _converse(attached, terminal, keys, status.name or status.id)
 
     async def on_signal(number: int) -> None:
         if started and number != signal.SIGHUP:
-            await _finish(Supervisor().stop(started[0].id))
+            await _finish(taskvm.Supervisor().stop(started[0].id))
 
     sys.exit(_run(work(), on_signal))
 
@@ -120,10 +121,10 @@ def exec_(
     occupy_standard_streams()
     terminal = Terminal(STDIN) if tty and os.isatty(STDIN) else None
     keys = DetachKeys.parse(detach_keys) if terminal else None
-    started: list[Attachment] = []
+    started: list[taskvm.Attachment] = []
 
     async def work() -> int:
-        attached = await Supervisor().exec(
+        attached = await taskvm.Supervisor().exec(
             sandbox,
             command,
             cwd=cwd,
@@ -167,7 +168,7 @@ def attach(detach_keys: str, sandbox: str, number: int | None) -> None:
 
     async def work() -> int:
         size = terminal.size if terminal else None
-        attached = await Supervisor().attach(sandbox, number, size=size)
+        attached = await taskvm.Supervisor().attach(sandbox, number, size=size)
         ours = terminal if attached.pty else None
         keys = DetachKeys.parse(detach_keys) if ours else None
         again = sandbox if number is None else f"{sandbox} {number}"
@@ -185,9 +186,9 @@ def make_launch(
     pty: tuple[int, int] | None,
     *,
     stdin: bool = True,
-) -> Launch:
+) -> taskvm.Launch:
     """Return the main command of a sandbox in the supervisor."""
-    return Launch(
+    return taskvm.Launch(
         command=list(command),
         cwd=arguments.cwd,
         env=terminal_environment(arguments.env) if pty else {},
@@ -199,8 +200,8 @@ def make_launch(
 
 
 async def start_held(
-    arguments: SandboxArguments, launch: Launch | None, name: str | None
-) -> SandboxStatus:
+    arguments: SandboxArguments, launch: taskvm.Launch | None, name: str | None
+) -> taskvm.SandboxStatus:
     """Start a sandbox in the supervisor and tell where its ports are."""
     if arguments.reviewed:
         raise UsageError(
@@ -210,7 +211,7 @@ async def start_held(
         )
     variables = arguments.variables()
     arguments.create(variables)  # what is wrong is said before a supervisor is started
-    status = await Supervisor().start(
+    status = await taskvm.Supervisor().start(
         arguments.portable(),
         launch=launch,
         name=name,
@@ -223,7 +224,7 @@ async def start_held(
 
 
 async def _converse(
-    attached: Attachment,
+    attached: taskvm.Attachment,
     terminal: Terminal | None,
     keys: DetachKeys | None,
     again: str,
@@ -261,7 +262,7 @@ def _run(
 
 
 async def _end(sandbox: str, number: int) -> None:
-    async with await Supervisor().attach(sandbox, number) as attached:
+    async with await taskvm.Supervisor().attach(sandbox, number) as attached:
         await attached.kill_all()
 
 

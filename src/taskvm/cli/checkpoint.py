@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from taskvm import Checkpoint, CheckpointStore, Supervisor
+import taskvm
 
 
 @click.group(short_help="Save sandboxes, to start others from them.")
@@ -23,14 +23,14 @@ def checkpoint() -> None:
 @click.argument("name", metavar="NAME|FILE")
 def create(memory: bool, stop: bool, sandbox: str, name: str) -> None:
     """Save SANDBOX (of `taskvm ps`) under a name, or in a file (with a slash). It runs on."""
-    saved = asyncio.run(Supervisor().checkpoint(sandbox, name, memory=memory, stop=stop))
+    saved = asyncio.run(taskvm.Supervisor().checkpoint(sandbox, name, memory=memory, stop=stop))
     click.echo(saved.path)
 
 
 @checkpoint.command("list")
 def list_() -> None:
     """List the checkpoints of the store."""
-    for each in CheckpointStore().list():
+    for each in taskvm.CheckpointStore().list():
         kind = "memory" if each.memory else "disk"
         click.echo(
             f"{each.name:24}  {kind:6}  {each.disk_bytes >> 20:6} MiB  {each.created}  image {each.image[:12]}"
@@ -41,7 +41,7 @@ def list_() -> None:
 @click.argument("name", metavar="NAME|FILE")
 def show(name: str) -> None:
     """Print what a checkpoint says of itself as JSON."""
-    found = Checkpoint.load(name)
+    found = taskvm.Checkpoint.load(name)
     facts = {
         "name": found.name,
         "path": str(found.path),
@@ -60,7 +60,7 @@ def show(name: str) -> None:
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 def remove(names: tuple[str, ...]) -> None:
     """Remove checkpoints from the store. Sandboxes that started from them run on."""
-    store = CheckpointStore()
+    store = taskvm.CheckpointStore()
     for name in names:
         store.remove(name)
 
@@ -70,7 +70,7 @@ def remove(names: tuple[str, ...]) -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 def export(name: str, file: Path) -> None:
     """Write the disk checkpoint NAME to FILE, for a host with the same image."""
-    CheckpointStore().export(name, file)
+    taskvm.CheckpointStore().export(name, file)
 
 
 @checkpoint.command("import")
@@ -78,4 +78,4 @@ def export(name: str, file: Path) -> None:
 @click.argument("name")
 def import_(file: Path, name: str) -> None:
     """Take the disk checkpoint in FILE into the store, as NAME. It may come from anywhere."""
-    CheckpointStore().import_(file, name)
+    taskvm.CheckpointStore().import_(file, name)

@@ -8,14 +8,13 @@ import sys
 import click
 
 import taskvm
-from taskvm import examine as examine_host
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 def doctor(as_json: bool) -> None:
     """Explain what this host can do, and what is in the way. Exits with 1 when no sandbox can start."""
-    findings = asyncio.run(examine_host())
+    findings = asyncio.run(taskvm.examine())
     if as_json:
         click.echo(taskvm.render_findings(findings))
     else:

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 import click
 
-from taskvm import Cache, Image, ImageError, ImageSpec, ImageStore, Removed
+import taskvm
+from taskvm import ImageError, ImageSpec
 from taskvm.cli.group import progress
 
 
@@ -33,7 +34,7 @@ def image_build(
     mirror: str | None, suite: str, include: tuple[str, ...], arch: str, name: str | None
 ) -> None:
     """Build a guest image (about a minute), whether or not it was built before."""
-    store = ImageStore()
+    store = taskvm.ImageStore()
     built = store.build(ImageSpec(suite=suite, mirror=mirror, include=include, arch=arch), progress)
     if name is not None:
         store.tag(built, name)
@@ -43,11 +44,11 @@ def image_build(
 @image.command("list")
 def image_list() -> None:
     """List the images of the store, the newest first. Exits with 1 when one is damaged."""
-    store = ImageStore()
+    store = taskvm.ImageStore()
     names: dict[str, list[str]] = {}
     for ref, digest in store.refs().items():
         names.setdefault(digest, []).append(ref)
-    sound: list[Image] = []
+    sound: list[taskvm.Image] = []
     damaged: list[str] = []
     for digest in store.digests():
         try:
@@ -69,14 +70,14 @@ def image_list() -> None:
 @click.argument("name")
 def image_show(name: str) -> None:
     """Print the manifest of the image NAME (a name, a digest, or the start of a digest) as JSON."""
-    click.echo(ImageStore().get(name).manifest.to_json())
+    click.echo(taskvm.ImageStore().get(name).manifest.to_json())
 
 
 @image.command("verify")
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 def image_verify(names: tuple[str, ...]) -> None:
     """Read every file of the images (default: all) and compare it with the manifest. Exits with 1 on damage."""
-    store = ImageStore()
+    store = taskvm.ImageStore()
     damaged = False
     for name in names or store.digests():
         try:
@@ -94,7 +95,7 @@ def image_verify(names: tuple[str, ...]) -> None:
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 def image_rm(names: tuple[str, ...]) -> None:
     """Remove images, all their names, and the templates made from them. One that a sandbox uses stays."""
-    cache = Cache()
+    cache = taskvm.Cache()
     for name in names:
         _report(cache.remove(name, progress))
 
@@ -112,10 +113,10 @@ def image_prune(keep: int) -> None:
     """Remove what no start will use again: images without a name, stale templates, old initial file systems, and
     what killed processes left.
     """
-    _report(Cache().prune(keep, progress))
+    _report(taskvm.Cache().prune(keep, progress))
 
 
-def _report(removed: Iterable[Removed]) -> None:
+def _report(removed: Iterable[taskvm.Removed]) -> None:
     size = 0
     for item in removed:
         size += item.size_bytes

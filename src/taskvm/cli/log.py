@@ -7,7 +7,7 @@ import sys
 import click
 import msgspec
 
-from taskvm import AuditEvent, find_audit_log, read_audit
+import taskvm
 
 
 @click.command()
@@ -24,7 +24,7 @@ from taskvm import AuditEvent, find_audit_log, read_audit
 @click.argument("log", required=False)
 def log(log: str | None, follow: bool, denied: bool, number: int | None, as_json: bool) -> None:
     """Print the audit log LOG: a file, or a sandbox's id. [default: of the newest sandbox]"""
-    events = read_audit(find_audit_log(log), follow=follow)
+    events = taskvm.read_audit(taskvm.find_audit_log(log), follow=follow)
     for event in events:
         if (denied and event.decision != "deny") or number not in (None, event.exec):
             continue
@@ -33,7 +33,7 @@ def log(log: str | None, follow: bool, denied: bool, number: int | None, as_json
         sys.stdout.flush()
 
 
-def render(event: AuditEvent) -> str:
+def render(event: taskvm.AuditEvent) -> str:
     """Return one line for a person. All of it was made printable when it was written."""
     where = event.host or event.address
     if event.port:

@@ -13,19 +13,7 @@ import click
 import msgspec
 
 import taskvm
-from taskvm import (
-    HostDir,
-    HostFile,
-    ImageError,
-    ImageStore,
-    Policy,
-    Provider,
-    Sandbox,
-    Secret,
-    Shadow,
-    UsageError,
-    command_output,
-)
+from taskvm import ImageError, UsageError
 from taskvm.cli.group import progress, silent
 
 P = ParamSpec("P")
@@ -262,7 +250,7 @@ class SandboxArguments:
         """Raise UsageError for what a user can see to be wrong before anything starts."""
         if self.image is not None:
             try:
-                ImageStore().get(self.image)
+                taskvm.ImageStore().get(self.image)
             except ImageError as error:
                 raise UsageError(
                     f"use --image {self.image}", error.cause, error.next_step
@@ -283,7 +271,7 @@ class SandboxArguments:
         `variables` has the values of its secrets when another process has read them.
         """
         self.check()
-        return Sandbox.create(
+        return taskvm.Sandbox.create(
             mounts=dict(_mount(text, self.hide) for text in self.mounts),
             policy=read_policy(self.policy_file, self.allow, self.allow_addresses),
             resolve=read_table(self.resolve),
@@ -304,7 +292,7 @@ class SandboxArguments:
             on_progress=on_progress or self.on_progress,
         )
 
-    def _secrets(self, variables: Mapping[str, str] | None) -> list[Secret]:
+    def _secrets(self, variables: Mapping[str, str] | None) -> list[taskvm.Secret]:
         return [
             *(_secret(text, variables) for text in self.secrets),
             *(_secret_file(text, variables) for text in self.secret_files),
@@ -329,13 +317,13 @@ def sandbox_options(
 
 def read_policy(
     policy_file: str | None, allow: Iterable[str], allow_addresses: Iterable[str]
-) -> Policy:
+) -> taskvm.Policy:
     """Return what the options of a policy mean together."""
-    rules = Policy.from_file(policy_file) if policy_file else Policy()
-    return rules.joined(Policy.parse(allow, allow_addresses))
+    rules = taskvm.Policy.from_file(policy_file) if policy_file else taskvm.Policy()
+    return rules.joined(taskvm.Policy.parse(allow, allow_addresses))
 
 
-def read_secret(text: str) -> Secret:
+def read_secret(text: str) -> taskvm.Secret:
     """Return the secret that NAME@HOST[,HOST…] names, its value from this process's environment."""
     return _secret(text, None)
 
@@ -365,7 +353,7 @@ def _absolute(path: str | None) -> str | None:
     return None if path is None else str(Path(path).absolute())
 
 
-def _mount(text: str, hide: tuple[str, ...]) -> tuple[str, Provider]:
+def _mount(text: str, hide: tuple[str, ...]) -> tuple[str, taskvm.Provider]:
     parts = text.split(":")
     if len(parts) == 2:
         parts.append("rw")
@@ -378,18 +366,18 @@ def _mount(text: str, hide: tuple[str, ...]) -> tuple[str, Provider]:
     host, guest, mode = parts
     if Path(host).expanduser().is_file():
         return guest, _mounted_file(text, host, _MOUNT_MODES[mode])
-    directory = HostDir(host or ".", mode=_MOUNT_MODES[mode])
-    return guest, Shadow(directory, hide) if hide else directory
+    directory = taskvm.HostDir(host or ".", mode=_MOUNT_MODES[mode])
+    return guest, taskvm.Shadow(directory, hide) if hide else directory
 
 
-def _mounted_file(text: str, host: str, mode: str) -> Provider:
+def _mounted_file(text: str, host: str, mode: str) -> taskvm.Provider:
     if mode == "review":
         raise UsageError(
             f"read --mount {text}",
             "a single file cannot be reviewed",
             "Mount its directory for review, or the file ro",
         )
-    return HostFile(host, mode="ro" if mode == "ro" else "direct")
+    return taskvm.HostFile(host, mode="ro" if mode == "ro" else "direct")
 
 
 def pair(text: str, option: str, form: str) -> tuple[str, str]:
@@ -407,7 +395,7 @@ def published(text: str) -> tuple[int, int]:
     return int(host_port) if separator else 0, int(guest_port)
 
 
-def _secret(text: str, variables: Mapping[str, str] | None) -> Secret:
+def _secret(text: str, variables: Mapping[str, str] | None) -> taskvm.Secret:
     name, separator, hosts = text.partition("@")
     if "=" in text:
         # The text may hold the value itself: it is not repeated.
@@ -419,21 +407,21 @@ def _secret(text: str, variables: Mapping[str, str] | None) -> Secret:
     if not separator:
         raise UsageError(f"read --secret {text}", "it is not NAME@HOST[,HOST…]")
     if variables is not None:
-        return Secret.from_value(name, variables.get(name, ""), hosts=_hosts(hosts))
-    return Secret.from_env(name, hosts=_hosts(hosts))
+        return taskvm.Secret.from_value(name, variables.get(name, ""), hosts=_hosts(hosts))
+    return taskvm.Secret.from_env(name, hosts=_hosts(hosts))
 
 
-def _secret_file(text: str, variables: Mapping[str, str] | None) -> Secret:
+def _secret_file(text: str, variables: Mapping[str, str] | None) -> taskvm.Secret:
     name, equals, rest = text.partition("=")
     path, separator, hosts = rest.rpartition("@")
     if not (name and equals and path and separator):
         raise UsageError(f"read --secret-file {text}", "it is not NAME=FILE@HOST[,HOST…]")
     if variables is not None:
-        return Secret.from_value(name, variables.get(name, ""), hosts=_hosts(hosts))
-    return Secret.from_file(path, name=name, hosts=_hosts(hosts))
+        return taskvm.Secret.from_value(name, variables.get(name, ""), hosts=_hosts(hosts))
+    return taskvm.Secret.from_file(path, name=name, hosts=_hosts(hosts))
 
 
-def _secret_command(text: str, variables: Mapping[str, str] | None) -> Secret:
+def _secret_command(text: str, variables: Mapping[str, str] | None) -> taskvm.Secret:
     name, equals, rest = text.partition("=")
     command, separator, hosts = rest.rpartition("@")
     try:
@@ -443,8 +431,8 @@ def _secret_command(text: str, variables: Mapping[str, str] | None) -> Secret:
     if not (name and equals and argv and separator):
         raise UsageError(f"read --secret-command {text}", "it is not NAME=COMMAND@HOST[,HOST…]")
     if variables is not None:
-        return Secret.from_value(name, variables.get(name, ""), hosts=_hosts(hosts))
-    return Secret.from_callback(name, command_output(argv), hosts=_hosts(hosts))
+        return taskvm.Secret.from_value(name, variables.get(name, ""), hosts=_hosts(hosts))
+    return taskvm.Secret.from_callback(name, taskvm.command_output(argv), hosts=_hosts(hosts))
 
 
 def _hosts(text: str) -> Iterable[str]:

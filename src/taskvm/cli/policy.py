@@ -9,16 +9,8 @@ from typing import Any
 
 import click
 
-from taskvm import (
-    Decision,
-    Policy,
-    Supervisor,
-    UsageError,
-    explain,
-    find_audit_log,
-    read_audit,
-    suggest_policy,
-)
+import taskvm
+from taskvm import UsageError
 from taskvm.cli.options import POLICY_OPTIONS, read_policy, read_table
 
 EXIT_REFUSED = 1
@@ -54,7 +46,7 @@ def check(
     with 0 when the request is allowed, with 1 when it is refused.
     """
     rules = read_policy(policy_file, allow, allow_addresses)
-    explanation = explain(rules, url, method=method.upper(), resolve=read_table(resolve))
+    explanation = taskvm.explain(rules, url, method=method.upper(), resolve=read_table(resolve))
     click.echo(explanation.request)
     for step in explanation.steps:
         click.echo(f"  {step.subject:8} {_say(step.decision)}")
@@ -78,9 +70,9 @@ def show(
     read_table(resolve)
     rules = read_policy(policy_file, allow, allow_addresses)
     if sandbox is not None:
-        if rules != Policy():
+        if rules != taskvm.Policy():
             raise UsageError(f"show the policy of {sandbox}", "options say another one")
-        rules = asyncio.run(Supervisor().policy(sandbox))
+        rules = asyncio.run(taskvm.Supervisor().policy(sandbox))
     click.echo(rules.to_toml(), nl=False)
 
 
@@ -96,8 +88,8 @@ def change(
 
     Open connections that might not be allowed any more are cut at once.
     """
-    rules = Policy.from_file(policy_file) if policy_file else None
-    changing = Supervisor().change_policy(sandbox, rules, allow=allow, deny=deny)
+    rules = taskvm.Policy.from_file(policy_file) if policy_file else None
+    changing = taskvm.Supervisor().change_policy(sandbox, rules, allow=allow, deny=deny)
     click.echo(asyncio.run(changing).to_toml(), nl=False)
 
 
@@ -109,10 +101,12 @@ def suggest(log: str | None) -> None:
     LOG is a file, or a sandbox's id. [default: of the newest sandbox] What was refused is listed in
     comments. Read it before you use it: what was used was not always needed.
     """
-    click.echo(suggest_policy(read_audit(find_audit_log(log))).to_toml(), nl=False)
+    click.echo(
+        taskvm.suggest_policy(taskvm.read_audit(taskvm.find_audit_log(log))).to_toml(), nl=False
+    )
 
 
-def _say(decision: Decision) -> str:
+def _say(decision: taskvm.Decision) -> str:
     verdict = "allow" if decision.allowed else "deny "
     hint = f". {decision.hint}" if decision.hint else ""
     return f"{verdict} by {decision.rule}: {decision.reason}{hint}"

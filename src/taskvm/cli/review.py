@@ -14,7 +14,8 @@ from typing import Literal, get_args
 
 import click
 
-from taskvm import Change, ChangeSet, Outcome, Sandbox, UsageError, printable
+import taskvm
+from taskvm import UsageError
 from taskvm.cli.streams import STDERR, STDIN
 
 Apply = Literal["ask", "all", "none"]
@@ -71,11 +72,11 @@ class Review:
             raise UsageError(f"write the patch {file}", "its directory does not exist")
         return cls(paths, apply, file)
 
-    async def take(self, vm: Sandbox) -> list[tuple[str, ChangeSet]]:
+    async def take(self, vm: taskvm.Sandbox) -> list[tuple[str, taskvm.ChangeSet]]:
         """Take the changes of a sandbox that is about to be closed."""
         return [(path, await vm.changes(path)) for path in self.paths]
 
-    def settle(self, taken: Sequence[tuple[str, ChangeSet]]) -> bool:
+    def settle(self, taken: Sequence[tuple[str, taskvm.ChangeSet]]) -> bool:
         """Do as the user wishes, and close the sets. Returns whether all that was to be applied was."""
         patches, good = [], True
         for path, changes in taken:
@@ -90,7 +91,7 @@ class Review:
             _tell(f"the patch is in {self.diff_file}")
         return good
 
-    def _apply(self, changes: ChangeSet) -> bool:
+    def _apply(self, changes: taskvm.ChangeSet) -> bool:
         if self.apply == "all":
             return _report(changes.apply())
         answer = ""
@@ -98,11 +99,11 @@ class Review:
             answer = _ask("taskvm: apply? [y]es, [n]o, show the [d]iff")
             if answer == "d":
                 for line in changes.diff().split("\n"):
-                    click.echo(printable(line), err=True)
+                    click.echo(taskvm.printable(line), err=True)
         return answer == "n" or _report(changes.apply(guarded=_wants_guarded(changes)))
 
 
-def _wants_guarded(changes: ChangeSet) -> bool:
+def _wants_guarded(changes: taskvm.ChangeSet) -> bool:
     guarded = [change for change in changes if change.guard and not change.refusal]
     if not guarded:
         return False
@@ -116,26 +117,26 @@ def _ask(question: str) -> str:
     return answer.strip().lower()[:1]
 
 
-def _summarise(path: str, changes: Sequence[Change]) -> None:
+def _summarise(path: str, changes: Sequence[taskvm.Change]) -> None:
     counts = Counter(change.kind for change in changes)
     told = ", ".join(f"{number} {kind}" for kind, number in sorted(counts.items()))
-    _tell(f"changes in {printable(path)}: {told or 'none'}")
+    _tell(f"changes in {taskvm.printable(path)}: {told or 'none'}")
     # Deletions, and what will not just be applied, first: a long list must not hide them.
     _list(sorted(changes, key=lambda change: (not change.obstacle, change.kind != "deleted")))
 
 
-def _list(changes: Sequence[Change]) -> None:
+def _list(changes: Sequence[taskvm.Change]) -> None:
     for change in changes[:MAX_SHOWN]:
         click.echo(f"  {change}", err=True)
     if len(changes) > MAX_SHOWN:
         click.echo(f"  … and {len(changes) - MAX_SHOWN} more", err=True)
 
 
-def _report(outcomes: Sequence[Outcome]) -> bool:
+def _report(outcomes: Sequence[taskvm.Outcome]) -> bool:
     left = [outcome for outcome in outcomes if outcome.status != "applied"]
     _tell(f"applied {len(outcomes) - len(left)} of {len(outcomes)} changes")
     for outcome in left[:MAX_SHOWN]:
-        click.echo(f"  not applied  {printable(outcome.path)}: {outcome.reason}", err=True)
+        click.echo(f"  not applied  {taskvm.printable(outcome.path)}: {outcome.reason}", err=True)
     if len(left) > MAX_SHOWN:
         click.echo(f"  … and {len(left) - MAX_SHOWN} more", err=True)
     return not left

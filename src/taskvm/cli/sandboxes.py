@@ -9,7 +9,8 @@ from pathlib import Path
 import click
 import msgspec
 
-from taskvm import SandboxStatus, Supervisor, TaskvmError, UsageError
+import taskvm
+from taskvm import TaskvmError, UsageError
 from taskvm.cli.attached import name_option, start_held
 from taskvm.cli.group import EXIT_FAILURE, EXIT_NO_READER
 from taskvm.cli.options import SandboxArguments, published, sandbox_options
@@ -49,7 +50,7 @@ def start(arguments: SandboxArguments, name: str | None) -> None:
 @click.option("--quiet", "-q", is_flag=True, help="Print ids only.")
 def ps(ended: bool, as_json: bool, quiet: bool) -> None:
     """List the sandboxes of the supervisor, and what they use of this host."""
-    found = asyncio.run(Supervisor().list(ended=ended))
+    found = asyncio.run(taskvm.Supervisor().list(ended=ended))
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(found)))
     elif quiet:
@@ -76,7 +77,7 @@ def logs(follow: bool, sandbox: str, number: int | None) -> None:
     """Print the last output of the main command of SANDBOX, or of that with the number EXEC: 256 KiB of each stream."""
 
     async def work() -> int:
-        attaching = Supervisor().attach(sandbox, number, follow=follow)
+        attaching = taskvm.Supervisor().attach(sandbox, number, follow=follow)
         async with await attaching as attached, asyncio.TaskGroup() as group:
             group.create_task(copy_stream(attached.stdout, STDOUT))
             group.create_task(copy_stream(attached.stderr, STDERR))
@@ -97,7 +98,7 @@ def publish(sandbox: str, ports: tuple[str, ...]) -> None:
 
     async def work() -> None:
         for host_port, port in map(published, ports):
-            click.echo(await Supervisor().publish(sandbox, port, host_port=host_port))
+            click.echo(await taskvm.Supervisor().publish(sandbox, port, host_port=host_port))
 
     asyncio.run(work())
 
@@ -124,12 +125,12 @@ def cp(source: str, target: str) -> None:
 
 
 async def _stop(sandboxes: tuple[str, ...]) -> int:
-    supervisor = Supervisor()
+    supervisor = taskvm.Supervisor()
     names = sandboxes or [each.id for each in await supervisor.list()]
     outcomes = await asyncio.gather(*map(supervisor.stop, names), return_exceptions=True)
     status = 0
     for outcome in outcomes:
-        if isinstance(outcome, SandboxStatus):
+        if isinstance(outcome, taskvm.SandboxStatus):
             click.echo(outcome.id)
         elif isinstance(outcome, TaskvmError):
             click.echo(f"taskvm: {outcome}", err=True)
@@ -140,11 +141,11 @@ async def _stop(sandboxes: tuple[str, ...]) -> int:
 
 
 async def _copy_in(source: str, target: tuple[str, str]) -> None:
-    await Supervisor().copy_in(target[0], source, target[1], into=True)
+    await taskvm.Supervisor().copy_in(target[0], source, target[1], into=True)
 
 
 async def _copy_out(source: tuple[str, str], target: Path) -> None:
-    await Supervisor().copy_out(source[0], source[1], target)
+    await taskvm.Supervisor().copy_out(source[0], source[1], target)
 
 
 def _split(text: str) -> tuple[str, str] | None:
@@ -156,7 +157,7 @@ def _split(text: str) -> tuple[str, str] | None:
 # The table.
 
 
-def _row(status: SandboxStatus) -> tuple[str, ...]:
+def _row(status: taskvm.SandboxStatus) -> tuple[str, ...]:
     left = [each for each in (status.idle_left_s, status.life_left_s) if each is not None]
     running = status.state != "ended"
     return (
@@ -176,7 +177,7 @@ def _row(status: SandboxStatus) -> tuple[str, ...]:
     )
 
 
-def _commands(status: SandboxStatus) -> str:
+def _commands(status: taskvm.SandboxStatus) -> str:
     running = [each for each in status.execs if each.exit_code is None]
     return "; ".join(
         f"{each.number}: {each.command[:40]}{' (attached)' if each.attached else ''}"

@@ -6,7 +6,7 @@ import asyncio
 
 import click
 
-from taskvm import Supervisor
+import taskvm
 from taskvm.cli.options import read_secret
 
 
@@ -24,7 +24,7 @@ def put(sandbox: str, secret: str) -> None:
     A secret of this name keeps its placeholder and gets the new value. Commands that start from now
     on find the placeholder in $NAME.
     """
-    click.echo(asyncio.run(Supervisor().put_secret(sandbox, read_secret(secret))))
+    click.echo(asyncio.run(taskvm.Supervisor().put_secret(sandbox, read_secret(secret))))
 
 
 @secret.command()
@@ -32,4 +32,4 @@ def put(sandbox: str, secret: str) -> None:
 @click.argument("name")
 def revoke(sandbox: str, name: str) -> None:
     """Let the secret NAME of SANDBOX go nowhere from now on."""
-    asyncio.run(Supervisor().revoke_secret(sandbox, name))
+    asyncio.run(taskvm.Supervisor().revoke_secret(sandbox, name))

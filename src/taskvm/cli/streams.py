@@ -9,7 +9,8 @@ import signal
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any, Protocol
 
-from taskvm import ByteStream, ExecResult, HostError, SandboxLostError
+import taskvm
+from taskvm import HostError, SandboxLostError
 from taskvm.cli.detach import DetachKeys
 from taskvm.terminal import Terminal
 
@@ -61,13 +62,13 @@ class DetachedError(Exception):
 class Program(Protocol):
     """What has the streams: a `Process`, or an `Attachment` to one."""
 
-    stdout: ByteStream
-    stderr: ByteStream
+    stdout: taskvm.ByteStream
+    stderr: taskvm.ByteStream
 
     async def write(self, data: bytes) -> None: ...
     async def close_stdin(self) -> None: ...
     async def resize(self, rows: int, cols: int) -> None: ...
-    async def wait(self) -> ExecResult: ...
+    async def wait(self) -> taskvm.ExecResult: ...
 
 
 async def relay(
@@ -76,7 +77,7 @@ async def relay(
     *,
     keys: DetachKeys | None = None,
     owns_input: bool = True,
-) -> ExecResult:
+) -> taskvm.ExecResult:
     """Give the standard streams to `process` until it ends. With `owns_input` their end is its input's end.
 
     Raises DetachedError when `keys` are typed.
@@ -99,7 +100,7 @@ async def relay(
     return result
 
 
-async def copy_stream(stream: ByteStream, descriptor: int) -> None:
+async def copy_stream(stream: taskvm.ByteStream, descriptor: int) -> None:
     """Write what comes to one of the standard streams. Raises NoReaderError, HostError."""
     async for data in stream:
         await asyncio.to_thread(_write_all, descriptor, data)

@@ -7,19 +7,21 @@ import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from taskvm.checkpoints.checkpoint import Checkpoint, checkpoint_path
 from taskvm.egress.policy import Policy
 from taskvm.egress.secret import Secret
-from taskvm.files import GuestPath
-from taskvm.options import ignore_progress
+from taskvm.progress import ignore_progress
 from taskvm.supervisor.attachment import Attachment
 from taskvm.supervisor.connection import NoneRunsError, connect
 from taskvm.supervisor.place import Place
 from taskvm.supervisor.ports import Caller
 from taskvm.wire import supervision as messages
 from taskvm.wire.supervision import ExecStatus, Launch, Notice, SandboxStatus, SupervisorStatus
+
+if TYPE_CHECKING:
+    from taskvm.checkpoints.checkpoint import Checkpoint
+    from taskvm.files import GuestPath
 
 _T = TypeVar("_T")
 
@@ -82,6 +84,11 @@ class Supervisor:
         stop: bool = False,
     ) -> Checkpoint:
         """Save a sandbox as it is at this instant. Arguments and errors are those of `Sandbox.checkpoint`."""
+        from taskvm.checkpoints.checkpoint import (  # the engine, which no other call needs
+            Checkpoint,
+            checkpoint_path,
+        )
+
         path = checkpoint_path(target)
         request = messages.CheckpointRequest(
             sandbox=sandbox, path=str(path), memory=memory, stop=stop

@@ -6,7 +6,8 @@ from types import TracebackType
 from typing import Self
 
 from taskvm import pool as aio
-from taskvm.options import DEFAULT_CPUS, DEFAULT_MEMORY_MIB, ignore_progress
+from taskvm.options import DEFAULT_CPUS, DEFAULT_MEMORY_MIB
+from taskvm.progress import ignore_progress
 from taskvm.sync.bridge import Bridge, Call
 from taskvm.vm.template import Progress
 from taskvm.vm.warm import AcceleratorChoice

@@ -21,8 +21,9 @@ from taskvm.fs.provider import Provider
 from taskvm.limits import LimitArguments
 from taskvm.net import ingress as aio_ingress
 from taskvm.net.ingress import LOCALHOST
-from taskvm.options import DEFAULT_CPUS, DEFAULT_MEMORY_MIB, ResumeArguments, ignore_progress
+from taskvm.options import DEFAULT_CPUS, DEFAULT_MEMORY_MIB, ResumeArguments
 from taskvm.process import ExecResult
+from taskvm.progress import ignore_progress
 from taskvm.resources import ExecLimits
 from taskvm.review.changes import ChangeSet
 from taskvm.review.survey import CHANGE_LIMITS

@@ -12,8 +12,8 @@ from typing import Self
 from taskvm.egress.policy import Policy
 from taskvm.egress.secret import Secret
 from taskvm.files import GuestPath
-from taskvm.options import ignore_progress
 from taskvm.process import ExecResult
+from taskvm.progress import ignore_progress
 from taskvm.supervisor import attachment as aio_attachment
 from taskvm.supervisor import client as aio
 from taskvm.sync.bridge import Bridge, Call

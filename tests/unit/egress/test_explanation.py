@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from taskvm import Policy, UsageError, explain
-from taskvm.cli import main
+from taskvm.cli.commands import main
 
 POLICY = Policy.parse(["api.test", "1.1.1.1"]).denying("api.test:81")
 

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taskvm.cli import main
+from taskvm.cli.commands import main
 from taskvm.egress.audit import AuditEvent, render_event, render_time
 from taskvm.egress.policy import Intent, Policy, decide_request
 from taskvm.egress.suggestion import MAX_PATHS, suggest_policy
