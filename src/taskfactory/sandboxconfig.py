@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
@@ -23,6 +23,7 @@ from taskfactory.errors import ConfigError, Problem
 KeyPath = tuple[str | int, ...]
 OnUnavailable = Literal["refuse", "host"]
 WorkspaceMode = Literal["direct", "review"]
+SecretPlace = Literal["query", "path", "body"]  # of a request, besides its headers
 
 SWITCH_VARIABLE = "PI_FACTORY_SANDBOX"
 
@@ -31,6 +32,7 @@ _WORKSPACE_KEYS = (
     *_TASK_KEYS, "taskMayAllow", "onUnavailable", "allowedAddresses", "resolve", "extraCaFiles",
     "hiddenFiles", "passthrough", "workspaceMode",
 )  # fmt: skip
+_SECRET_KEYS = ("hosts", "envVar", "headers", "places", "shape")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}\Z")
 # A name in the image store, with an optional tag: never a path, so never a file an agent wrote.
 _STORE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}(?:[:@][A-Za-z0-9._:-]{1,127})?\Z")
@@ -47,10 +49,17 @@ class Source:
 
 
 class SandboxSecret(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """Where a secret may be sent, and the host's environment variable that holds its value."""
+    """Where a secret may be sent, and the host's environment variable that holds its value.
+
+    `headers`, `places` and `shape` are the engine's: the headers it may stand in (none: those that carry keys), where
+    else, and what the guest sees.
+    """
 
     hosts: tuple[str, ...]
     env_var: str
+    headers: tuple[str, ...] = ()
+    places: tuple[SecretPlace, ...] = ()
+    shape: str = ""
 
 
 class SandboxConfig(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
@@ -162,7 +171,7 @@ def _read_workspace(reader: _Reader, *, env_default: bool) -> SandboxConfig:
 def _workspace_secrets(reader: _Reader) -> dict[str, SandboxSecret]:
     secrets: dict[str, SandboxSecret] = {}
     for name, entry in reader.children("secrets"):
-        entry.check_keys(("hosts", "envVar"), {})
+        entry.check_keys(_SECRET_KEYS, {})
         hosts, variable = entry.hosts("hosts"), entry.text("envVar") or name
         if not _VARIABLE.match(name):
             reader.problem(
@@ -172,8 +181,23 @@ def _workspace_secrets(reader: _Reader) -> dict[str, SandboxSecret]:
             entry.problem(("envVar",), f"{variable!r} is not the name of an environment variable")
         if not hosts and not entry.has_problem(("hosts",)):
             entry.problem(("hosts",), "the secret may go nowhere: list the hosts it is for")
-        secrets[name] = SandboxSecret(hosts=hosts, env_var=variable)
+        secrets[name] = SandboxSecret(
+            hosts=hosts,
+            env_var=variable,
+            headers=entry.texts("headers"),
+            places=_places(entry),
+            shape=entry.text("shape") or "",
+        )
     return secrets
+
+
+def _places(entry: _Reader) -> tuple[SecretPlace, ...]:
+    named = entry.texts("places")
+    for index, place in enumerate(named):
+        if place not in get_args(SecretPlace):
+            known = ", ".join(get_args(SecretPlace))
+            entry.problem(("places", index), f"{place!r} is none of {known}")
+    return tuple(place for place in get_args(SecretPlace) if place in named)
 
 
 def _absolute_paths(reader: _Reader, key: str) -> tuple[str, ...]:
@@ -245,7 +269,10 @@ def _task_secrets(reader: _Reader, ceiling: SandboxConfig) -> dict[str, SandboxS
                 ("secrets", name), "the workspace's sandbox.json declares no such secret"
             )
             continue
-        entry.check_keys(("hosts", "envVar"), {})
+        entry.check_keys(
+            ("hosts", "envVar"),
+            dict.fromkeys(_SECRET_KEYS, "only the workspace's sandbox.json may say this"),
+        )
         if entry.text("envVar") not in (None, declared.env_var):
             entry.problem(("envVar",), "a task cannot choose another variable: leave it out")
         if not entry.has("hosts"):
@@ -254,7 +281,7 @@ def _task_secrets(reader: _Reader, ceiling: SandboxConfig) -> dict[str, SandboxS
             if not _covered(host, declared.hosts):
                 entry.problem(("hosts", index), f"the workspace does not send {name} to {host}")
         narrowed = entry.hosts("hosts", quiet=True)
-        secrets[name] = SandboxSecret(hosts=narrowed, env_var=declared.env_var)
+        secrets[name] = msgspec.structs.replace(declared, hosts=narrowed)
     return {name: secret for name, secret in secrets.items() if secret.hosts}
 
 

@@ -27,7 +27,7 @@ from taskfactory.sandboxconfig import SandboxConfig
 from taskfactory.workspace import refuse_inside
 
 if TYPE_CHECKING:
-    from taskvm import HostDir, Opening, Process, Provider, Sandbox, Secret
+    from taskvm import HostDir, Opening, Process, Provider, Sandbox, Secret, SecretArguments
 
 GUEST_ROOT = "/workspace"
 # Of the guest's own program that says where its home is.
@@ -154,10 +154,13 @@ def _secrets(config: SandboxConfig, environ: Mapping[str, str]) -> list[Secret]:
             f"read the task's secrets: not set in this program's environment: {names}."
             " Set them and run the task again"
         )
-    return [
-        Secret.from_value(name, environ[secret.env_var], hosts=list(secret.hosts))
-        for name, secret in config.secrets.items()
-    ]
+    secrets = []
+    for name, secret in config.secrets.items():
+        more: SecretArguments = {"places": secret.places, "shape": secret.shape}
+        if secret.headers:
+            more["headers"] = secret.headers
+        secrets.append(Secret.from_value(name, environ[secret.env_var], hosts=secret.hosts, **more))
+    return secrets
 
 
 async def _sandbox_place(vm: Sandbox, wish: _Wish) -> Place:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         Refuse,
     )
     from taskvm.egress.policy import Decision, Policy
-    from taskvm.egress.secret import Secret
+    from taskvm.egress.secret import Secret, SecretArguments
     from taskvm.egress.suggestion import Suggestion, suggest_policy
     from taskvm.errors import (
         CheckpointError,
@@ -85,7 +85,7 @@ else:
             "taskvm.egress.explanation": "Explanation Step explain",
             "taskvm.egress.oversight": "HttpAnswer HttpHook HttpRequest HttpResponse Oversight Question Refuse",
             "taskvm.egress.policy": "Decision Policy",
-            "taskvm.egress.secret": "Secret",
+            "taskvm.egress.secret": "Secret SecretArguments",
             "taskvm.egress.suggestion": "Suggestion suggest_policy",
             "taskvm.errors": (
                 "CheckpointError CommandError CopyError GuestError GuestProtocolError "
@@ -134,6 +134,7 @@ __all__ = [
     "HostDir",
     "HostFile",
     "Secret",
+    "SecretArguments",
     "command_output",
     "ExecResult",
     "ExecUsage",

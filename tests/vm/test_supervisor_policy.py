@@ -46,6 +46,8 @@ def test_a_held_sandbox_is_widened_given_a_secret_and_narrowed(tmp_path: Path) -
             changed = taskvm("policy", "change", "held", "--allow", host)
             put = taskvm("secret", "put", "held", f"K@{host}", K=CANARY)
             during = taskvm(*get)
+            taskvm("secret", "put", "held", f"K@{host},in=query", K=CANARY)
+            queried = taskvm(*get[:-1], f'curl -sS -m 20 "https://{host}/?key=$K"')
             file.write_text(Policy.parse([host]).denying(host).to_toml())
             taskvm("policy", "change", "held", "--policy", str(file))
             shown = taskvm("policy", "show", "held")
@@ -65,9 +67,23 @@ def test_a_held_sandbox_is_widened_given_a_secret_and_narrowed(tmp_path: Path) -
     assert (
         seen.requests[0][2].get("authorization", seen.requests[0][2].get("Authorization")) == CANARY
     )
+    assert queried.stdout == '{"user": "me"}\n', queried.stderr
+    assert seen.requests[1][1] == f"/?key={CANARY}"
     assert Policy.from_text(shown.stdout).rules[0].name == f"deny {host}"
     assert (wrong.returncode, again.returncode, revoked.returncode) == (2, 2, 0)
-    everything = [before, refused, changed, put, during, shown, after, wrong, revoked, again]
+    everything = [
+        before,
+        refused,
+        changed,
+        put,
+        during,
+        queried,
+        shown,
+        after,
+        wrong,
+        revoked,
+        again,
+    ]
     assert CANARY not in "".join(each.stdout + each.stderr for each in everything)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import msgspec
 import taskvm
 from taskvm import ImageError, UsageError
 from taskvm.cli.group import progress, silent
+from taskvm.cli.secrettext import read_secret, read_secret_command, read_secret_file
 
 P = ParamSpec("P")
 
@@ -93,21 +93,22 @@ SANDBOX_OPTIONS = (
         "--secret",
         "secrets",
         multiple=True,
-        metavar="NAME@HOST[,HOST…]",
-        help="Send the value of the variable NAME to these hosts; the guest sees a placeholder in $NAME.",
+        metavar="NAME@HOST[,…]",
+        help="Send the value of the variable NAME to these hosts; the guest sees a placeholder in $NAME. "
+        "After the hosts: in=query, in=path, in=body, header=NAME, shape=ghp_*{36}.",
     ),
     click.option(
         "--secret-file",
         "secret_files",
         multiple=True,
-        metavar="NAME=FILE@HOST[,HOST…]",
+        metavar="NAME=FILE@HOST[,…]",
         help="The same with the value from FILE.",
     ),
     click.option(
         "--secret-command",
         "secret_commands",
         multiple=True,
-        metavar="NAME=COMMAND@HOST[,HOST…]",
+        metavar="NAME=COMMAND@HOST[,…]",
         help="The same with the value that COMMAND prints on this host.",
     ),
     click.option(
@@ -294,9 +295,9 @@ class SandboxArguments:
 
     def _secrets(self, variables: Mapping[str, str] | None) -> list[taskvm.Secret]:
         return [
-            *(_secret(text, variables) for text in self.secrets),
-            *(_secret_file(text, variables) for text in self.secret_files),
-            *(_secret_command(text, variables) for text in self.secret_commands),
+            *(read_secret(text, variables) for text in self.secrets),
+            *(read_secret_file(text, variables) for text in self.secret_files),
+            *(read_secret_command(text, variables) for text in self.secret_commands),
         ]
 
 
@@ -321,11 +322,6 @@ def read_policy(
     """Return what the options of a policy mean together."""
     rules = taskvm.Policy.from_file(policy_file) if policy_file else taskvm.Policy()
     return rules.joined(taskvm.Policy.parse(allow, allow_addresses))
-
-
-def read_secret(text: str) -> taskvm.Secret:
-    """Return the secret that NAME@HOST[,HOST…] names, its value from this process's environment."""
-    return _secret(text, None)
 
 
 def read_table(resolve: Iterable[str]) -> dict[str, str]:
@@ -393,47 +389,3 @@ def published(text: str) -> tuple[int, int]:
     if not all(number.isdecimal() and 0 < int(number) < 65536 for number in numbers):
         raise UsageError(f"read --publish {text}", "it is not GUEST_PORT or HOST_PORT:GUEST_PORT")
     return int(host_port) if separator else 0, int(guest_port)
-
-
-def _secret(text: str, variables: Mapping[str, str] | None) -> taskvm.Secret:
-    name, separator, hosts = text.partition("@")
-    if "=" in text:
-        # The text may hold the value itself: it is not repeated.
-        raise UsageError(
-            "read --secret",
-            "a value does not belong on the command line, where every user of this host can read it",
-            "Put it into the environment and write --secret NAME@HOST",
-        )
-    if not separator:
-        raise UsageError(f"read --secret {text}", "it is not NAME@HOST[,HOST…]")
-    if variables is not None:
-        return taskvm.Secret.from_value(name, variables.get(name, ""), hosts=_hosts(hosts))
-    return taskvm.Secret.from_env(name, hosts=_hosts(hosts))
-
-
-def _secret_file(text: str, variables: Mapping[str, str] | None) -> taskvm.Secret:
-    name, equals, rest = text.partition("=")
-    path, separator, hosts = rest.rpartition("@")
-    if not (name and equals and path and separator):
-        raise UsageError(f"read --secret-file {text}", "it is not NAME=FILE@HOST[,HOST…]")
-    if variables is not None:
-        return taskvm.Secret.from_value(name, variables.get(name, ""), hosts=_hosts(hosts))
-    return taskvm.Secret.from_file(path, name=name, hosts=_hosts(hosts))
-
-
-def _secret_command(text: str, variables: Mapping[str, str] | None) -> taskvm.Secret:
-    name, equals, rest = text.partition("=")
-    command, separator, hosts = rest.rpartition("@")
-    try:
-        argv = shlex.split(command)
-    except ValueError:
-        argv = []
-    if not (name and equals and argv and separator):
-        raise UsageError(f"read --secret-command {text}", "it is not NAME=COMMAND@HOST[,HOST…]")
-    if variables is not None:
-        return taskvm.Secret.from_value(name, variables.get(name, ""), hosts=_hosts(hosts))
-    return taskvm.Secret.from_callback(name, taskvm.command_output(argv), hosts=_hosts(hosts))
-
-
-def _hosts(text: str) -> Iterable[str]:
-    return [host for host in text.split(",") if host]

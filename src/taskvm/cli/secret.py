@@ -7,7 +7,7 @@ import asyncio
 import click
 
 import taskvm
-from taskvm.cli.options import read_secret
+from taskvm.cli.secrettext import read_secret
 
 
 @click.group()
@@ -17,9 +17,9 @@ def secret() -> None:
 
 @secret.command()
 @click.argument("sandbox")
-@click.argument("secret", metavar="NAME@HOST[,HOST…]")
+@click.argument("secret", metavar="NAME@HOST[,…]")
 def put(sandbox: str, secret: str) -> None:
-    """Give SANDBOX the value of the variable NAME for these hosts, and print its placeholder.
+    """Give SANDBOX the value of the variable NAME for these hosts, as --secret, and print its placeholder.
 
     A secret of this name keeps its placeholder and gets the new value. Commands that start from now
     on find the placeholder in $NAME.

@@ -32,6 +32,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}\Z")
 MIN_RANDOM = 16
 # Characters that no part of a request escapes, so that the placeholder has one spelling.
 _SHAPE = re.compile(r"[A-Za-z0-9._~*-]{1,256}\Z")
+_REPEATED = re.compile(r"\*\{([0-9]{1,3})\}")
 _HEADER = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}\Z")
 # Hop-by-hop, framing and routing headers: a secret there would go to the wrong reader or change the
 # message.
@@ -48,8 +49,8 @@ class SecretArguments(TypedDict, total=False):
 
     headers: names of the headers it may stand in; default those that carry keys.
     places: where else: "query", "path", "body". Where a server repeats a place, it repeats the value.
-    shape: what the placeholder looks like, each * a random letter or digit: "ghp_" and 36 of them,
-        for a tool that checks its tokens.
+    shape: what the placeholder looks like, each * a random letter or digit, *{36} so many of them:
+        "ghp_*{36}", for a tool that checks its tokens.
     """
 
     headers: Iterable[str]
@@ -222,16 +223,20 @@ def _check_headers(operation: str, headers: Iterable[str]) -> tuple[str, ...]:
 def _check_places(operation: str, places: Iterable[Place]) -> tuple[Place, ...]:
     named = ("",) if isinstance(places, str) else tuple(places)
     if not set(named) <= set(PLACES):
-        raise UsageError(operation, f"places is not a list of {', '.join(PLACES)}")
+        known = ", ".join(PLACES)
+        raise UsageError(
+            operation, f"its places are not among {known}", "Headers need not be named as one"
+        )
     return tuple(place for place in PLACES if place in named)
 
 
-def _check_shape(operation: str, shape: str) -> str:
+def _check_shape(operation: str, text: str) -> str:
+    shape = _REPEATED.sub(lambda match: "*" * int(match[1]), text)
     if shape and (not _SHAPE.match(shape) or shape.count("*") < MIN_RANDOM):
         raise UsageError(
             operation,
-            f"the shape is not letters, digits, . _ ~ - with at least {MIN_RANDOM} * in it",
-            'Write it like "ghp_" + 36 * "*"',
+            f"the shape is not letters, digits, . _ ~ - with at least {MIN_RANDOM} * in it, 256 signs at most",
+            'Write it like "ghp_*{36}"',
         )
     return shape
 

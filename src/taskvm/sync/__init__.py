@@ -11,7 +11,7 @@ Values, providers and errors are those of `taskvm`. Callbacks and iterators of y
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from taskvm.egress.secret import Secret
+    from taskvm.egress.secret import Secret, SecretArguments
     from taskvm.files import FileInfo
     from taskvm.filewatch import FileChange
     from taskvm.fs.hooks import Hooks
@@ -44,7 +44,7 @@ else:
     __getattr__, __dir__ = exporter(
         __name__,
         {
-            "taskvm.egress.secret": "Secret",
+            "taskvm.egress.secret": "Secret SecretArguments",
             "taskvm.files": "FileInfo",
             "taskvm.filewatch": "FileChange",
             "taskvm.fs.hooks": "Hooks",
@@ -80,6 +80,7 @@ __all__ = [  # noqa: RUF022  # most important first, as in taskvm
     "HostDir",
     "HostFile",
     "Secret",
+    "SecretArguments",
     "ExecResult",
     "ExecUsage",
     "ExecLimits",

@@ -115,6 +115,26 @@ def test_a_task_narrows_one_secret_and_keeps_the_others() -> None:
     assert config.secrets["GITHUB_TOKEN"].hosts == ("api.github.com",)
 
 
+def test_a_workspace_says_where_a_secret_stands_and_what_it_looks_like() -> None:
+    """A task that narrows its hosts changes nothing of that."""
+    wide = """{allowedHosts: [a.test, b.test], secrets: {T: {hosts: [a.test, b.test], headers: [X-T],
+        places: [body, query], shape: "ghp_*{36}"}}}"""
+
+    secret = merge(wide, "secrets: {T: {hosts: [a.test]}}").secrets["T"]
+
+    assert (secret.hosts, secret.headers) == (("a.test",), ("X-T",))
+    assert (secret.places, secret.shape) == (("query", "body"), "ghp_*{36}")
+
+
+def test_a_place_that_does_not_exist_is_told() -> None:
+    text = "{allowedHosts: [a.test], secrets: {T: {hosts: [a.test], places: [body, header]}}}"
+
+    where, key, cause = problems(text)[0].split(": ", 2)
+
+    assert (where, key) == ("sandbox.json:1", "secrets.T.places[1]")
+    assert cause == "'header' is none of query, path, body"
+
+
 def test_a_task_uses_a_secret_as_it_is_declared() -> None:
     assert merge(WORKSPACE, "secrets: {GITHUB_TOKEN: }").secrets == merge(WORKSPACE).secrets
 
@@ -130,6 +150,8 @@ def test_a_task_gives_up_a_secret_with_an_empty_list() -> None:
         ("secrets: {GITHUB_TOKEN: {hosts: [cdn.example.org]}}", "secrets.GITHUB_TOKEN.hosts[0]"),
         ("secrets: {GITHUB_TOKEN: {hosts: ['*.github.com']}}", "secrets.GITHUB_TOKEN.hosts[0]"),
         ("secrets: {GITHUB_TOKEN: {envVar: AWS_KEY}}", "secrets.GITHUB_TOKEN.envVar"),
+        ("secrets: {GITHUB_TOKEN: {places: [body]}}", "secrets.GITHUB_TOKEN.places"),
+        ("secrets: {GITHUB_TOKEN: {headers: [X-Any]}}", "secrets.GITHUB_TOKEN.headers"),
     ],
 )
 def test_a_task_cannot_widen_a_secret(task: str, key: str) -> None:

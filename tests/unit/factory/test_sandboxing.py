@@ -63,6 +63,15 @@ async def test_a_secret_without_a_value_refuses_the_task_and_names_the_variable(
         await enter(config, tmp_path, OTHER="value-of-other")
 
 
+async def test_a_secret_that_the_engine_refuses_refuses_the_task(tmp_path: Path) -> None:
+    """A shape that could be guessed."""
+    secret = SandboxSecret(hosts=("a.test",), env_var="T", shape="ghp_***")
+    config = SandboxConfig(enabled=True, allowed_hosts=("a.test",), secrets={"T": secret})
+
+    with pytest.raises(EnvironmentUnavailable, match="at least 16"):
+        await enter(config, tmp_path, T="value-of-the-token")
+
+
 async def test_without_qemu_the_task_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
