@@ -205,11 +205,11 @@ async def test_an_unread_stream_blocks_only_its_writer(vm: Sandbox) -> None:
 
 
 async def test_many_commands_at_once_keep_their_outputs_apart(vm: Sandbox) -> None:
-    """Thirty-two concurrent commands each get their own bytes."""
-    commands = [f"for i in $(seq 50); do echo {number}; done" for number in range(32)]
+    """Sixty-four concurrent commands each get their own bytes."""
+    commands = [f"for i in $(seq 50); do echo {number}; done" for number in range(64)]
     results = await asyncio.gather(*(vm.exec(command) for command in commands))
 
-    assert [result.stdout for result in results] == [f"{number}\n" * 50 for number in range(32)]
+    assert [result.stdout for result in results] == [f"{number}\n" * 50 for number in range(64)]
 
 
 async def test_leaving_the_process_block_ends_it(vm: Sandbox) -> None:

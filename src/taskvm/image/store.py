@@ -232,22 +232,34 @@ class ImageStore:
             progress("computing digests")
             manifest = _describe(spec, built, new)
             (new / "manifest.json").write_text(f"{manifest.to_json()}\n", encoding="utf-8")
-            image = self._publish(new, manifest.digest)
+            image = self._publish(new, manifest)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         self.tag(image, spec.ref_name)
         progress(f"image {image.digest[:_LEAST_PREFIX]} is ready in {image.path}")
         return image
 
-    def _publish(self, new: Path, digest: str) -> Image:
-        final = self.root / "images" / digest
+    def _publish(self, new: Path, manifest: Manifest) -> Image:
+        final = self.root / "images" / manifest.digest
+        if self._is_sound(manifest.digest):
+            # The same bytes: they stay, so that no name leads nowhere for an instant.
+            replace_file(final / "manifest.json", f"{manifest.to_json()}\n".encode())
+            return self._load(manifest.digest)
         _sync_tree(new)
         if final.exists():
-            # The same bytes, or a damaged copy of them. Who has the old files open keeps them.
-            final.rename(new.with_name("replaced"))
+            final.rename(new.with_name("damaged"))  # who has its files open keeps them
         new.rename(final)
         _sync(final.parent)
-        return self._load(digest)
+        return self._load(manifest.digest)
+
+    def _is_sound(self, digest: str) -> bool:
+        try:
+            image = self._find(digest)
+            if image is not None:
+                self.verify(image)
+        except ImageError:
+            return False
+        return image is not None
 
     def _make_private(self) -> None:
         operation, remedy = (

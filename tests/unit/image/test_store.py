@@ -154,6 +154,77 @@ def test_what_a_killed_build_left_is_removed_by_the_next(store: ImageStore) -> N
     assert "removing what an interrupted build left behind" in said
 
 
+KILLED_ANYWHERE = """
+import itertools, os, signal, sys
+from pathlib import Path
+from taskvm.image.build import BuiltAssets
+from taskvm.image.manifest import ImageSpec
+from taskvm.image.store import ImageStore
+
+SPEC = ImageSpec(arch="x86_64")
+CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.link", "os.symlink"}
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+kernel = b"kernel"
+
+def build(spec, target, progress):
+    (target / "vmlinuz").write_bytes(kernel)
+    (target / "modules").mkdir()
+    (target / "modules" / "00-virtio.ko").write_bytes(b"module")
+    (target / "rootfs.ext4").write_bytes(b"root")
+    return BuiltAssets("6.1", {"libc6": "1"})
+
+def die_before_change(number):
+    left = number
+    def hook(event, args):
+        nonlocal left
+        if event in CHANGES or (event == "open" and args[2] & WRITING):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+
+base, operation = Path(sys.argv[1]), sys.argv[2]
+for number in itertools.count(1):
+    store = ImageStore(base / str(number), builder=build)
+    if operation != "build":
+        store.ensure(SPEC, lambda line: None)
+    child = os.fork()
+    if child == 0:
+        die_before_change(number)
+        if operation == "update":
+            kernel = b"newer kernel"
+        if operation == "remove":
+            store.remove("default" if "default" in store.refs() else next(iter(store.refs())), print)
+        else:
+            store.build(SPEC, lambda line: None)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    if status == 0:
+        break
+    assert os.WTERMSIG(status) == signal.SIGKILL, status
+print(number - 1)
+"""
+
+
+@pytest.mark.parametrize("operation", ["build", "build again", "update", "remove"])
+def test_a_kill_before_any_change_of_the_store_leaves_it_whole(
+    tmp_path: Path, builder: Builder, operation: str
+) -> None:
+    """What is listed is sound, what has a name is there, and the next build succeeds and leaves nothing over."""
+    script = [sys.executable, "-c", KILLED_ANYWHERE, str(tmp_path), operation]
+    kills = int(subprocess.run(script, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+    assert kills >= 5
+    for number in range(1, kills + 1):
+        store = ImageStore(tmp_path / str(number), builder=builder)
+        for found in store.list():
+            store.verify(found)
+        assert set(store.refs().values()) <= set(store.digests()), number
+        store.verify(store.ensure(SPEC, silent))
+        store.verify(store.build(SPEC, silent))
+        assert not (store.root / "staging").exists()
+
+
 def test_a_second_build_waits_says_so_and_finds_the_first_ones_image(tmp_path: Path) -> None:
     waiting = threading.Event()
     quick = Builder()
