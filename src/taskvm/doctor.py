@@ -116,7 +116,7 @@ def _tcg(reason: str) -> Finding:
         name="accelerator",
         status="note",
         text=f"TCG (emulation, several times slower). KVM is not used: {reason}",
-        remedy="QEMU gives no security promise for TCG; the process is confined in any case",
+        remedy="A working /dev/kvm is faster, and QEMU gives a security promise for it; for TCG it gives none",
     )
 
 

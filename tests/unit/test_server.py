@@ -134,7 +134,7 @@ async def test_it_ends_when_it_has_held_nothing_for_a_while(place: Path) -> None
             while (place / "socket").exists():
                 await asyncio.sleep(0.05)
 
-        with pytest.raises(UsageError, match="none runs"):
+        with pytest.raises(UsageError, match="no sandbox runs"):
             await Supervisor().stop("x")
         assert await Supervisor().list() == []
         assert await Supervisor().status() is None

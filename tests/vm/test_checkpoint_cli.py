@@ -25,6 +25,7 @@ def test_a_sandbox_is_saved_listed_carried_and_started_from(tmp_path: Path) -> N
         taskvm("checkpoint", "create", "source", "base")
         path = taskvm("checkpoint", "create", "--memory", "--stop", "source", "whole").strip()
         listed = taskvm("checkpoint", "list")
+        json_listed = taskvm("checkpoint", "list", "--json")
         shown = json.loads(taskvm("checkpoint", "show", "whole"))
         ran = taskvm("run", *SMALL, "--checkpoint", "base", "--", "cat", "/opt/tool")
         whole = taskvm("run", "--checkpoint", "whole", "--", "cat", "/opt/tool", "/dev/shm/x")
@@ -36,6 +37,7 @@ def test_a_sandbox_is_saved_listed_carried_and_started_from(tmp_path: Path) -> N
         taskvm("checkpoint", "rm", "base", "whole", "again")
 
     assert [line.split()[:2] for line in listed.splitlines()] == [
+        ["NAME", "SAVED"],
         ["base", "disk"],
         ["whole", "memory"],
     ]
@@ -44,4 +46,5 @@ def test_a_sandbox_is_saved_listed_carried_and_started_from(tmp_path: Path) -> N
     assert "its memory fits this host" in refused
     assert "it was saved and stopped" in stopped
     assert taskvm("checkpoint", "list") == ""
-    assert "it is not there" in taskvm("run", "--checkpoint", "base", "--", "true", status=125)
+    assert json.loads(json_listed)[1]["name"] == "whole"
+    assert "it is not there" in taskvm("run", "--checkpoint", "base", "--", "true", status=2)

@@ -77,6 +77,7 @@ def test_a_timeout_has_its_own_status() -> None:
         ["--timeout", "nan", "--", "true"],
         ["--allow", "*", "--", "true"],
         ["--image", "nosuch", "--", "true"],
+        ["--checkpoint", "nosuch", "--", "true"],
         ["--secret", "MISSING_VARIABLE@a.example", "--allow", "a.example", "--", "true"],
     ],
 )
@@ -98,12 +99,20 @@ def test_a_secret_on_the_command_line_is_refused_and_not_repeated() -> None:
 
 
 def test_a_program_that_is_not_there_is_an_error_without_a_traceback() -> None:
-    """The guest's reason is printed."""
+    """The guest's reason is printed, and where programs come from; the status is that of a shell."""
     done = taskvm("run", *SMALL, "--", "no-such-program")
 
-    assert done.returncode == 125
+    assert done.returncode == 127
     assert "No such file or directory" in done.stderr
+    assert "taskvm image build --include" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_file_that_is_no_program_has_the_status_of_a_shell() -> None:
+    done = taskvm("run", *SMALL, "--", "/etc/passwd")
+
+    assert done.returncode == 126
+    assert "Permission denied" in done.stderr
 
 
 def test_ctrl_c_ends_everything_quietly() -> None:
@@ -250,6 +259,7 @@ def test_doctor_reports_a_fault_with_a_remedy() -> None:
 
     assert done.returncode == 1
     assert "apt-get install qemu" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("No sandbox can start here: mend qemu")
 
 
 def test_a_directory_that_is_not_there_is_named() -> None:
@@ -273,7 +283,9 @@ def test_a_damaged_image_is_listed_beside_the_others(tmp_path: Path) -> None:
 def test_images_are_listed_and_shown() -> None:
     """`image list` and `image show` agree on the default image."""
     listed = taskvm("image", "list").stdout
+    as_json = json.loads(taskvm("image", "list", "--json").stdout)
     shown = json.loads(taskvm("image", "show", "default").stdout)
 
     assert shown["digest"][:12] in listed
+    assert [each["digest"] for each in as_json if "default" in each["names"]] == [shown["digest"]]
     assert "git" in shown["packages"]

@@ -145,8 +145,11 @@ def _read(target: str | os.PathLike[str]) -> Saved:
 
 def _existing(path: Path) -> Path:
     if not path.exists():
+        named = path.parent == _store()
         raise CheckpointError(
-            f"find the checkpoint {path}", "it is not there", "`taskvm checkpoint list` shows all"
+            f"find the checkpoint {path.name if named else path}",
+            "it is not there",
+            "`taskvm checkpoint list` shows all that have names" if named else "",
         )
     return path
 

@@ -17,8 +17,10 @@ import click
 
 import taskvm
 from taskvm import HostError, TaskvmError, UsageError
+from taskvm.cli import complete
 from taskvm.cli.detach import DEFAULT_KEYS, DetachKeys
 from taskvm.cli.group import EXIT_NO_READER, EXIT_TIMEOUT
+from taskvm.cli.help import SandboxCommand, examples
 from taskvm.cli.options import SandboxArguments, pair, sandbox_options
 from taskvm.cli.streams import (
     STDIN,
@@ -42,12 +44,22 @@ detach_keys = click.option(
     metavar="KEYS",
     help="Keys that leave the command running; an empty text for none.",
 )
+# `docker run -it` is in many fingers.
+interactive_option = click.option(
+    "--interactive", "-i", is_flag=True, help="Nothing: standard input is always passed."
+)
 name_option = click.option("--name", metavar="NAME", help="A name for the sandbox.")
 
 
 @click.command(
     short_help="Open a shell in a new sandbox.",
+    cls=SandboxCommand,
     context_settings={"allow_interspersed_args": False},
+    epilog=examples(
+        "taskvm shell --mount .:/workspace                     ^D ends it, and the sandbox",
+        "taskvm shell --name app                               ^P ^Q leaves it running",
+        "taskvm attach app                                     and this comes back",
+    ),
 )
 @sandbox_options
 @name_option
@@ -91,7 +103,7 @@ def shell(
     context_settings={"allow_interspersed_args": False},
 )
 @click.option("--tty", "-t", is_flag=True, help="Give the command a terminal.")
-@click.option("--interactive", "-i", is_flag=True, help="Nothing: standard input is always passed.")
+@interactive_option
 @click.option("--user", "-u", metavar="USER", help="Account of the guest: a name, or UID:GID.")
 @click.option("--env", "-e", "env", multiple=True, metavar="K=V", help="Set a variable.")
 @click.option("--cwd", "-w", metavar="DIR", help="Working directory in the guest.")
@@ -100,7 +112,7 @@ def shell(
     "--detach", "-d", is_flag=True, help="Print the command's number and leave it running."
 )
 @detach_keys
-@click.argument("sandbox")
+@click.argument("sandbox", shell_complete=complete.sandboxes)
 @click.argument("command", nargs=-1, required=True)
 def exec_(
     tty: bool,
@@ -156,7 +168,7 @@ def exec_(
 
 @click.command(short_help="Come back to a command of a running sandbox.")
 @detach_keys
-@click.argument("sandbox")
+@click.argument("sandbox", shell_complete=complete.sandboxes)
 @click.argument("number", required=False, type=int, metavar="[EXEC]")
 def attach(detach_keys: str, sandbox: str, number: int | None) -> None:
     """Attach this terminal to the main command of SANDBOX, or to that with the number EXEC of `taskvm ps`.

@@ -9,6 +9,8 @@ from pathlib import Path
 import click
 
 import taskvm
+from taskvm.cli import complete
+from taskvm.cli.table import size, table
 
 
 @click.group(short_help="Save sandboxes, to start others from them.")
@@ -19,7 +21,7 @@ def checkpoint() -> None:
 @checkpoint.command("create")
 @click.option("--memory", is_flag=True, help="With the programs that run in it.")
 @click.option("--stop", is_flag=True, help="End the sandbox then.")
-@click.argument("sandbox")
+@click.argument("sandbox", shell_complete=complete.sandboxes)
 @click.argument("name", metavar="NAME|FILE")
 def create(memory: bool, stop: bool, sandbox: str, name: str) -> None:
     """Save SANDBOX (of `taskvm ps`) under a name, or in a file (with a slash). It runs on."""
@@ -28,21 +30,40 @@ def create(memory: bool, stop: bool, sandbox: str, name: str) -> None:
 
 
 @checkpoint.command("list")
-def list_() -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+def list_(as_json: bool) -> None:
     """List the checkpoints of the store."""
-    for each in taskvm.CheckpointStore().list():
-        kind = "memory" if each.memory else "disk"
+    found = list(taskvm.CheckpointStore().list())
+    if as_json:
+        click.echo(json.dumps([_facts(each) for each in found], indent=2))
+    elif found:
+        rows = [
+            (
+                each.name,
+                "memory" if each.memory else "disk",
+                size(each.disk_bytes),
+                each.created,
+                each.image[:12],
+            )
+            for each in found
+        ]
+        click.echo(table(("NAME", "SAVED", "SIZE", "CREATED", "IMAGE"), rows))
+    else:
         click.echo(
-            f"{each.name:24}  {kind:6}  {each.disk_bytes >> 20:6} MiB  {each.created}  image {each.image[:12]}"
+            "taskvm: no checkpoints yet; `taskvm checkpoint create SANDBOX NAME` makes one",
+            err=True,
         )
 
 
 @checkpoint.command("show")
-@click.argument("name", metavar="NAME|FILE")
+@click.argument("name", metavar="NAME|FILE", shell_complete=complete.checkpoints)
 def show(name: str) -> None:
     """Print what a checkpoint says of itself as JSON."""
-    found = taskvm.Checkpoint.load(name)
-    facts = {
+    click.echo(json.dumps(_facts(taskvm.Checkpoint.load(name)), indent=2))
+
+
+def _facts(found: taskvm.Checkpoint) -> dict[str, object]:
+    return {
         "name": found.name,
         "path": str(found.path),
         "memory": found.memory,
@@ -53,11 +74,12 @@ def show(name: str) -> None:
         "memory_mib": found.memory_mib,
         "created": found.created,
     }
-    click.echo(json.dumps(facts, indent=2))
 
 
 @checkpoint.command("rm")
-@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.argument(
+    "names", nargs=-1, required=True, metavar="NAME...", shell_complete=complete.checkpoints
+)
 def remove(names: tuple[str, ...]) -> None:
     """Remove checkpoints from the store. Sandboxes that started from them run on."""
     store = taskvm.CheckpointStore()
@@ -66,7 +88,7 @@ def remove(names: tuple[str, ...]) -> None:
 
 
 @checkpoint.command("export")
-@click.argument("name")
+@click.argument("name", shell_complete=complete.checkpoints)
 @click.argument("file", type=click.Path(path_type=Path))
 def export(name: str, file: Path) -> None:
     """Write the disk checkpoint NAME to FILE, for a host with the same image."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from taskvm.cli import (
     attached,
     checkpoint,
+    completion,
     doctor,
     image,
     log,
@@ -39,5 +40,6 @@ for _command in (
     secret.secret,
     log.log,
     doctor.doctor,
+    completion.completion,
 ):
     main.add_command(_command)

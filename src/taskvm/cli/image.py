@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable
 
@@ -9,7 +10,9 @@ import click
 
 import taskvm
 from taskvm import ImageError, ImageSpec
+from taskvm.cli import complete
 from taskvm.cli.group import progress
+from taskvm.cli.table import size, table
 
 
 @click.group(short_help="Build, list and show guest images.")
@@ -42,44 +45,81 @@ def image_build(
 
 
 @image.command("list")
-def image_list() -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+def image_list(as_json: bool) -> None:
     """List the images of the store, the newest first. Exits with 1 when one is damaged."""
     store = taskvm.ImageStore()
     names: dict[str, list[str]] = {}
-    for ref, digest in store.refs().items():
+    for ref, digest in sorted(store.refs().items()):
         names.setdefault(digest, []).append(ref)
     sound: list[taskvm.Image] = []
-    damaged: list[str] = []
+    damaged: dict[str, str] = {}
     for digest in store.digests():
         try:
             sound.append(store.get(digest))
         except ImageError as error:
-            damaged.append(f"{digest[:12]}  DAMAGED  {error.cause}")
-    for item in sorted(sound, key=lambda image: image.manifest.created, reverse=True):
-        manifest = item.manifest
-        click.echo(
-            f"{item.digest[:12]}  {manifest.arch}  {item.disk_bytes >> 20:5} MiB  {manifest.created}  "
-            f"{', '.join(sorted(names.get(item.digest, [])))}"
-        )
-    for line in damaged:
-        click.echo(line)
+            damaged[digest] = error.cause
+    sound.sort(key=lambda image: image.manifest.created, reverse=True)
+    if as_json:
+        click.echo(json.dumps(_as_json(sound, damaged, names), indent=2))
+    elif sound:
+        rows = [_row(each, names.get(each.digest, [])) for each in sound]
+        click.echo(table(("DIGEST", "ARCH", "SIZE", "CREATED", "NAMES"), rows))
+    elif not damaged:
+        click.echo("taskvm: no images yet; the first sandbox builds one", err=True)
+    if not as_json:
+        for digest, cause in damaged.items():
+            click.echo(f"{digest[:12]}  DAMAGED  {cause}")
     sys.exit(1 if damaged else 0)
 
 
+def _row(image: taskvm.Image, names: list[str]) -> tuple[str, ...]:
+    manifest = image.manifest
+    return (
+        image.digest[:12],
+        manifest.arch,
+        size(image.disk_bytes),
+        manifest.created,
+        ", ".join(names),
+    )
+
+
+def _as_json(
+    sound: list[taskvm.Image], damaged: dict[str, str], names: dict[str, list[str]]
+) -> list[dict[str, object]]:
+    found: list[dict[str, object]] = [
+        {
+            "digest": each.digest,
+            "names": names.get(each.digest, []),
+            "arch": each.manifest.arch,
+            "disk_bytes": each.disk_bytes,
+            "created": each.manifest.created,
+        }
+        for each in sound
+    ]
+    return found + [
+        {"digest": digest, "names": names.get(digest, []), "damaged": cause}
+        for digest, cause in damaged.items()
+    ]
+
+
 @image.command("show")
-@click.argument("name")
+@click.argument("name", shell_complete=complete.images)
 def image_show(name: str) -> None:
     """Print the manifest of the image NAME (a name, a digest, or the start of a digest) as JSON."""
     click.echo(taskvm.ImageStore().get(name).manifest.to_json())
 
 
 @image.command("verify")
-@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=complete.images)
 def image_verify(names: tuple[str, ...]) -> None:
     """Read every file of the images (default: all) and compare it with the manifest. Exits with 1 on damage."""
     store = taskvm.ImageStore()
     damaged = False
+    known = {*store.refs(), *store.digests()}
     for name in names or store.digests():
+        if not any(each.startswith(name) for each in known):
+            store.get(name)  # raises: what is not there is not damaged
         try:
             found = store.get(name)
             store.verify(found)
@@ -92,7 +132,7 @@ def image_verify(names: tuple[str, ...]) -> None:
 
 
 @image.command("rm")
-@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.argument("names", nargs=-1, required=True, metavar="NAME...", shell_complete=complete.images)
 def image_rm(names: tuple[str, ...]) -> None:
     """Remove images, all their names, and the templates made from them. One that a sandbox uses stays."""
     cache = taskvm.Cache()
@@ -117,8 +157,8 @@ def image_prune(keep: int) -> None:
 
 
 def _report(removed: Iterable[taskvm.Removed]) -> None:
-    size = 0
+    freed = 0
     for item in removed:
-        size += item.size_bytes
+        freed += item.size_bytes
         click.echo(f"removed {item.what}: {item.size_bytes / 1024**2:.1f} MiB")
-    click.echo(f"freed {size / 1024**2:.1f} MiB")
+    click.echo(f"freed {freed / 1024**2:.1f} MiB")

@@ -12,7 +12,8 @@ import click
 import msgspec
 
 import taskvm
-from taskvm import ImageError, UsageError
+from taskvm import CheckpointError, ImageError, UsageError
+from taskvm.cli import complete
 from taskvm.cli.group import progress, silent
 from taskvm.cli.secrettext import read_secret, read_secret_command, read_secret_file
 
@@ -24,6 +25,7 @@ POLICY_OPTIONS = (
         "--policy",
         "policy_file",
         metavar="FILE",
+        type=click.Path(),
         help="Rules with hosts, methods and paths (TOML or JSON); those of --allow come after them.",
     ),
     click.option(
@@ -51,11 +53,13 @@ SANDBOX_OPTIONS = (
     click.option(
         "--image",
         metavar="NAME",
+        shell_complete=complete.images,
         help="Image of the store (name or digest). [default: the standard image]",
     ),
     click.option(
         "--checkpoint",
         metavar="NAME|FILE",
+        shell_complete=complete.checkpoints,
         help="Start from a saved sandbox: a name of the store, or a path with a slash.",
     ),
     click.option("--cpus", default=2, show_default=True, help="Virtual CPUs."),
@@ -116,6 +120,7 @@ SANDBOX_OPTIONS = (
         "ca_files",
         multiple=True,
         metavar="PEM",
+        type=click.Path(),
         help="Verify servers with these certificates too.",
     ),
     click.option(
@@ -124,14 +129,18 @@ SANDBOX_OPTIONS = (
         metavar="HOST",
         help="Do not intercept TLS to this allowed host (for programs that pin its certificate).",
     ),
-    click.option("--env", "env", multiple=True, metavar="K=V", help="Set a variable in the guest."),
+    click.option(
+        "--env", "-e", "env", multiple=True, metavar="K=V", help="Set a variable in the guest."
+    ),
     click.option(
         "--cwd",
+        "-w",
         metavar="DIR",
         help="Working directory in the guest. [default: /workspace if mounted]",
     ),
     click.option(
         "--user",
+        "-u",
         metavar="USER",
         help="Account of the guest that runs the command: a name, or UID:GID.",
     ),
@@ -157,7 +166,10 @@ SANDBOX_OPTIONS = (
         help="Make a TCP server in the guest reachable at 127.0.0.1 of this host.",
     ),
     click.option(
-        "--audit", metavar="FILE", help="Append each egress decision to FILE as a JSON line."
+        "--audit",
+        metavar="FILE",
+        type=click.Path(),
+        help="Append each egress decision to FILE as a JSON line.",
     ),
     click.option(
         "--accel",
@@ -255,6 +267,13 @@ class SandboxArguments:
             except ImageError as error:
                 raise UsageError(
                     f"use --image {self.image}", error.cause, error.next_step
+                ) from error
+        if self.checkpoint is not None:
+            try:
+                taskvm.Checkpoint.load(self.checkpoint)
+            except CheckpointError as error:
+                raise UsageError(
+                    f"use --checkpoint {self.checkpoint}", error.cause, error.next_step
                 ) from error
         for option, value in (("timeout", self.timeout), ("idle-timeout", self.idle_timeout)):
             if value is not None and not value > 0:  # so that "nan" is refused too

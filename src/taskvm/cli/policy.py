@@ -11,6 +11,7 @@ import click
 
 import taskvm
 from taskvm import UsageError
+from taskvm.cli import complete
 from taskvm.cli.options import POLICY_OPTIONS, read_policy, read_table
 
 EXIT_REFUSED = 1
@@ -58,7 +59,7 @@ def check(
 
 @policy.command()
 @policy_options
-@click.argument("sandbox", required=False)
+@click.argument("sandbox", required=False, shell_complete=complete.sandboxes)
 def show(
     sandbox: str | None,
     policy_file: str | None,
@@ -80,7 +81,7 @@ def show(
 @click.option("--policy", "policy_file", metavar="FILE", help="Replace it by this policy file.")
 @click.option("--allow", multiple=True, metavar="HOST", help="Allow a host, after all rules.")
 @click.option("--deny", multiple=True, metavar="HOST", help="Deny a host, before all rules.")
-@click.argument("sandbox")
+@click.argument("sandbox", shell_complete=complete.sandboxes)
 def change(
     sandbox: str, policy_file: str | None, allow: tuple[str, ...], deny: tuple[str, ...]
 ) -> None:

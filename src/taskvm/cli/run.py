@@ -11,8 +11,9 @@ import click
 
 import taskvm
 from taskvm import UsageError
-from taskvm.cli.attached import make_launch, name_option, start_held
+from taskvm.cli.attached import interactive_option, make_launch, name_option, start_held
 from taskvm.cli.group import EXIT_FAILURE, EXIT_NO_READER, EXIT_TIMEOUT
+from taskvm.cli.help import SandboxCommand, examples
 from taskvm.cli.options import SandboxArguments, published, sandbox_options
 from taskvm.cli.review import Apply, Review, apply_option, diff_option
 from taskvm.cli.streams import (
@@ -28,10 +29,20 @@ from taskvm.terminal import DEFAULT_SIZE, Terminal
 
 @click.command(
     short_help="Run a command in a new sandbox.",
+    cls=SandboxCommand,
     context_settings={"allow_interspersed_args": False},
+    epilog=examples(
+        "taskvm run -- python3 -c 'print(6 * 7)'",
+        "taskvm run --mount .:/workspace -- make test                this folder, read and written",
+        "taskvm run --mount .:/workspace:review -t -- bash           its changes are shown, then applied",
+        "taskvm run --allow pypi.org --allow files.pythonhosted.org -- pip download six",
+        "taskvm run --allow api.github.com --secret GH_TOKEN@api.github.com -- ./report",
+        "taskvm run --detach --name tests --mount .:/workspace -- make test; taskvm logs -f tests",
+    ),
 )
 @sandbox_options
 @click.option("--tty", "-t", is_flag=True, help="Give the command a terminal.")
+@interactive_option
 @click.option("--detach", "-d", is_flag=True, help="Print the sandbox's id and leave it running.")
 @name_option
 @apply_option
@@ -40,6 +51,7 @@ from taskvm.terminal import DEFAULT_SIZE, Terminal
 def run(
     arguments: SandboxArguments,
     tty: bool,
+    interactive: bool,
     detach: bool,
     name: str | None,
     apply: Apply | None,
@@ -51,7 +63,11 @@ def run(
     What it changed in mounts for review is shown and applied then; changes that should be and were not make the
     exit status 125.
 
-    Values of secrets come from the environment or a file, never from the command line.
+    Options come before the command; `--` ends them. Values of secrets come from the environment, a file or a program,
+    never from the command line.
+
+    Exits with the command's own status (128 + the signal that ended it); 124 at the timeout, 125 when taskvm itself
+    failed, 126 or 127 when the guest cannot run or does not have the command, 2 for wrong usage.
     """
     if not detach and (name is not None or arguments.idle_timeout is not None):
         option = "--name" if name is not None else "--idle-timeout"

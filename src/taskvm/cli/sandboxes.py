@@ -11,10 +11,13 @@ import msgspec
 
 import taskvm
 from taskvm import TaskvmError, UsageError
+from taskvm.cli import complete
 from taskvm.cli.attached import name_option, start_held
 from taskvm.cli.group import EXIT_FAILURE, EXIT_NO_READER
+from taskvm.cli.help import SandboxCommand, examples
 from taskvm.cli.options import SandboxArguments, published, sandbox_options
 from taskvm.cli.streams import STDERR, STDOUT, NoReaderError, copy_stream, until_signal
+from taskvm.cli.table import size, span, table
 
 _COLUMNS = (
     "ID",
@@ -31,7 +34,14 @@ _COLUMNS = (
 )
 
 
-@click.command(short_help="Start a sandbox that runs until it is stopped.")
+@click.command(
+    short_help="Start a sandbox that runs until it is stopped.",
+    cls=SandboxCommand,
+    epilog=examples(
+        "taskvm start --name app --mount .:/workspace --idle-timeout 3600",
+        "taskvm exec app -- make; taskvm cp app:/workspace/dist .; taskvm stop app",
+    ),
+)
 @sandbox_options
 @name_option
 def start(arguments: SandboxArguments, name: str | None) -> None:
@@ -56,12 +66,12 @@ def ps(ended: bool, as_json: bool, quiet: bool) -> None:
     elif quiet:
         click.echo("".join(f"{each.id}\n" for each in found), nl=False)
     else:
-        click.echo(_table([_COLUMNS, *map(_row, found)]))
+        click.echo(table(_COLUMNS, [_row(each) for each in found]))
 
 
 @click.command(short_help="End sandboxes.")
 @click.option("--all", "-a", "everything", is_flag=True, help="All that run.")
-@click.argument("sandboxes", nargs=-1, metavar="[SANDBOX]...")
+@click.argument("sandboxes", nargs=-1, metavar="[SANDBOX]...", shell_complete=complete.sandboxes)
 def stop(everything: bool, sandboxes: tuple[str, ...]) -> None:
     """End sandboxes and everything in them, and print their ids. Exits with 125 when one could not be ended."""
     if bool(sandboxes) is everything:
@@ -71,7 +81,7 @@ def stop(everything: bool, sandboxes: tuple[str, ...]) -> None:
 
 @click.command(short_help="Print what a command has written.")
 @click.option("--follow", "-f", is_flag=True, help="Go on with what comes, until it ends.")
-@click.argument("sandbox")
+@click.argument("sandbox", shell_complete=complete.sandboxes)
 @click.argument("number", required=False, type=int, metavar="[EXEC]")
 def logs(follow: bool, sandbox: str, number: int | None) -> None:
     """Print the last output of the main command of SANDBOX, or of that with the number EXEC: 256 KiB of each stream."""
@@ -91,7 +101,7 @@ def logs(follow: bool, sandbox: str, number: int | None) -> None:
 
 
 @click.command(short_help="Make a server in a running sandbox reachable.")
-@click.argument("sandbox")
+@click.argument("sandbox", shell_complete=complete.sandboxes)
 @click.argument("ports", nargs=-1, required=True, metavar="[HOST_PORT:]GUEST_PORT...")
 def publish(sandbox: str, ports: tuple[str, ...]) -> None:
     """Make TCP servers in SANDBOX reachable at 127.0.0.1 of this host until it ends, and print their addresses."""
@@ -165,11 +175,11 @@ def _row(status: taskvm.SandboxStatus) -> tuple[str, ...]:
         status.name or "",
         status.image or "default",
         status.state,
-        _span(status.age_s),
+        span(status.age_s),
         f"{status.cpu_s:.1f} s",
-        _size(status.memory_bytes),
-        _size(status.disk_bytes),
-        _span(min(left)) if left and running else "",
+        size(status.memory_bytes),
+        size(status.disk_bytes),
+        span(min(left)) if left and running else "",
         ", ".join(f"{address}->{port}" for address, port in status.forwards.items())
         if running
         else "",
@@ -183,24 +193,3 @@ def _commands(status: taskvm.SandboxStatus) -> str:
         f"{each.number}: {each.command[:40]}{' (attached)' if each.attached else ''}"
         for each in running
     )
-
-
-def _table(rows: list[tuple[str, ...]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
-
-
-def _span(seconds: float) -> str:
-    whole = int(seconds)
-    if whole < 120:
-        return f"{whole} s"
-    if whole < 7200:
-        return f"{whole // 60} min"
-    return f"{whole // 3600} h" if whole < 172800 else f"{whole // 86400} d"
-
-
-def _size(size_bytes: int) -> str:
-    return f"{size_bytes / 1024**2:.0f} MiB"

@@ -7,6 +7,7 @@ import asyncio
 import click
 
 import taskvm
+from taskvm.cli import complete
 from taskvm.cli.secrettext import read_secret
 
 
@@ -16,7 +17,7 @@ def secret() -> None:
 
 
 @secret.command()
-@click.argument("sandbox")
+@click.argument("sandbox", shell_complete=complete.sandboxes)
 @click.argument("secret", metavar="NAME@HOST[,…]")
 def put(sandbox: str, secret: str) -> None:
     """Give SANDBOX the value of the variable NAME for these hosts, as --secret, and print its placeholder.
@@ -28,7 +29,7 @@ def put(sandbox: str, secret: str) -> None:
 
 
 @secret.command()
-@click.argument("sandbox")
+@click.argument("sandbox", shell_complete=complete.sandboxes)
 @click.argument("name")
 def revoke(sandbox: str, name: str) -> None:
     """Let the secret NAME of SANDBOX go nowhere from now on."""

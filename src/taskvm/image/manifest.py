@@ -20,6 +20,8 @@ MANIFEST_FORMAT = 1
 # Raised when the same ImageSpec gives a different guest, such as by another kernel module: what an older recipe made
 # is then built anew.
 RECIPE = 2
+# Begins the names that the store gives to what it has built for a specification other than the default.
+SPEC_PREFIX = "spec-"
 DEFAULT_SUITE = "bookworm"
 DEFAULT_SIZE_MIB = 4096  # virtual: the file is sparse, and each sandbox writes to its own overlay
 
@@ -75,7 +77,7 @@ class ImageSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         """The name under which the store remembers what this specification was built into."""
         if self == ImageSpec():
             return "default"
-        return f"spec-{hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:16]}"
+        return f"{SPEC_PREFIX}{hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:16]}"
 
 
 class Asset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

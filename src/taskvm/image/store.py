@@ -32,6 +32,7 @@ from taskvm.image.build import BuiltAssets, build_assets
 from taskvm.image.manifest import (
     MANIFEST_FORMAT,
     RECIPE,
+    SPEC_PREFIX,
     Asset,
     Image,
     ImageSpec,
@@ -76,11 +77,11 @@ class ImageStore:
         """Return an image by name, digest or the start of a digest. Raises ImageError when there is none."""
         found = self._find(name_or_digest)
         if found is None:
-            known = ", ".join(sorted(self.refs())) or "none"
+            known = ", ".join(self.names()) or "none"
             raise ImageError(
                 f"find the guest image {name_or_digest!r}",
                 f"the store {self.root} does not hold it (names: {known})",
-                "Build it: taskvm image build",
+                f"Build it, with the packages it needs: taskvm image build --name {name_or_digest} --include PACKAGE",
             )
         return found
 
@@ -96,6 +97,10 @@ class ImageStore:
         directory = self.root / "refs"
         paths = directory.iterdir() if directory.is_dir() else ()
         return {path.name: path.read_text().strip() for path in paths if _NAME.fullmatch(path.name)}
+
+    def names(self) -> tuple[str, ...]:
+        """Return the names that people gave; others find what a specification was built into."""
+        return tuple(sorted(name for name in self.refs() if not name.startswith(SPEC_PREFIX)))
 
     def tag(self, image: Image, name: str) -> None:
         """Let `name` stand for `image`."""

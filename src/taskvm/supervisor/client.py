@@ -240,7 +240,7 @@ class Supervisor:
         await self._ask(request, type(None))
 
     async def _attach(self, request: messages.ExecRequest | messages.AttachRequest) -> Attachment:
-        caller = await connect(self._place, request.op)
+        caller = await connect(self._place, request.op, request.sandbox)
         try:
             return Attachment(caller, await caller.ask(request, ExecStatus))
         except BaseException:
@@ -255,11 +255,17 @@ class Supervisor:
     async def _calling(
         self, request: messages.Request, *, starts: bool = False
     ) -> AsyncIterator[Caller]:
-        caller = await connect(self._place, request.op, starts=starts)
+        caller = await connect(self._place, request.op, _subject(request), starts=starts)
         try:
             yield caller
         finally:
             caller.close()
+
+
+def _subject(request: messages.Request) -> str | None:
+    """Return the sandbox that a request is for, as its user named it."""
+    subject = getattr(request, "sandbox", None)
+    return subject if isinstance(subject, str) else None
 
 
 def _absolute(path: str | os.PathLike[str]) -> str:

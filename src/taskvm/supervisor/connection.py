@@ -19,8 +19,12 @@ class NoneRunsError(UsageError):
     """Raised when there is no supervisor, and the operation starts none."""
 
 
-async def connect(place: Place, operation: str, *, starts: bool = False) -> Caller:
+async def connect(
+    place: Place, operation: str, sandbox: str | None = None, *, starts: bool = False
+) -> Caller:
     """Return a connection that has been greeted; with `starts` a supervisor is started where none runs.
+
+    `operation` and the `sandbox` that it is for are what an error names.
 
     Raises NoneRunsError, and HostError when it does not answer or is of another version.
     """
@@ -31,8 +35,8 @@ async def connect(place: Place, operation: str, *, starts: bool = False) -> Call
                     await spawn(place)
                 elif _is_free(place):
                     raise NoneRunsError(
-                        f"{operation} a sandbox",
-                        "none runs",
+                        operation if sandbox is None else f"find the sandbox {sandbox!r}",
+                        "no sandbox runs that outlives its command line",
                         "Start one: `taskvm start`, `taskvm shell` or `taskvm run --detach`",
                     )
                 else:
