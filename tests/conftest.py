@@ -6,11 +6,14 @@ The template is built once and kept in the user's cache; a sandbox then costs te
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from taskvm import Sandbox
@@ -19,6 +22,30 @@ if TYPE_CHECKING:
 BUILD_TIMEOUT_S = 600
 # What tests start guests with: small, so that several fit; the same for all, so that they share one template.
 GUEST = {"cpus": 1, "memory_mib": 256}
+
+
+# A busy machine is no finding: no example has a deadline. CI judges a change by its own examples, the same in each run;
+# everywhere else they are random, and what fails is kept in .hypothesis to be tried again.
+settings.register_profile(
+    "taskvm",
+    deadline=None,
+    derandomize="CI" in os.environ,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("taskvm")
+
+
+def pytest_configure() -> None:
+    """Start from the same state however the run was started, as what tests start inherits it.
+
+    `nohup` and a shell's `&` leave signals ignored, and programs keep to that; modes are made with the usual mask.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM, signal.SIGCHLD):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    os.umask(0o022)
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ import pytest
 
 import taskvm
 from taskvm import sync
+from tests.support.waiting import PATIENCE_S
 
 ROOT = Path(__file__).parent.parent
 # What makes an import slow, or is for a screen; and the parts of the engine that stand on it.
@@ -60,7 +61,7 @@ def test_the_list_of_public_names_is_complete_and_in_the_documentation() -> None
     """docs/api.md is what scripts/render-api makes of the source: run it when this fails."""
     command = [sys.executable, str(ROOT / "scripts" / "render-api"), "--check"]
 
-    subprocess.run(command, check=True, cwd=ROOT, timeout=30)
+    subprocess.run(command, check=True, cwd=ROOT, timeout=PATIENCE_S)
 
 
 @pytest.mark.parametrize("module", [taskvm, sync])
@@ -137,7 +138,9 @@ def test_an_import_loads_what_it_needs(program: str, unwanted: set[str]) -> None
         "import json, sys, threading; print(json.dumps([threading.active_count(), *sys.modules]))"
     )
 
-    text = subprocess.check_output([sys.executable, "-c", f"{program}; {judge}"], timeout=30)
+    text = subprocess.check_output(
+        [sys.executable, "-c", f"{program}; {judge}"], timeout=PATIENCE_S
+    )
     threads, *loaded = json.loads(text)
 
     judges_own = {"json", "threading"}

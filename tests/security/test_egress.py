@@ -23,8 +23,10 @@ from tests.support.egress_lab import (
     read_all,
     scripted_server,
 )
+from tests.support.waiting import PATIENCE_S, until
 
 from taskvm.errors import GuestProtocolError
+from taskvm.net import connection
 from taskvm.port import StreamReset
 from taskvm.wire.frames import FrameType, encode_frame
 
@@ -479,14 +481,17 @@ async def test_a_guest_that_breaks_the_ports_rules_loses_the_port(
 ) -> None:
     async with lab_for(canary) as lab:
         lab.guest.port._transport.write(frame)  # the guest's end says what no agent would
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while lab.guest.lost is None:
                 await asyncio.sleep(0.01)
 
         assert isinstance(lab.failure, GuestProtocolError)
 
 
-async def test_connections_are_limited_and_come_back(canary: HttpServer) -> None:
+async def test_connections_are_limited_and_come_back(
+    canary: HttpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "SNIFF_TIMEOUT_S", PATIENCE_S)  # they say nothing
     async with lab_for(canary) as lab:
         address = await lab.address_of("api.test")
         socks = [await lab.guest.connect(address, canary.port) for _ in range(256)]
@@ -494,7 +499,7 @@ async def test_connections_are_limited_and_come_back(canary: HttpServer) -> None
             await lab.guest.connect(address, canary.port)
         for sock in socks:
             sock.reset()
-        await asyncio.sleep(0.1)
+        await until(lambda: not lab.gateway.connections)
         sock = await lab.guest.connect(address, canary.port)
         await sock.write(request(f"api.test:{canary.port}", "Connection: close"))
 
@@ -531,8 +536,11 @@ async def _answer_or_reset(sock: object, data: bytes) -> bytes:
         return b""
 
 
-async def test_a_flood_of_connections_is_refused_one_by_one(canary: HttpServer) -> None:
+async def test_a_flood_of_connections_is_refused_one_by_one(
+    canary: HttpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Five thousand OPENs in one write: the sandbox keeps its network, and memory stays bounded."""
+    monkeypatch.setattr(connection, "SNIFF_TIMEOUT_S", PATIENCE_S)  # they say nothing
     async with lab_for(canary) as lab:
         address = await lab.address_of("api.test")
         body = msgspec.msgpack.encode({"op": "connect", "addr": address, "port": canary.port})
@@ -540,7 +548,7 @@ async def test_a_flood_of_connections_is_refused_one_by_one(canary: HttpServer) 
         lab.guest.ignored.update(numbers)
         frames = [encode_frame(FrameType.OPEN, 0, number, body) for number in numbers]
         lab.guest.port._transport.write(b"".join(frames))
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(PATIENCE_S):
             while len(lab.denials("connect")) < 5000 - 256:
                 await asyncio.sleep(0.05)
 

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 from tests.support.egress_lab import egress_lab, http_server
+from tests.support.waiting import PATIENCE_S
 
 from taskvm import GuestProtocolError, SandboxLostError
 
@@ -50,7 +51,7 @@ async def test_no_number_opens_what_is_denied() -> None:
 @pytest.mark.parametrize("claim", ["5", b"5", 5.5, True, None, [5], {"exec": 5}])
 async def test_what_is_no_number_breaks_the_ports_rules(claim: object) -> None:
     """As every malformed OPEN: that sandbox is over."""
-    async with egress_lab(running_execs=RUNNING) as lab, asyncio.timeout(5):
+    async with egress_lab(running_execs=RUNNING) as lab, asyncio.timeout(PATIENCE_S):
         with pytest.raises(SandboxLostError):
             await lab.guest.connect("198.18.0.1", 80, exec=claim)
         while lab.failure is None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
 from tests.support.egress_lab import HttpServer, Lab, egress_lab, http_server
+from tests.support.waiting import PATIENCE_S
 
 from taskvm.egress.oversight import (
     Answer,
@@ -351,15 +352,18 @@ async def test_a_hook_sees_placeholders_only(server: HttpServer) -> None:
 
 
 async def test_a_slow_hook_holds_up_nobody_else(server: HttpServer) -> None:
+    go_on = threading.Event()
+
     def on_request(request: HttpRequest) -> None:
         if request.target == "/slow":
-            time.sleep(1)
+            assert go_on.wait(PATIENCE_S)
 
     async with lab_for(server.port, hook=HttpHook(on_request), allow=("api.test",)) as lab:
         slow = await lab.connect("api.test", server.port)
         await slow.write(request("api.test", server.port, "GET /slow HTTP/1.1"))
         fast = await ask(lab, "api.test", server.port)
         arrived = [seen.path for seen in server.requests]
+        go_on.set()
 
         assert fast == 200
         assert arrived == ["/a?b=c"]

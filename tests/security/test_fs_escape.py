@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.support.waiting import PATIENCE_S
 
 from taskvm.errors import GuestProtocolError
 from taskvm.fs.hostdir import HostDir
@@ -35,7 +36,7 @@ class HostileKernel:
 
     def __init__(self, provider: Provider) -> None:
         self.sock, theirs = socket.socketpair()
-        self.sock.settimeout(10)
+        self.sock.settimeout(PATIENCE_S)
         self.failed = threading.Event()
         self.failures: list[Exception] = []
         self.server = FsServer(theirs, on_failure=self._failure)
@@ -148,7 +149,7 @@ def test_a_name_that_is_no_component_ends_the_sandbox(
 ) -> None:
     kernel.send(kernel.message(opcode, ROOT, head + name + b"\0"))
 
-    assert kernel.failed.wait(10)
+    assert kernel.failed.wait(timeout=PATIENCE_S)
     assert isinstance(kernel.failures[0], GuestProtocolError)
     assert kernel.sock.recv(1) == b""
     assert sorted(entry.name for entry in share.iterdir()) == ["directory", "file"]
@@ -506,7 +507,7 @@ def test_a_malformed_message_ends_this_sandbox_only(
 
     kernel.send(message)
 
-    assert kernel.failed.wait(10)
+    assert kernel.failed.wait(timeout=PATIENCE_S)
     assert isinstance(kernel.failures[0], GuestProtocolError)
     assert other.lookup(ROOT, b"file") > 0
     other.close()

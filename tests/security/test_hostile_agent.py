@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from tests.support.waiting import PATIENCE_S
 from tests.unit.vm.test_control import control_and_guest
 
 from taskvm import GuestError, GuestProtocolError, SandboxLostError, TaskvmError, UsageError
@@ -85,7 +86,7 @@ async def outcome(
 ) -> tuple[object, list[Exception]]:
     """Answer what `ask` opens with `frames`. Return its result or error, and what the port ended with."""
     lost: list[Exception] = []
-    async with control_and_guest() as (control, guest), asyncio.timeout(10):
+    async with control_and_guest() as (control, guest), asyncio.timeout(PATIENCE_S):
 
         async def asked() -> object:
             try:

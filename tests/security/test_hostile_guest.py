@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from tests.conftest import GUEST
+from tests.support.waiting import PATIENCE_S
 
 from taskvm import Sandbox, SandboxLostError
 
@@ -32,7 +33,9 @@ async def test_events_that_a_guest_causes_are_not_kept(vm: Sandbox) -> None:
     monitor = vm._guest.machine._qmp
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    result = await vm.exec(["python3", "-c", EVENT_FLOOD, "8000"], user="root", timeout_s=15)
+    result = await vm.exec(
+        ["python3", "-c", EVENT_FLOOD, "8000"], user="root", timeout_s=PATIENCE_S
+    )
 
     assert result.stdout == "flooded\n", result.stderr
     assert monitor.events.empty()
@@ -42,7 +45,7 @@ async def test_events_that_a_guest_causes_are_not_kept(vm: Sandbox) -> None:
 async def test_a_guest_that_goes_on_causing_events_is_ended(vm: Sandbox) -> None:
     """Each costs the host time. The sandbox is lost soon, with the reason, and QEMU is gone."""
     supervisor = vm.host_pid
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE_S):
         with pytest.raises(SandboxLostError, match="floods it with events"):
             await vm.exec(["python3", "-c", EVENT_FLOOD, "100000000"], user="root")
 

@@ -23,6 +23,7 @@ from tests.support.h2_lab import (
     h2_client,
     h2_server,
 )
+from tests.support.waiting import PATIENCE_S
 
 from taskvm.egress.secret import Secret
 
@@ -199,7 +200,7 @@ async def test_a_flood_ends_its_connection_and_nothing_else(canary: HttpServer, 
         async with h2_client(lab, "api.test", canary.port) as client:
             await client.flush()
             with contextlib.suppress(OSError):
-                async with asyncio.timeout(30):
+                async with asyncio.timeout(PATIENCE_S):
                     await asyncio.gather(_flood(client, kind, canary.port), client.read_to_end())
             assert client.closed
 
@@ -279,7 +280,7 @@ async def test_interim_answers_without_end_are_stopped_where_the_guest_does_not_
         h2_client(lab, "api.test", server.port) as client,
     ):
         await client.send(fields(f"api.test:{server.port}"))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while not server.requests or server.requests[0].reset is None:
                 await asyncio.sleep(0.05)
     await asyncio.gather(*tasks)

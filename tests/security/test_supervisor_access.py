@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.screen import SMALL, TASKVM
+from tests.support.waiting import PATIENCE_S
 
 pytestmark = pytest.mark.vm
 NOBODY = 65534
@@ -52,14 +53,14 @@ class Nobody:
 
 def _connect() -> bytes:
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(20)
+        sock.settimeout(PATIENCE_S)
         sock.connect("socket")
         return b"greeted with " + sock.recv(100)
 
 
 def _listen() -> bytes:
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(20)
+        sock.settimeout(PATIENCE_S)
         sock.bind("socket")
         sock.listen()
         connection, _ = sock.accept()
@@ -68,7 +69,7 @@ def _listen() -> bytes:
 
 
 def wait_for(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_S
     while not true():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.05)

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import msgspec
 import trustme
+from tests.support.waiting import PATIENCE_S
 
 from taskvm.egress.audit import AuditEvent, parse_event
 from taskvm.egress.boundsecret import BoundSecret, bind_secrets
@@ -144,7 +145,7 @@ class Guest:
 
     async def _reply(self, number: int) -> bytes:
         future = self._replies[number] = asyncio.get_running_loop().create_future()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             return await future
 
     def _on_frame(self, frame: Frame) -> None:

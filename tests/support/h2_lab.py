@@ -16,6 +16,7 @@ import h2.config
 import h2.connection
 import h2.events
 from tests.support.egress_lab import SERVER_CA, Lab
+from tests.support.waiting import PATIENCE_S
 
 from taskvm.net.tlsstream import TlsStream
 
@@ -73,7 +74,7 @@ class H2Client:
 
     async def finish(self, *numbers: int) -> list[Answer]:
         """Read until these streams have ended, one way or another."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while not self.closed and not all(self._over(number) for number in numbers):
                 await self.receive()
         return [self.answers[number] for number in numbers]
@@ -101,7 +102,7 @@ class H2Client:
 
     async def read_to_end(self) -> None:
         """Read until the gateway closes the connection."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while not self.closed:
                 await self.receive()
 

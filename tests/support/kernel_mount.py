@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from tests.support.waiting import PATIENCE_S
 
 from taskvm.fs.provider import Provider
 from taskvm.fs.server import FsServer
@@ -52,7 +53,7 @@ class KernelMount:
         self.refused: list[tuple[int, bytes]] = []
         self.failures: list[Exception] = []
         self._sending = threading.Lock()  # held while at rest
-        self._notifications: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._notifications: queue.Queue[bytes | None] = queue.Queue()
         self._fuse = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
         self._threads: list[threading.Thread] = []
         self._connect()
@@ -72,9 +73,13 @@ class KernelMount:
         self.server.close()
         self._notifications.put(None)
         for thread in self._threads:
-            thread.join(10)
+            thread.join(PATIENCE_S)
         self._sock.close()
         os.close(self._fuse)
+
+    def settle(self) -> None:
+        """Wait until the kernel has taken what it was told, which comes before the answers to its requests."""
+        self._notifications.join()
 
     def save(self) -> bytes:
         """Bring everything to rest, end the server, and return the mount's state."""
@@ -151,6 +156,7 @@ class KernelMount:
     def _notify(self) -> None:
         while (message := self._notifications.get()) is not None:
             self._write(message)
+            self._notifications.task_done()
 
     def _write(self, message: bytes) -> None:
         try:

@@ -11,9 +11,10 @@ import termios
 import time
 from pathlib import Path
 
+from tests.support.waiting import PATIENCE_S
+
 TASKVM = str(Path(sys.executable).with_name("taskvm"))
 SMALL = ["--cpus", "1", "--memory", "256", "-q"]
-PATIENCE_S = 30
 # readline asks for bracketed paste once it reads keys: what is typed before, the terminal may still interpret.
 PROMPT = b"\x1b[?2004h"
 

@@ -6,6 +6,7 @@ import socket
 from collections.abc import AsyncIterator
 
 import pytest
+from tests.support.waiting import PATIENCE_S
 
 from taskvm.errors import GuestProtocolError, SandboxLostError
 from taskvm.port import FramePort, Inlet, Outlet, StreamReset
@@ -30,7 +31,7 @@ class Peer:
         port.on_lost = self.lost.append
 
     async def until(self, count: int) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while len(self.frames) < count:
                 await asyncio.sleep(0.001)
 
@@ -152,7 +153,7 @@ async def test_sending_on_a_lost_port_says_so() -> None:
     """A port whose guest is gone raises SandboxLostError with the reason."""
     async with pair() as (ours, theirs):
         theirs.port.close()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while not ours.lost:
                 await asyncio.sleep(0.001)
         with pytest.raises(SandboxLostError):
@@ -185,7 +186,7 @@ async def test_many_small_chunks_cost_no_more_than_their_bytes() -> None:
         for _ in range(INITIAL_CREDIT):
             inlet.feed(b"x")
         inlet.feed_end()
-        async with asyncio.timeout(10):  # a hang limit: quadratic work took minutes
+        async with asyncio.timeout(PATIENCE_S):  # a hang limit: quadratic work took minutes
             got = b"".join([data async for data in inlet])
 
     assert got == b"x" * INITIAL_CREDIT
@@ -225,7 +226,7 @@ async def test_a_port_that_is_lost_while_held_frees_its_writers() -> None:
     async with pair() as (ours, theirs):
         ours.port.hold()
         theirs.port.close()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             await ours.port.wait_writable()
         ours.port.release()
 

@@ -6,6 +6,8 @@ Each claim runs in a process of its own, whose limits it may change.
 import subprocess
 import sys
 
+from tests.support.waiting import PATIENCE_S
+
 PROLOGUE = """
 import contextlib, os, resource
 from taskvm.errors import HostError
@@ -16,7 +18,10 @@ def soft(): return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 def said(program: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", PROLOGUE + program], capture_output=True, text=True, timeout=30
+        [sys.executable, "-c", PROLOGUE + program],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from tests.support.waiting import PATIENCE_S
 
 import taskvm
 from taskvm.errors import HostError, UsageError
@@ -77,7 +78,7 @@ async def test_clients_that_say_nothing_or_nonsense_stop_nobody(place: Path) -> 
             socks.append(await _connect(place))
             await loop.sock_sendall(socks[-1], said)
 
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             assert await Supervisor().list() == []
         for sock in socks:
             sock.close()
@@ -130,7 +131,7 @@ async def test_what_it_does_not_know_is_refused(place: Path) -> None:
 async def test_it_ends_when_it_has_held_nothing_for_a_while(place: Path) -> None:
     """Its socket is gone, and who asks is told that none runs."""
     async with serving(place, linger_s=0.1):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while (place / "socket").exists():
                 await asyncio.sleep(0.05)
 
@@ -148,7 +149,7 @@ async def test_it_ends_when_its_place_is_taken_away(
     async with serving(place):
         (place / "socket").rename(place / "old")
         (place / "socket").touch()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while "supervisor ended" not in caplog.text:
                 await asyncio.sleep(0.05)
     assert "no command can reach" in caplog.text

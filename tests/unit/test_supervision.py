@@ -7,6 +7,7 @@ import socket
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.waiting import PATIENCE_S
 
 from taskvm import errors
 from taskvm.errors import GuestError, GuestProtocolError, HostError, SandboxLostError, TaskvmError
@@ -170,10 +171,10 @@ async def test_a_client_that_breaks_the_protocol_is_dropped(frames: bytes) -> No
     service = await Service.open(ours)
     gone = asyncio.Event()
     service.on_gone = gone.set
-    theirs.settimeout(5)
+    theirs.settimeout(PATIENCE_S)
 
     await asyncio.to_thread(theirs.sendall, frames)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await gone.wait()
 
     assert service.gone

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from tests.conftest import GUEST
+from tests.support.waiting import PATIENCE_S
 
 from taskvm import Cache, ImageError, ImageSpec, ImageStore, Sandbox
 from taskvm.paths import cache_path
@@ -23,7 +24,7 @@ def silent(_line: str) -> None:
 
 def image_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [TASKVM, "image", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
 
 @pytest.fixture

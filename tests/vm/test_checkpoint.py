@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from tests.conftest import GUEST
+from tests.support.waiting import PATIENCE_S, until
 
 from taskvm import (
     Checkpoint,
@@ -39,8 +40,8 @@ COUNT = (
 
 
 @contextlib.asynccontextmanager
-async def silent_server() -> AsyncIterator[int]:
-    """A server that takes what comes and never answers; its port."""
+async def silent_server() -> AsyncIterator[tuple[int, list[asyncio.StreamWriter]]]:
+    """A server that takes what comes and never answers: its port, and its connections."""
     held: list[asyncio.StreamWriter] = []
 
     async def hold(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -49,7 +50,7 @@ async def silent_server() -> AsyncIterator[int]:
 
     server = await asyncio.start_server(hold, "127.0.0.1", 0)
     try:
-        yield server.sockets[0].getsockname()[1]
+        yield server.sockets[0].getsockname()[1], held
     finally:
         for writer in held:
             writer.close()
@@ -106,7 +107,7 @@ async def test_a_checkpoint_of_a_checkpoint_holds_both(tmp_path: Path) -> None:
 async def test_programs_go_on_where_they_were_saved(tmp_path: Path) -> None:
     """Memory and disk are of one instant; identity and clock are new; who was connected learns that it is over."""
     secret = Secret("API_TOKEN", value="value-7f21c0", hosts=["api.test"])
-    async with silent_server() as port:
+    async with silent_server() as (port, connections):
         net = {**NET, "allow_addresses": [f"127.0.0.1:{port}"], "secrets": [secret]}
         async with Sandbox.create(**GUEST, **net) as vm:
             counting = await vm.spawn(COUNT)
@@ -117,7 +118,8 @@ async def test_programs_go_on_where_they_were_saved(tmp_path: Path) -> None:
             before = (
                 await vm.exec(f"{UNIQUE}; {table}; sha256sum < /etc/ssl/certs/ca-certificates.crt")
             ).stdout
-            await asyncio.sleep(0.3)
+            await vm.exec("until test -s /dev/shm/count; do sleep 0.1; done", timeout_s=PATIENCE_S)
+            await until(lambda: connections)
             checkpoint = await vm.checkpoint(tmp_path / "memory", memory=True)
             at = int((await vm.exec("cat /dev/shm/count; ls /dev/shm/curl")).stdout)
             await counting.kill_all()
@@ -131,7 +133,7 @@ async def test_programs_go_on_where_they_were_saved(tmp_path: Path) -> None:
             ).stdout
             other = (await two.exec(UNIQUE)).stdout
             clock = float((await one.exec(["date", "+%s.%N"])).stdout)
-            await one.exec("until test -s /dev/shm/curl; do sleep 0.1; done", timeout_s=20)
+            await one.exec("until test -s /dev/shm/curl; do sleep 0.1; done", timeout_s=PATIENCE_S)
             curl = (await one.exec("cat /dev/shm/curl")).stdout
             later = int((await one.exec("cat /dev/shm/count")).stdout)
             names = one.placeholders
@@ -159,7 +161,7 @@ async def test_a_program_that_writes_much_goes_on_too(tmp_path: Path) -> None:
 
     async with checkpoint.resume() as vm:
         done = await vm.exec(
-            "until test $(cat /dev/shm/count) -gt 3; do sleep 0.05; done", timeout_s=30
+            "until test $(cat /dev/shm/count) -gt 3; do sleep 0.05; done", timeout_s=PATIENCE_S
         )
 
     assert done.ok
@@ -178,7 +180,9 @@ async def test_programs_write_on_to_a_mounted_directory(
     async with Sandbox.create(mounts=mounts, **GUEST) as vm:
         await vm.spawn(writes)
         await vm.exec("echo guest > both; echo mine > /seen/sub/mine; cat both > /dev/null")
-        await vm.exec("until grep -qx 50 sub/log; do sleep 0.02; done", check=True, timeout_s=60)
+        await vm.exec(
+            "until grep -qx 50 sub/log; do sleep 0.02; done", check=True, timeout_s=PATIENCE_S
+        )
         with monkeypatch.context() as patch:
             patch.setattr("taskvm.checkpoints.checkpointfile.MAX_MEMORY_JSON_BYTES", 512)
             with pytest.raises(CheckpointError, match="remembers more files of its mounts"):
@@ -196,7 +200,8 @@ async def test_programs_write_on_to_a_mounted_directory(
             await checkpoint.resume(mounts=wrong)
     async with checkpoint.resume(mounts=again) as vm:
         both = await vm.exec(
-            "cat both; touch /dev/shm/go; until test -s sub/end; do sleep 0.05; done", timeout_s=60
+            "cat both; touch /dev/shm/go; until test -s sub/end; do sleep 0.05; done",
+            timeout_s=PATIENCE_S,
         )
         with await vm.changes("/seen") as changes:
             reviewed = {each.path: each.kind for each in changes}

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 from tests.support.screen import SMALL, TASKVM
+from tests.support.waiting import PATIENCE_S
 
 pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("runtime")]
 
 
 def taskvm(*arguments: str, status: int = 0) -> str:
-    done = subprocess.run([TASKVM, *arguments], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([TASKVM, *arguments], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == status, done.stderr
     return done.stdout if status == 0 else done.stderr
 
 
-@pytest.mark.timeout(240)  # a dozen processes of the command line
 def test_a_sandbox_is_saved_listed_carried_and_started_from(tmp_path: Path) -> None:
     """The whole life of a checkpoint, with memory and without."""
     taskvm("start", *SMALL, "--name", "source")

@@ -9,10 +9,11 @@ import pty
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from tests.support.processes import children_of, qemu_of
+from tests.support.waiting import PATIENCE_S
 
 from taskvm.vm.rundir import run_base
 
@@ -24,7 +25,8 @@ SMALL = ["--cpus", "1", "--memory", "256", "-q"]
 
 def taskvm(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(  # type: ignore[call-overload,no-any-return]  # options are subprocess.run's
-        [*TASKVM, *arguments], **{"capture_output": True, "text": True, "timeout": 120, **options}
+        [*TASKVM, *arguments],
+        **{"capture_output": True, "text": True, "timeout": PATIENCE_S, **options},
     )
 
 
@@ -127,7 +129,7 @@ def test_ctrl_c_ends_everything_quietly() -> None:
     assert process.stdout.readline() == "up\n"
 
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=PATIENCE_S)
 
     assert process.returncode == 130
     assert "Traceback" not in stderr
@@ -147,7 +149,7 @@ def test_an_end_from_outside_releases_the_sandbox(number: signal.Signals) -> Non
     assert directory.is_dir()
 
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=PATIENCE_S)
 
     assert (process.returncode, stderr) == (128 + number, "")
     assert not directory.exists()
@@ -164,7 +166,7 @@ def test_a_reader_that_leaves_ends_the_command_quietly() -> None:
 
     process.stdout.close()
 
-    assert process.wait(timeout=30) == 141
+    assert process.wait(timeout=PATIENCE_S) == 141
     assert process.stderr.read() == b""
     process.stderr.close()
 
@@ -185,7 +187,7 @@ def test_a_closed_standard_output_is_nobody_elses_file() -> None:
     """With `>&-` the output goes nowhere, and not into the file that got the number 1."""
     shell = f'exec "{TASKVM[0]}" run {" ".join(SMALL)} -- sh -c "echo lost; exit 7" >&-'
 
-    done = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, timeout=PATIENCE_S)
 
     assert (done.returncode, done.stderr) == (7, "")
 
@@ -200,20 +202,14 @@ def test_a_machine_that_dies_is_one_line() -> None:
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "up\n"
-    (supervisor,) = _children(process.pid)
-    (qemu,) = _children(supervisor)
+    (supervisor,) = children_of(process.pid)
 
-    os.kill(qemu, signal.SIGKILL)
-    _, stderr = process.communicate(timeout=30)
+    os.kill(qemu_of(supervisor), signal.SIGKILL)
+    _, stderr = process.communicate(timeout=PATIENCE_S)
 
     assert process.returncode == 125
     assert stderr.startswith("taskvm: ")
     assert stderr.count("\n") == 1
-
-
-def _children(pid: int) -> list[int]:
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 
 
 def test_a_terminal_stays_blocking() -> None:
@@ -225,9 +221,8 @@ def test_a_terminal_stays_blocking() -> None:
         stdout=follower,
         stderr=follower,
     )
-    time.sleep(0.5)
     os.write(leader, b"typed\n")
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=PATIENCE_S) == 0
     blocking = os.get_blocking(follower)
     os.close(follower)
     output = b""

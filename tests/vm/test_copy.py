@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from tests.support.waiting import PATIENCE_S
 
 from taskvm import CopyError, CopyLimits, Files, GuestError, HostError, Sandbox, UsageError
 
@@ -83,7 +84,7 @@ async def test_a_source_that_fails_leaves_the_old_content(vm: Sandbox) -> None:
     with pytest.raises(KeyError):
         await vm.files.write_stream("/tmp/d/file", broken())
 
-    await vm.exec("while [ $(ls -A /tmp/d | wc -l) -gt 1 ]; do :; done", timeout_s=10)
+    await vm.exec("while [ $(ls -A /tmp/d | wc -l) -gt 1 ]; do :; done", timeout_s=PATIENCE_S)
     assert [entry.name for entry in await vm.files.list("/tmp/d")] == ["file"]
     assert await vm.files.read_text("/tmp/d/file") == "old"
 

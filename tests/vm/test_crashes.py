@@ -6,12 +6,13 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.conftest import GUEST
+from tests.support.processes import children_of, is_alive, qemu_of
+from tests.support.waiting import PATIENCE_S, until
 
 from taskvm import HostError, Sandbox, SandboxLostError, TaskvmError, sandbox, watch
 from taskvm.paths import cache_dir
@@ -25,24 +26,9 @@ MIB = 1024 * 1024
 SMALL_BYTES = 450 * MIB
 
 
-def qemu_of(supervisor: int) -> int:
-    children = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
-    return int(children[0])
-
-
-def ended(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    except OSError:
-        return True
-
-
 def machines() -> set[str]:
-    """The directories of sandboxes and the running QEMUs of this process."""
-    own = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-    return {path.name for path in run_base().iterdir()} | {
-        pid for pid in own if not ended(int(pid))
-    }
+    """The directories of sandboxes in this cache and the running QEMUs of this process."""
+    return {path.name for path in run_base().iterdir()} | set(map(str, children_of(os.getpid())))
 
 
 async def test_a_stopped_qemu_fails_a_request_in_bounded_time(
@@ -54,16 +40,15 @@ async def test_a_stopped_qemu_fails_a_request_in_bounded_time(
     qemu = qemu_of(vm.host_pid)
     os.kill(qemu, signal.SIGSTOP)
 
-    begun = time.monotonic()
     with pytest.raises(SandboxLostError, match=r"did not answer within 1\.5 s"):
         await vm.exec(["true"])
     assert vm.state == "lost"
     with pytest.raises(SandboxLostError, match=r"did not answer within 1\.5 s"):
         await vm.files.stat("/etc/passwd")
-    await vm.close()
+    async with asyncio.timeout(PATIENCE_S):
+        await vm.close()
 
-    assert time.monotonic() - begun < 12
-    assert ended(qemu)
+    assert not is_alive(qemu)
 
 
 async def test_a_time_limit_holds_for_the_start_of_a_command_too(
@@ -73,7 +58,7 @@ async def test_a_time_limit_holds_for_the_start_of_a_command_too(
     monkeypatch.setattr(sandbox, "KILL_TIMEOUT_S", 1.0)
     os.kill(qemu_of(vm.host_pid), signal.SIGSTOP)
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         with pytest.raises(SandboxLostError, match="did not answer within 1 s"):
             await vm.exec(["true"], timeout_s=0.5)
 
@@ -85,41 +70,37 @@ async def test_a_running_command_notices_that_its_guest_has_stopped(
 ) -> None:
     """Without any limit of its own, too: a guest that something waits for must show that it is alive."""
     monkeypatch.setattr(watch, "HEARTBEAT_S", 0.3)
-    monkeypatch.setattr(control, "PROBE_TIMEOUT_S", 1.0)
     async with Sandbox.create(**GUEST) as vm:
         process = await vm.spawn("sleep 600")
         os.kill(qemu_of(vm.host_pid), signal.SIGSTOP)
+        monkeypatch.setattr(control, "PROBE_TIMEOUT_S", 1.0)
 
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             with pytest.raises(SandboxLostError, match="did not answer within 1 s"):
                 await process.wait()
 
 
 async def test_a_stopped_qemu_ends_at_its_limit_all_the_same() -> None:
     """max_duration_s needs no answer from anybody."""
-    async with Sandbox.create(**GUEST, max_duration_s=1.0) as vm:
+    async with Sandbox.create(**GUEST, max_duration_s=4.0) as vm:
         qemu = qemu_of(vm.host_pid)
         os.kill(qemu, signal.SIGSTOP)
 
-        with pytest.raises(SandboxLostError, match="max_duration_s=1"):
+        with pytest.raises(SandboxLostError, match="max_duration_s=4"):
             await vm.exec("true")
-        async with asyncio.timeout(10):
-            while not ended(qemu):
-                await asyncio.sleep(0.05)
+        await until(lambda: not is_alive(qemu))
 
 
 async def test_a_qemu_that_stops_while_it_is_paused_is_lost_with_a_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The command that would have woken the guest fails in bounded time."""
-    monkeypatch.setattr(machine, "QMP_TIMEOUT_S", 1.0)
     async with Sandbox.create(**GUEST, idle_pause_s=0.2) as vm:
-        async with asyncio.timeout(10):
-            while not vm.statistics().paused:
-                await asyncio.sleep(0.05)
+        await until(lambda: vm.statistics().paused)
+        monkeypatch.setattr(machine, "QMP_TIMEOUT_S", 1.0)
         os.kill(qemu_of(vm.host_pid), signal.SIGSTOP)
 
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(PATIENCE_S):
             with pytest.raises(SandboxLostError):
                 await vm.exec(["true"])
         assert vm.state == "lost"
@@ -127,12 +108,10 @@ async def test_a_qemu_that_stops_while_it_is_paused_is_lost_with_a_reason(
 
 async def test_a_qemu_killed_while_paused_is_lost_at_once() -> None:
     async with Sandbox.create(**GUEST, idle_pause_s=0.2) as vm:
-        async with asyncio.timeout(10):
-            while not vm.statistics().paused:
-                await asyncio.sleep(0.05)
-            os.kill(qemu_of(vm.host_pid), signal.SIGKILL)
-            with pytest.raises(SandboxLostError):
-                await vm.exec(["true"])
+        await until(lambda: vm.statistics().paused)
+        os.kill(qemu_of(vm.host_pid), signal.SIGKILL)
+        with pytest.raises(SandboxLostError):
+            await vm.exec(["true"])
 
 
 async def test_the_error_says_how_qemu_ended(vm: Sandbox) -> None:
@@ -141,7 +120,7 @@ async def test_the_error_says_how_qemu_ended(vm: Sandbox) -> None:
     os.kill(qemu_of(vm.host_pid), signal.SIGKILL)
 
     for attempt in (process.wait(), vm.exec(["true"]), vm.checkpoint("never")):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             with pytest.raises(TaskvmError, match="QEMU was ended by SIGKILL"):
                 await attempt
 
@@ -189,7 +168,7 @@ async def test_a_disk_that_fills_during_a_template_build_fails_the_start_and_lea
         fill(small_cache)
 
     before = machines()
-    async with asyncio.timeout(90), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(2 * PATIENCE_S), asyncio.TaskGroup() as group:
         group.create_task(fill_soon())
         with pytest.raises(HostError, match="the disk is full|No space left"):
             await Sandbox.create(**GUEST, accel="tcg", free_disk_mib=0)
@@ -224,7 +203,9 @@ async def test_a_full_disk_under_a_running_guest_is_an_error_in_the_guest(
         fill(small_cache)
 
         written = await vm.exec(
-            "dd if=/dev/urandom of=/var/fill bs=1M count=20 conv=fsync", user="root", timeout_s=60
+            "dd if=/dev/urandom of=/var/fill bs=1M count=20 conv=fsync",
+            user="root",
+            timeout_s=PATIENCE_S,
         )
 
         assert written.exit_code == 1

@@ -2,10 +2,10 @@
 
 import asyncio
 import signal
-import time
 from collections.abc import AsyncIterator
 
 import pytest
+from tests.support.waiting import PATIENCE_S
 
 from taskvm import CommandError, GuestError, Sandbox, UsageError
 
@@ -153,7 +153,7 @@ async def test_a_timeout_ends_double_forked_daemons(vm: Sandbox) -> None:
         "echo started; sleep 500"
     )
 
-    result = await vm.exec(["bash", "-c", command], timeout_s=2)
+    result = await vm.exec(["bash", "-c", command], timeout_s=4)
     left = await vm.exec("pgrep -fc 'taskvm-[d]aemon|sleep [5]00'")
 
     assert result.timed_out
@@ -170,7 +170,7 @@ async def test_cancelling_the_call_ends_what_it_started(asynchronous_vm: Sandbox
 
     task.cancel()
     await asyncio.wait([task])
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while (await vm.exec("pgrep -fc 'sleep [4]321'")).stdout.strip() != "0":
             await asyncio.sleep(0.05)
 
@@ -179,11 +179,9 @@ async def test_cancelling_the_call_ends_what_it_started(asynchronous_vm: Sandbox
 
 async def test_a_background_child_that_holds_stdout_does_not_hold_the_exec(vm: Sandbox) -> None:
     """The exec ends with its main process, although a child keeps the pipe open."""
-    started = time.monotonic()
-    result = await vm.exec("sleep 55 & echo done")
+    result = await vm.exec("sleep 5500 & echo done", timeout_s=PATIENCE_S)
 
-    assert result.stdout == "done\n"
-    assert time.monotonic() - started < 30  # a hang limit, not a measurement
+    assert (result.stdout, result.timed_out) == ("done\n", False)
 
 
 async def test_the_last_bytes_before_the_exit_are_not_lost(vm: Sandbox) -> None:

@@ -4,10 +4,12 @@ Covers taskvm.checkpoints.forking.
 """
 
 import asyncio
+import contextlib
 from pathlib import Path
 
 import pytest
 from tests.conftest import GUEST
+from tests.support.waiting import PATIENCE_S
 
 from taskvm import (
     HostDir,
@@ -139,7 +141,7 @@ async def test_each_copy_reviews_changes_of_its_own(tmp_path: Path) -> None:
                     f"echo {number} > /dev/shm/next; mv /dev/shm/next /dev/shm/go; "
                     "until test -e /dev/shm/done; do sleep 0.02; done",
                     check=True,
-                    timeout_s=60,
+                    timeout_s=PATIENCE_S,
                 )
                 with await child.changes() as changes:
                     found[number] = {each.path: each.kind for each in changes}
@@ -196,7 +198,7 @@ async def test_copies_share_a_read_only_mount(tmp_path: Path) -> None:
             said = await child.exec(
                 "touch /dev/shm/go; until test -s /dev/shm/read; do sleep 0.02; done; cat /dev/shm/read /in/later; "
                 "touch /in/x 2> /dev/null || echo refused",
-                timeout_s=60,
+                timeout_s=PATIENCE_S,
             )
             own = (await vm.exec("cat /in/later")).stdout
 
@@ -267,9 +269,11 @@ async def test_a_fork_that_is_cancelled_leaves_the_original_running() -> None:
     """At any moment: programs run on, the disk is written, and a later fork works."""
     async with Sandbox.create(**GUEST) as vm:
         for delay_s in (0.05, 0.2, 0.4, 0.6):
-            with pytest.raises(TimeoutError):
+            with contextlib.suppress(TimeoutError):  # a quick host may be done
                 async with asyncio.timeout(delay_s):
-                    await vm.fork_many(4)
+                    for child in await vm.fork_many(4):
+                        assert isinstance(child, Sandbox)
+                        await child.close()
         await vm.exec("echo written > /opt/written", check=True)
         async with vm.fork() as child:
             said = await child.exec("cat /opt/written")

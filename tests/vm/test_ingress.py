@@ -9,12 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 from tests.conftest import GUEST
+from tests.support.waiting import PATIENCE_S, until
 
 from taskvm import Forward, Process, Sandbox, SandboxStateError
 from taskvm.sync import Sandbox as BlockingSandbox
@@ -59,16 +60,24 @@ async def serving(
 
 
 async def ready(process: Process) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         line = await process.stdout.read()
     assert line == b"ready\n"
 
 
 async def curl(*arguments: str) -> tuple[str, int]:
     done = await asyncio.to_thread(
-        subprocess.run, ["curl", "-sS", "-m", "30", *arguments], capture_output=True, text=True
+        subprocess.run, ["curl", "-sS", "-m", "100", *arguments], capture_output=True, text=True
     )
     return done.stdout, done.returncode
+
+
+def refused(forward: Forward) -> bool:
+    try:
+        socket.create_connection((forward.host, forward.port)).close()
+    except ConnectionRefusedError:
+        return True
+    return False
 
 
 def audit_of(vm: Sandbox) -> list[dict[str, object]]:
@@ -77,9 +86,7 @@ def audit_of(vm: Sandbox) -> list[dict[str, object]]:
 
 async def all_ended(vm: Sandbox, count: int) -> None:
     """Wait until both sides of so many connections have ended: curl leaves when it has the whole answer."""
-    async with asyncio.timeout(10):
-        while sum("duration_ms" in event for event in audit_of(vm)) < count:
-            await asyncio.sleep(0.05)
+    await until(lambda: sum("duration_ms" in event for event in audit_of(vm)) >= count)
 
 
 async def test_sixty_parallel_requests_reach_a_web_server(vm: Sandbox) -> None:
@@ -114,7 +121,7 @@ async def test_an_upload_is_whole_and_its_end_leaves_the_answer_open(vm: Sandbox
         writer.write(data)
         await writer.drain()
         writer.write_eof()
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_S):
             answer = await reader.read()
         writer.close()
 
@@ -125,11 +132,11 @@ async def test_a_download_is_whole_and_its_end_leaves_the_client_talking(vm: San
     """20 MB out, the server's FIN, and what the client says after it still arrives."""
     async with serving(vm, SOURCE) as forward:
         reader, writer = await asyncio.open_connection(forward.host, forward.port)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_S):
             data = await reader.read()
         writer.write(b"still here")
         writer.write_eof()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while not (late := (await vm.exec("cat /tmp/late 2>/dev/null")).stdout):
                 await asyncio.sleep(0.1)
         writer.close()
@@ -141,7 +148,7 @@ async def test_a_download_is_whole_and_its_end_leaves_the_client_talking(vm: San
 async def test_a_server_that_does_not_read_stops_its_client_and_nobody_else(vm: Sandbox) -> None:
     """Of 64 MB no more than windows and kernel buffers are taken; another connection is served meanwhile."""
     body = "if c.recv(1) == b's': threading.Event().wait()\nc.sendall(b'ok')\nc.close()"
-    async with serving(vm, body) as forward, asyncio.timeout(20):
+    async with serving(vm, body) as forward, asyncio.timeout(PATIENCE_S):
         with socket.create_connection((forward.host, forward.port)) as stuck:
             stuck.sendall(b"s")
             stuck.settimeout(1.0)
@@ -160,7 +167,7 @@ async def test_a_server_that_does_not_read_stops_its_client_and_nobody_else(vm: 
 
 async def test_two_hundred_connections_are_open_at_once(vm: Sandbox) -> None:
     """Each has its own bytes back, while all the others are open."""
-    async with serving(vm, ECHO) as forward, asyncio.timeout(60):
+    async with serving(vm, ECHO) as forward, asyncio.timeout(PATIENCE_S):
         clients = [await asyncio.open_connection(forward.host, forward.port) for _ in range(200)]
         for number, (_, writer) in enumerate(clients):
             writer.write(b"%04d" % number)
@@ -175,7 +182,7 @@ async def test_a_server_that_listens_on_ipv6_only_is_reached(vm: Sandbox) -> Non
     async with serving(vm, ECHO, host="::1", family="AF_INET6") as forward:
         reader, writer = await asyncio.open_connection(forward.host, forward.port)
         writer.write(b"over ::1")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             answer = await reader.readexactly(8)
         writer.close()
 
@@ -184,7 +191,7 @@ async def test_a_server_that_listens_on_ipv6_only_is_reached(vm: Sandbox) -> Non
 
 async def test_a_port_that_nobody_listens_on_is_broken_off_promptly(vm: Sandbox) -> None:
     """curl fails at once (56: reset), and a server that starts later is reached at the same address."""
-    async with vm.forward(7000) as forward, asyncio.timeout(30):
+    async with vm.forward(7000) as forward, asyncio.timeout(PATIENCE_S):
         _, early = await curl(f"http://{forward}/")
         async with serving(vm, ECHO):
             reader, writer = await asyncio.open_connection(forward.host, forward.port)
@@ -203,7 +210,7 @@ async def test_a_server_that_dies_breaks_its_clients_off(vm: Sandbox) -> None:
         "import struct\nc.recv(1)\n"
         "c.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))\nc.close()"
     )
-    async with serving(vm, body) as forward, asyncio.timeout(10):
+    async with serving(vm, body) as forward, asyncio.timeout(PATIENCE_S):
         reader, writer = await asyncio.open_connection(forward.host, forward.port)
         writer.write(b"x")
         with pytest.raises(ConnectionResetError):
@@ -214,10 +221,8 @@ async def test_a_server_that_dies_breaks_its_clients_off(vm: Sandbox) -> None:
 async def test_a_connection_wakes_a_paused_guest() -> None:
     """It is answered, here refused, within the seconds that a pause may take to notice; it does not hang."""
     async with Sandbox.create(**GUEST, idle_pause_s=0.2) as vm, vm.forward(7000) as forward:
-        async with asyncio.timeout(10):
-            while not vm.statistics().paused:
-                await asyncio.sleep(0.05)
-        _, status = await curl("-m", "8", f"http://{forward}/")
+        await until(lambda: vm.statistics().paused)
+        _, status = await curl(f"http://{forward}/")
 
     assert status == 56
 
@@ -230,7 +235,7 @@ async def test_a_closed_sandbox_leaves_no_connection_and_no_listener() -> None:
             writer.write(b"x")
             await reader.readexactly(1)
             await vm.close()
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PATIENCE_S):
                 with pytest.raises(ConnectionResetError):
                     await reader.read()
             writer.close()
@@ -246,13 +251,9 @@ async def test_a_lost_sandbox_leaves_no_connection_and_no_listener(vm: Sandbox) 
     """The machine is killed behind our back."""
     forward = await vm.forward(7000, host_port=0)
     os.kill(vm.host_pid, signal.SIGKILL)
-    async with asyncio.timeout(10):
-        while vm.state == "running":
-            await asyncio.sleep(0.02)
-    await asyncio.sleep(0.2)
+    await until(lambda: vm.state != "running")
 
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection((forward.host, forward.port)).close()
+    await until(lambda: refused(forward))
 
 
 def test_a_blocking_program_forwards_a_port_too() -> None:
@@ -263,7 +264,7 @@ def test_a_blocking_program_forwards_a_port_too() -> None:
         assert process.stdout.read() == b"ready\n"
         with (
             vm.forward(7000) as forward,
-            socket.create_connection((forward.host, forward.port), timeout=10) as client,
+            socket.create_connection((forward.host, forward.port), timeout=PATIENCE_S) as client,
         ):
             client.sendall(b"hello")
             answer = client.recv(5, socket.MSG_WAITALL)
@@ -274,12 +275,27 @@ def test_a_blocking_program_forwards_a_port_too() -> None:
     assert str(forward) == f"127.0.0.1:{forward.port}"
 
 
-def test_the_command_line_publishes_ports_and_says_where() -> None:
+@pytest.fixture
+def a_port_of_ours() -> Iterator[int]:
+    """A port that the kernel gives to nobody else, and that a server with SO_REUSEADDR, as they have it, can take."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
+
+
+def test_the_command_line_publishes_ports_and_says_where(a_port_of_ours: int) -> None:
     """--publish GUEST_PORT takes a free port, HOST_PORT:GUEST_PORT the one that is asked for."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        chosen = free.getsockname()[1]
     taskvm = [str(Path(sys.executable).with_name("taskvm")), "run", "--cpus", "1"]
-    arguments = ["--memory", "256", "-q", "--publish", "8000", "--publish", f"{chosen}:8000"]
+    arguments = [
+        "--memory",
+        "256",
+        "-q",
+        "--publish",
+        "8000",
+        "--publish",
+        f"{a_port_of_ours}:8000",
+    ]
     code = (
         "import socket\ns = socket.create_server(('127.0.0.1', 8000))\nprint('ready', flush=True)\n"
         "for _ in range(2): c = s.accept()[0]; c.sendall(b'hello'); c.close()"
@@ -296,11 +312,11 @@ def test_the_command_line_publishes_ports_and_says_where() -> None:
         answers = []
         for line in lines:
             host, _, port = line.split()[-1].rpartition(":")
-            with socket.create_connection((host, int(port)), timeout=10) as client:
+            with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as client:
                 answers.append(client.recv(5, socket.MSG_WAITALL))
 
     assert answers == [b"hello"] * 2
-    assert lines[1] == f"taskvm: port 8000 of the guest is at 127.0.0.1:{chosen}\n"
+    assert lines[1] == f"taskvm: port 8000 of the guest is at 127.0.0.1:{a_port_of_ours}\n"
     assert process.returncode == 0
 
 
@@ -309,7 +325,7 @@ def test_a_wrong_publish_is_one_line_and_status_2(text: str) -> None:
     taskvm = str(Path(sys.executable).with_name("taskvm"))
     done = subprocess.run(
         [taskvm, "run", "--cpus", "1", "--memory", "256", "-q", f"--publish={text}", "--", "true"],
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=PATIENCE_S,
     )  # fmt: skip
 
     assert done.returncode == 2

@@ -3,15 +3,16 @@
 import asyncio
 import contextlib
 import os
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.conftest import GUEST
+from tests.support.processes import is_alive
+from tests.support.waiting import PATIENCE_S, until
 
 from taskvm import HostDir, HostError, Sandbox, SandboxLostError, UsageError, WarmPool
 from taskvm.paths import cache_dir
@@ -24,21 +25,6 @@ MIB = 1024 * 1024
 PAUSE_S = 0.2
 
 
-async def until(condition: Callable[[], bool], within_s: float = 15) -> bool:
-    """Whether `condition` came true in time."""
-    deadline = time.monotonic() + within_s
-    while not condition() and time.monotonic() < deadline:
-        await asyncio.sleep(0.05)
-    return condition()
-
-
-def process_ended(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    except OSError:
-        return True
-
-
 # The end of a life.
 
 
@@ -46,7 +32,10 @@ def test_a_run_ends_after_its_max_duration_and_says_so() -> None:
     """`taskvm run --max-duration` is the same limit, and exits as for a lost machine."""
     command = ["run", "--cpus", "1", "--memory", "256", "--max-duration", "1", "--", "sleep", "60"]
     run = subprocess.run(
-        [sys.executable, "-m", "taskvm.cli", *command], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "taskvm.cli", *command],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
     )
 
     assert run.returncode == 125
@@ -57,13 +46,11 @@ async def test_a_sandbox_ends_after_its_life_whatever_runs_in_it() -> None:
     """The virtual machine is gone soon after max_duration_s, and a running command is told which limit it was."""
     async with Sandbox.create(**GUEST, max_duration_s=1.0) as vm:
         supervisor = vm.host_pid
-        begun = time.monotonic()
         with pytest.raises(SandboxLostError, match="max_duration_s=1 is over"):
             await vm.exec("trap '' TERM INT HUP; while :; do :; done", user="root")
 
-        assert time.monotonic() - begun < 10
         assert vm.state == "lost"
-        assert await until(lambda: process_ended(supervisor))
+        await until(lambda: not is_alive(supervisor))
         with pytest.raises(SandboxLostError, match="max_duration_s=1 is over"):
             await vm.exec(["true"])
 
@@ -72,17 +59,18 @@ async def test_an_idle_sandbox_ends_after_its_idle_timeout() -> None:
     async with Sandbox.create(**GUEST, idle_timeout_s=1.0) as vm:
         supervisor = vm.host_pid
 
-        assert await until(lambda: process_ended(supervisor))
+        await until(lambda: not is_alive(supervisor))
         with pytest.raises(SandboxLostError, match="idle_timeout_s=1"):
             await vm.exec(["true"])
 
 
 async def test_a_paused_sandbox_ends_after_its_idle_timeout_too() -> None:
-    async with Sandbox.create(**GUEST, idle_timeout_s=2.0, idle_pause_s=PAUSE_S) as vm:
+    async with Sandbox.create(**GUEST, idle_timeout_s=4.0, idle_pause_s=PAUSE_S) as vm:
         supervisor = vm.host_pid
 
-        assert await until(lambda: vm.statistics().paused, 1.9)
-        assert await until(lambda: process_ended(supervisor))
+        await until(lambda: vm.statistics().paused or vm.state == "lost")
+        assert vm.state == "running"
+        await until(lambda: not is_alive(supervisor))
         assert vm.state == "lost"
 
 
@@ -95,11 +83,11 @@ async def test_a_running_command_is_activity() -> None:
 async def test_traffic_on_a_mount_is_activity(workspace: Path) -> None:
     """A background process that writes to a mount keeps its sandbox; when it ends, the sandbox does."""
     mounts = {"/workspace": HostDir(workspace)}
-    async with Sandbox.create(**GUEST, mounts=mounts, idle_timeout_s=1.5) as vm:
+    async with Sandbox.create(**GUEST, mounts=mounts, idle_timeout_s=2.5) as vm:
         await vm.exec("(for i in $(seq 16); do echo $i > n; sleep 0.25; done) >/dev/null 2>&1 &")
         supervisor = vm.host_pid
 
-        assert await until(lambda: process_ended(supervisor), 30)
+        await until(lambda: not is_alive(supervisor))
         assert (workspace / "n").read_text() == "16\n"
 
 
@@ -109,26 +97,28 @@ async def test_traffic_on_a_mount_is_activity(workspace: Path) -> None:
 async def test_an_idle_sandbox_uses_no_cpu_and_answers_the_next_command() -> None:
     """QEMU's clock in the host's books stands still; the command then runs with the time of now."""
     async with Sandbox.create(**GUEST, idle_pause_s=PAUSE_S) as vm:
-        assert await until(lambda: vm.statistics().paused)
+        await until(lambda: vm.statistics().paused)
         before = vm.statistics().cpu_s
         await asyncio.sleep(2)
         used = vm.statistics().cpu_s - before
 
         begun = time.time()
         guest_time = float((await vm.exec("date +%s.%N", check=True)).stdout)
+        async with await vm.spawn(["cat"]):
+            paused_during = vm.statistics().paused
 
         assert used < 0.05
-        assert begun - 0.01 < guest_time < time.time() + 0.01
-        assert not vm.statistics().paused
+        assert begun - 1 < guest_time < time.time() + 1
+        assert not paused_during
 
 
 async def test_file_operations_wake_a_paused_sandbox() -> None:
     """Data that follows its request at once arrives whole and in order."""
     data = os.urandom(3 * MIB)
     async with Sandbox.create(**GUEST, idle_pause_s=PAUSE_S) as vm:
-        assert await until(lambda: vm.statistics().paused)
+        await until(lambda: vm.statistics().paused)
         await vm.files.write_bytes("/tmp/data", data)
-        assert await until(lambda: vm.statistics().paused)
+        await until(lambda: vm.statistics().paused)
 
         assert await vm.files.read_bytes("/tmp/data") == data
 
@@ -136,11 +126,14 @@ async def test_file_operations_wake_a_paused_sandbox() -> None:
 async def test_a_process_in_the_background_keeps_its_sandbox_awake() -> None:
     """Nobody reads the process, no exec is open: it goes on all the same."""
     async with Sandbox.create(**GUEST, idle_pause_s=PAUSE_S) as vm:
-        await vm.exec("(sleep 2; echo done > /tmp/end) >/dev/null 2>&1 &")
-        await asyncio.sleep(1)
+        await vm.exec(
+            "(until test -e /tmp/go; do sleep 0.1; done; echo done > /tmp/end) >/dev/null 2>&1 &"
+        )
+        await asyncio.sleep(5 * PAUSE_S)
         paused_early = vm.statistics().paused
+        await vm.files.write_text("/tmp/go", "")
 
-        assert await until(lambda: vm.statistics().paused)
+        await until(lambda: vm.statistics().paused)
         assert not paused_early
         assert await vm.files.read_text("/tmp/end") == "done\n"
 
@@ -152,7 +145,7 @@ async def test_requests_that_meet_a_pause_at_any_moment_are_all_answered() -> No
             await asyncio.sleep(number * 0.002)
             results = await asyncio.gather(*(vm.exec(["echo", str(number)]) for _ in range(2)))
             assert [result.stdout for result in results] == [f"{number}\n"] * 2
-        assert await until(lambda: vm.statistics().paused)
+        await until(lambda: vm.statistics().paused)
         assert (await vm.exec(["wc", "-c"], stdin=b"x" * MIB)).stdout == f"{MIB}\n"
 
 
@@ -161,10 +154,8 @@ async def test_a_paused_sandbox_flushes_its_mounts_when_it_is_closed(workspace: 
         **GUEST, mounts={"/workspace": HostDir(workspace)}, idle_pause_s=PAUSE_S
     ) as vm:
         await vm.exec("echo kept > file", check=True)
-        assert await until(lambda: vm.statistics().paused)
-        begun = time.monotonic()
+        await until(lambda: vm.statistics().paused)
 
-    assert time.monotonic() - begun < 5
     assert (workspace / "file").read_text() == "kept\n"
 
 
@@ -175,13 +166,19 @@ async def test_a_paused_sandbox_flushes_its_mounts_when_it_is_closed(workspace: 
 async def test_a_guest_that_lies_about_its_processes_hurts_only_itself(lie: str) -> None:
     """It is paused or not, as it says; commands are answered, and its life has an end."""
     file = "/sys/fs/cgroup/exec/pids.current"
-    async with Sandbox.create(**GUEST, idle_pause_s=PAUSE_S, max_duration_s=4.0) as vm:
+    async with Sandbox.create(**GUEST, idle_pause_s=PAUSE_S, max_duration_s=6.0) as vm:
         await vm.exec(f"{lie}; mount --bind /tmp/lie {file}", user="root")
         await vm.exec("(while :; do :; done) >/dev/null 2>&1 &")
-        await asyncio.sleep(1.5)
+        answers = set()
 
-        assert (await vm.exec(["echo", "here"])).stdout == "here\n"
-        assert await until(lambda: vm.state == "lost", 10)
+        async def ask() -> None:
+            while True:
+                answers.add((await vm.exec(["echo", "here"])).stdout)
+                await asyncio.sleep(3 * PAUSE_S)
+
+        with pytest.raises(SandboxLostError, match="max_duration_s=6 is over"):
+            await ask()
+        assert answers == {"here\n"}
 
 
 async def test_idle_pause_0_never_pauses() -> None:
@@ -192,6 +189,12 @@ async def test_idle_pause_0_never_pauses() -> None:
 
 
 # Processor.
+
+
+def cgroups() -> Iterator[Path]:
+    """The host's control groups, of which others come and go meanwhile."""
+    for path, directories, _files in os.walk("/sys/fs/cgroup"):
+        yield from (Path(path) / name for name in directories)
 
 
 async def test_a_sandbox_gets_no_more_than_its_share_of_the_processor() -> None:
@@ -205,7 +208,7 @@ async def test_a_sandbox_gets_no_more_than_its_share_of_the_processor() -> None:
         await vm.exec("while :; do :; done", user="root", timeout_s=3)
         passed_s = time.monotonic() - begun
         used_s = vm.statistics().cpu_s - before
-        groups = list(Path("/sys/fs/cgroup").rglob(f"taskvm-{vm.id}"))
+        groups = [path for path in cgroups() if path.name == f"taskvm-{vm.id}"]
 
     assert 0 < used_s < 0.3 * passed_s
     assert len(groups) == 1
@@ -275,28 +278,38 @@ async def test_a_disk_limit_holds_for_a_sandbox_with_a_pool() -> None:
             assert (run_base() / vm.id / "disk.qcow2").stat().st_size <= 32 * MIB
 
 
-async def test_no_sandbox_starts_below_the_floor_of_free_space() -> None:
-    before = set(run_base().iterdir())
+@pytest.fixture
+def small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A file system of 512 MiB for the directories of running sandboxes, beside this user's images and templates."""
+    cache, run = tmp_path / "cache", tmp_path / "cache" / "run"
+    cache.mkdir(mode=0o700)
+    for entry in cache_dir().iterdir():
+        (cache / entry.name).symlink_to(entry)
+    run.unlink(missing_ok=True)
+    run.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512m,mode=700", "none", run]
+    if subprocess.run(mount, check=False).returncode:
+        pytest.skip("this user may not mount a small file system to fill")
+    monkeypatch.setenv("TASKVM_CACHE", str(cache))
+    yield run
+    subprocess.run(["umount", "--lazy", run], check=True)
 
+
+async def test_no_sandbox_starts_below_the_floor_of_free_space(small_run: Path) -> None:
     with pytest.raises(HostError, match="free_disk_mib=1000000000 must remain"):
         await Sandbox.create(**GUEST, free_disk_mib=10**9)
 
-    assert set(run_base().iterdir()) <= before
+    assert list(small_run.iterdir()) == []
 
 
-async def test_a_sandbox_ends_when_the_floor_of_free_space_is_crossed() -> None:
+async def test_a_sandbox_ends_when_the_floor_of_free_space_is_crossed(small_run: Path) -> None:
     """Somebody fills the host's disk: the sandbox goes, and says why."""
-    floor = (shutil.disk_usage(cache_dir()).free >> 20) - 1024
-    filler = cache_dir() / f"filler-{os.getpid()}"
+    floor = 300
     async with Sandbox.create(**GUEST, free_disk_mib=floor) as vm:
-        try:
-            with filler.open("wb") as stream:
-                os.posix_fallocate(stream.fileno(), 0, 2048 * MIB)
-            lost = await until(lambda: vm.state == "lost")
-        finally:
-            filler.unlink()
+        with (small_run / ".filler").open("wb") as stream:
+            os.posix_fallocate(stream.fileno(), 0, 400 * MIB)
+        await until(lambda: vm.state == "lost")
 
-        assert lost
         with pytest.raises(SandboxLostError, match=f"free_disk_mib={floor} must remain"):
             await vm.exec(["true"])
 
@@ -337,7 +350,7 @@ async def main():
 asyncio.run(main())
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=50
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE_S
     )
 
     assert done.stdout.split() == ["here"] * 6, done.stderr

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tests.conftest import GUEST
 from tests.servers import http_server, tls_context
+from tests.support.waiting import PATIENCE_S
 
 from taskvm import HttpHook, HttpRequest, Oversight, Policy, Question, Sandbox, Secret, UsageError
 
@@ -37,7 +38,7 @@ def reaching(port: int, ca_file: Path | None = None) -> dict[str, object]:
 
 async def test_nothing_is_reachable_by_default(vm: Sandbox) -> None:
     """Without rules every name is refused, and the audit log has the line."""
-    result = await vm.exec("curl -sS -m 10 http://example.com; getent hosts example.com")
+    result = await vm.exec("curl -sS -m 90 http://example.com; getent hosts example.com")
 
     assert "Could not resolve" in result.stderr
     denied = [line for line in audit_of(vm) if line["decision"] == "deny"]
@@ -94,7 +95,7 @@ async def test_a_secret_for_another_host_is_never_forwarded(
             secrets=[Secret.from_env("API_TOKEN", hosts=["other.example"])],
         ) as vm:
             tried = [
-                await vm.exec(f"curl -sS -m 20 {arguments} https://api.test:{seen.port}/$P")
+                await vm.exec(f"curl -sS -m 90 {arguments} https://api.test:{seen.port}/$P")
                 for arguments in (
                     '-H "Authorization: Bearer $API_TOKEN"',
                     '-H "X-Anything: $API_TOKEN"',
@@ -102,7 +103,7 @@ async def test_a_secret_for_another_host_is_never_forwarded(
                     '-A "$API_TOKEN"',
                 )
             ]
-            in_path = await vm.exec(f"curl -sS -m 20 https://api.test:{seen.port}/$API_TOKEN")
+            in_path = await vm.exec(f"curl -sS -m 90 https://api.test:{seen.port}/$API_TOKEN")
             refusals = [line for line in audit_of(vm) if line["decision"] == "deny"]
 
     assert seen.requests == []
@@ -130,8 +131,8 @@ async def test_no_way_around_the_names(attempt: str) -> None:
     """Addresses, forged names, proxies and other protocols reach nothing; only api.test by its own name would."""
     with http_server() as seen:
         async with Sandbox.create(**reaching(seen.port)) as vm:
-            await vm.exec(attempt.format(port=seen.port), timeout_s=30)
-            control = await vm.exec(f"curl -sS -m 10 http://api.test:{seen.port}/control")
+            await vm.exec(attempt.format(port=seen.port), timeout_s=PATIENCE_S)
+            control = await vm.exec(f"curl -sS -m 90 http://api.test:{seen.port}/control")
 
     assert [path for _, path, _, _ in seen.requests] == ["/control"], control.stderr
 
@@ -177,7 +178,7 @@ async def test_many_connections_at_once_are_answered(tmp_path: Path) -> None:
     with http_server() as seen:
         async with Sandbox.create(**reaching(seen.port)) as vm:
             result = await vm.exec(
-                f"seq 60 | xargs -P 20 -I@ curl -sS -m 40 -o /dev/null -w '%{{http_code}}\\n' "
+                f"seq 60 | xargs -P 20 -I@ curl -sS -m 90 -o /dev/null -w '%{{http_code}}\\n' "
                 f"http://api.test:{seen.port}/@",
                 timeout_s=120,
             )
@@ -200,7 +201,7 @@ async def test_policy_and_secrets_change_while_a_sandbox_runs(tmp_path: Path) ->
     ca = tmp_path / "ca.pem"
     with http_server(tls_context("api.test", ca)) as seen:
         async with Sandbox.create(**{**reaching(seen.port, ca), "allow": []}) as vm:
-            get = f'curl -sS -m 20 -H "Authorization: $K" https://api.test:{seen.port}/'
+            get = f'curl -sS -m 90 -H "Authorization: $K" https://api.test:{seen.port}/'
             before = await vm.exec(get)
             vm.change_policy(vm.policy.allowing(f"api.test:{seen.port}"))
             placeholder = vm.put_secret(Secret("K", CANARY, hosts=[f"api.test:{seen.port}"]))
@@ -239,8 +240,8 @@ async def test_a_person_is_asked_and_a_hook_sees_what_leaves(tmp_path: Path) -> 
     with http_server(tls_context("api.test", ca)) as seen:
         options = {**reaching(seen.port, ca), "allow": [], "oversight": oversight}
         async with Sandbox.create(**options) as vm:
-            allowed = await vm.exec(f"curl -sS -m 20 https://api.test:{seen.port}/{{a,b}}")
-            denied = await vm.exec(f"curl -sS -m 20 https://evil.test:{seen.port}/")
+            allowed = await vm.exec(f"curl -sS -m 90 https://api.test:{seen.port}/{{a,b}}")
+            denied = await vm.exec(f"curl -sS -m 90 https://evil.test:{seen.port}/")
 
     assert allowed.stdout.count('{"user": "me"}') == 2, allowed.stderr
     assert "a person refused this host" in denied.stdout

@@ -23,7 +23,7 @@ async def a_sandbox_and_a_server() -> AsyncIterator[tuple[Sandbox, str]]:
             resolve={"api.test": "127.0.0.1"},
             allow_addresses=[f"127.0.0.1:{seen.port}"],
         ) as vm:
-            yield vm, f"curl -sS -m 20 http://api.test:{seen.port}"
+            yield vm, f"curl -sS -m 90 http://api.test:{seen.port}"
 
 
 def requests_of(vm: Sandbox) -> dict[str, AuditEvent]:
@@ -75,7 +75,7 @@ async def test_what_outlives_its_exec_is_named_by_none() -> None:
             f"(sleep 0.5; {curl}/late >/tmp/late; echo >/tmp/over) </dev/null >/dev/null 2>&1 &"
         )
         waited = await vm.exec(
-            "for i in $(seq 100); do [ -e /tmp/over ] && exit; sleep 0.1; done; false"
+            "for i in $(seq 900); do [ -e /tmp/over ] && exit; sleep 0.1; done; false"
         )
         late = requests_of(vm)["/late"]
 

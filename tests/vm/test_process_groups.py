@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+from tests.support.waiting import PATIENCE_S
 
 from taskvm import Process, Sandbox
 
@@ -15,7 +16,7 @@ async def count(vm: Sandbox, pattern: str) -> int:
 
 
 async def wait_until_gone(vm: Sandbox, pattern: str) -> None:
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(PATIENCE_S):
         while await count(vm, pattern):
             await asyncio.sleep(0.05)
 

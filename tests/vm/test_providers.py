@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from examples.dictionary import Dictionary
 from tests.conftest import GUEST
+from tests.support.waiting import PATIENCE_S
 
 from taskvm import (
     Hooks,
@@ -139,7 +140,7 @@ def test_the_command_line_hides_files(project: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=50,
+        timeout=PATIENCE_S,
     )
 
     assert done.stdout.split() == ["server.pem", "src"]
@@ -210,7 +211,7 @@ def test_the_command_line_mounts_a_file(project: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=50,
+        timeout=PATIENCE_S,
     )  # fmt: skip
 
     assert done.stdout == f"server.pem\n{SECRET}"

@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+from tests.support.waiting import PATIENCE_S
 
 from taskvm import Process, Sandbox, UsageError
 
@@ -21,7 +22,7 @@ async def read_until(process: Process, expected: bytes) -> bytes:
 
 async def wait_for_count(vm: Sandbox, pattern: str, count: int) -> None:
     """Wait until the guest's process list has `count` commands like `pattern`."""
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(PATIENCE_S):
         while (await vm.exec(f"pgrep -fc '{pattern}'")).stdout.strip() != str(count):
             await asyncio.sleep(0.05)
 
@@ -116,6 +117,7 @@ async def test_the_end_of_the_program_hangs_its_terminal_up(vm: Sandbox) -> None
     await process.wait()
     await wait_for_count(vm, "sleep [5]319", 0)
 
+    await vm.exec("until [ $(ls /dev/pts) = ptmx ]; do sleep 0.1; done", timeout_s=PATIENCE_S)
     assert (await vm.exec("ls /dev/pts")).stdout.split() == ["ptmx"]
 
 

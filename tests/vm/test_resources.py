@@ -1,6 +1,7 @@
 """Limits and bill of one command, by the guest's kernel."""
 
 import pytest
+from tests.support.waiting import PATIENCE_S
 
 from taskvm import ExecLimits, GuestError, Sandbox
 from taskvm.wire.control import ExecBounds, ExecRequest, Started
@@ -63,7 +64,9 @@ async def test_processes_beyond_the_limit_are_not_made(vm: Sandbox) -> None:
     count = "import os\ntry:\n for n in range(50): os.fork() or os.pause()\nexcept OSError as e: print(n, e.errno)"
     program = count.replace("os.pause()", "__import__('signal').pause()")
 
-    forked = await vm.exec(["python3", "-c", program], limits=ExecLimits(processes=5), timeout_s=20)
+    forked = await vm.exec(
+        ["python3", "-c", program], limits=ExecLimits(processes=5), timeout_s=PATIENCE_S
+    )
 
     assert forked.stdout == "4 11\n", forked.stderr  # EAGAIN
     assert forked.usage is not None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.screen import SMALL, TASKVM, Screen
+from tests.support.waiting import PATIENCE_S
 
 pytestmark = pytest.mark.vm
 
@@ -38,7 +39,11 @@ def arguments(project: Path, *options: str, script: str = SCRIPT) -> list[str]:
 
 def taskvm(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [TASKVM, *words], capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL
+        [TASKVM, *words],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        stdin=subprocess.DEVNULL,
     )
 
 

@@ -4,6 +4,7 @@ Covers taskvm.vm.snapshot, taskvm.vm.layers and taskvm.vm.disk.
 """
 
 import asyncio
+import functools
 import json
 import os
 import subprocess
@@ -71,11 +72,14 @@ async def test_a_machine_that_stops_too_early_is_saved_at_the_second_attempt(
     rests: list[int] = []
     async with Sandbox.create(**GUEST) as vm:
         guest = vm._guest
+        query = functools.partial(guest.machine.execute, "query-migrate")
 
         @asynccontextmanager
         async def at_rest() -> AsyncIterator[None]:
             rests.append(1)
-            await asyncio.sleep(1 if len(rests) == 1 else 0)
+            if len(rests) == 1:
+                while (await query())["status"] in ("setup", "active"):
+                    await asyncio.sleep(0.02)
             async with guest.at_rest():
                 yield
 

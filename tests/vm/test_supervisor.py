@@ -11,24 +11,26 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from tests.support.processes import descendants_of, is_alive
 from tests.support.screen import PROMPT, SMALL, TASKVM, Screen
+from tests.support.waiting import PATIENCE_S, wait_until
 
 from taskvm import sync
 from taskvm.vm.rundir import run_base
 
 pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("runtime")]
-PATIENCE_S = 40
 
 
 def taskvm(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [TASKVM, *arguments], **{"capture_output": True, "text": True, "timeout": 120, **options}
+        [TASKVM, *arguments],
+        **{"capture_output": True, "text": True, "timeout": PATIENCE_S, **options},
     )
 
 
@@ -36,13 +38,6 @@ def listed(*, ended: bool = False) -> dict[str, dict[str, Any]]:
     """What `ps --json` prints, by name; without a process for each look."""
     found = msgspec.to_builtins(sync.Supervisor().list(ended=ended))
     return {each["name"]: each for each in found}
-
-
-def wait_until(true: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not true():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
 
 
 def supervisor_pid() -> int:
@@ -286,9 +281,9 @@ def test_a_terminal_that_hangs_up_leaves_the_shell_running(runtime: Path) -> Non
 
 def test_an_idle_sandbox_ends(runtime: Path) -> None:
     """Also one whose shell waits at its prompt, as nobody is there."""
-    started = taskvm("run", "-dt", *SMALL, "--name", "idle", "--idle-timeout", "1.5", "--", "bash")
+    started = taskvm("run", "-dt", *SMALL, "--name", "idle", "--idle-timeout", "4", "--", "bash")
     assert started.returncode == 0
-    assert 0 <= listed(ended=True)["idle"]["idle_left_s"] <= 1.5
+    assert 0 <= listed(ended=True)["idle"]["idle_left_s"] <= 4
 
     wait_until(lambda: "idle" not in listed())
 
@@ -358,7 +353,7 @@ def test_concurrent_first_commands_start_one_supervisor(
         subprocess.Popen([TASKVM, "start", *SMALL], stdout=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
-    ids = {client.communicate(timeout=60)[0].strip() for client in clients}
+    ids = {client.communicate(timeout=PATIENCE_S)[0].strip() for client in clients}
 
     assert len(ids) == 3
     assert set(taskvm("ps", "-q").stdout.split()) == ids
@@ -377,7 +372,7 @@ def test_a_supervisor_that_is_killed_leaves_nothing_and_is_replaced(
     started = taskvm("run", "-d", *SMALL, "--name", "doomed", "--", "sleep", "600")
     client = subprocess.Popen([TASKVM, "attach", "doomed"], stderr=subprocess.PIPE, text=True)
     wait_until(lambda: listed()["doomed"]["execs"][0]["attached"])
-    machines = _descendants(supervisor_pid())
+    machines = descendants_of(supervisor_pid())
     assert machines
 
     os.kill(supervisor_pid(), signal.SIGKILL)
@@ -385,16 +380,8 @@ def test_a_supervisor_that_is_killed_leaves_nothing_and_is_replaced(
 
     assert client.returncode == 125
     assert "it has ended, and they with it" in said
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in machines))
+    wait_until(lambda: not any(map(is_alive, machines)))
     assert listed() == {}
     assert taskvm("run", "-d", *SMALL, "--name", "doomed", "--", "true").returncode == 0
-    assert not (run_base() / started.stdout.strip()).exists()
+    wait_until(lambda: not (run_base() / started.stdout.strip()).exists())
     taskvm("supervisor", "stop")
-
-
-def _descendants(pid: int) -> list[int]:
-    found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in map(int, (task / "children").read_text().split()):
-            found += [child, *_descendants(child)]
-    return found

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tests.servers import http_server, tls_context
 from tests.support.screen import SMALL, TASKVM
+from tests.support.waiting import PATIENCE_S
 
 from taskvm import Policy, Secret, UsageError
 from taskvm.sync import Supervisor
@@ -19,11 +20,10 @@ CANARY = "canary-value-5d20a1"
 
 
 def taskvm(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 120}
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": PATIENCE_S}
     return subprocess.run([TASKVM, *arguments], env={**os.environ, **variables}, **options)
 
 
-@pytest.mark.timeout(180)  # a dozen command lines, on a machine that may be busy
 def test_a_held_sandbox_is_widened_given_a_secret_and_narrowed(tmp_path: Path) -> None:
     ca = tmp_path / "ca.pem"
     file = tmp_path / "policy.toml"
@@ -39,7 +39,7 @@ def test_a_held_sandbox_is_widened_given_a_secret_and_narrowed(tmp_path: Path) -
                 "--",
                 "sh",
                 "-c",
-                f'curl -sS -m 20 -H "Authorization: $K" https://{host}/',
+                f'curl -sS -m 90 -H "Authorization: $K" https://{host}/',
             ]
             before = taskvm(*get)
             refused = taskvm("secret", "put", "held", f"K@{host}", K=CANARY)

@@ -4,6 +4,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from tests.support.waiting import PATIENCE_S
 
 from taskvm import Launch, SandboxLostError, Supervisor, UsageError, sync
 
@@ -91,7 +92,7 @@ async def test_a_start_that_is_given_up_leaves_nothing() -> None:
         async with asyncio.timeout(1):
             await supervisor.start({**SMALL, "cold": True}, name="early")
 
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while True:
             try:
                 await supervisor.start(SMALL, name="early", launch=Launch(command=["true"]))

@@ -44,7 +44,9 @@ async def test_the_clock_is_the_hosts() -> None:
         before = time.time()
         said = float((await vm.exec(["date", "+%s.%N"])).stdout)
 
-    assert before - 1 <= said <= time.time() + 1
+    assert (
+        before - 10 <= said <= time.time() + 1
+    )  # behind by as long as its first command took to get there
 
 
 async def test_a_fork_never_writes_to_its_template() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from tests.conftest import GUEST
+from tests.support.waiting import PATIENCE_S
 
 from taskvm import FileChange, GuestError, Sandbox, SandboxLostError, UsageError, sync
 from taskvm.filewatch import MAX_WATCHES, FileWatch
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.vm
 async def until(watch: FileWatch, path: str) -> list[FileChange]:
     """All changes up to the first of `path`."""
     seen = []
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         async for change in watch:
             seen.append(change)
             if change.path == path:
@@ -100,9 +101,9 @@ async def test_what_is_lost_is_said_and_the_watch_goes_on(vm: Sandbox) -> None:
     )
     async with vm.files.watch("/tmp/w", recursive=True) as watch:
         make = "import os\nfor n in range(12000): open(f'/tmp/w/{n:0100}', 'w')\nos.mkdir('/tmp/w/sub')"
-        await vm.exec(["python3", "-c", make], user="root", check=True, timeout_s=60)
+        await vm.exec(["python3", "-c", make], user="root", check=True, timeout_s=PATIENCE_S)
         seen = []
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_S):
             async for change in watch:
                 seen.append(change)
                 if change.kind == "overflow":
@@ -119,7 +120,7 @@ async def test_a_watch_ends_with_what_it_watches(vm: Sandbox) -> None:
     await vm.exec("mkdir -p /tmp/w; touch /tmp/file", check=True)
     async with vm.files.watch("/tmp/w") as watch, vm.files.watch("/tmp/file") as of_file:
         await vm.exec("rmdir /tmp/w; echo 1 > /tmp/file; rm /tmp/file", check=True)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             changes = [change async for change in watch]
             of_file_changes = [change async for change in of_file]
 
@@ -129,7 +130,7 @@ async def test_a_watch_ends_with_what_it_watches(vm: Sandbox) -> None:
 
 async def test_closing_ends_an_iteration_and_leaves_room_for_others(vm: Sandbox) -> None:
     """The limit counts open watches; one that is closed frees its place here and in the guest."""
-    async with contextlib.AsyncExitStack() as stack, asyncio.timeout(20):
+    async with contextlib.AsyncExitStack() as stack, asyncio.timeout(PATIENCE_S):
         watches = [
             await stack.enter_async_context(vm.files.watch("/tmp")) for _ in range(MAX_WATCHES)
         ]
@@ -151,11 +152,15 @@ async def test_closing_the_sandbox_ends_an_iteration_and_losing_it_is_an_error()
     async def changes(vm: Sandbox) -> list[FileChange]:
         return [change async for change in await vm.files.watch("/tmp")]
 
-    async with Sandbox.create(**GUEST) as vm, asyncio.timeout(20), asyncio.TaskGroup() as group:
+    async with (
+        Sandbox.create(**GUEST) as vm,
+        asyncio.timeout(PATIENCE_S),
+        asyncio.TaskGroup() as group,
+    ):
         closed = group.create_task(changes(vm))
         await vm.exec(["true"])
         await vm.close()
-    async with Sandbox.create(**GUEST, max_duration_s=1.0) as vm, asyncio.timeout(20):
+    async with Sandbox.create(**GUEST, max_duration_s=1.0) as vm, asyncio.timeout(PATIENCE_S):
         with pytest.raises(SandboxLostError, match="max_duration_s"):
             await changes(vm)
 
@@ -167,7 +172,7 @@ async def test_a_watch_keeps_no_sandbox_awake() -> None:
     async with (
         Sandbox.create(**GUEST, idle_pause_s=0.2) as vm,
         vm.files.watch("/tmp") as watch,
-        asyncio.timeout(20),
+        asyncio.timeout(PATIENCE_S),
     ):
         while not vm.statistics().paused:
             await asyncio.sleep(0.05)
@@ -208,7 +213,7 @@ def test_the_blocking_watch_is_the_same() -> None:
 
 async def test_unmounting_what_is_watched_is_its_end(vm_with_workspace: Sandbox) -> None:
     """IN_UNMOUNT: the folder is still on the host, and no longer in the guest."""
-    async with vm_with_workspace.files.watch("/workspace") as watch, asyncio.timeout(20):
+    async with vm_with_workspace.files.watch("/workspace") as watch, asyncio.timeout(PATIENCE_S):
         await vm_with_workspace.exec("umount /workspace", cwd="/", user="root", check=True)
         changes = [change async for change in watch]
 

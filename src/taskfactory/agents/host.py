@@ -116,10 +116,11 @@ async def _follow(
 ) -> Ending:
     reader = asyncio.StreamReader()
     pipe = os.fdopen(source, "rb", buffering=0)
-    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(reader), pipe
-    )
+    transport: asyncio.ReadTransport | None = None
     try:
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), pipe
+        )
         async with asyncio.timeout(timeout_s), asyncio.TaskGroup() as group:
             ending = group.create_task(_close_after(process, transport))
             while data := await reader.read(_CHUNK):
@@ -130,7 +131,7 @@ async def _follow(
     except TimeoutError:
         return Ending(exit_code=128 + signal.SIGKILL, timed_out=True)
     finally:
-        transport.close()
+        (pipe if transport is None else transport).close()
         if process.returncode is None:
             await _kill_group(process)
     return Ending(exit_code=128 - code if code < 0 else code)

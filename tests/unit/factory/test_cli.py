@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.support.waiting import PATIENCE_S
 
 
 class Shell:
@@ -35,7 +36,11 @@ class Shell:
     def run(self, *options: str, **environ: str) -> subprocess.CompletedProcess[str]:
         environment = {**self.environment, **environ}
         return subprocess.run(
-            self.command(*options), capture_output=True, text=True, env=environment, timeout=60
+            self.command(*options),
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=PATIENCE_S,
         )
 
 
@@ -184,12 +189,12 @@ def test_a_signal_ends_the_run_cleanly(shell: Shell, number: signal.Signals) -> 
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while not (shell.workspace / "up").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
 
     process.send_signal(number)
-    output, errors = process.communicate(timeout=20)
+    output, errors = process.communicate(timeout=PATIENCE_S)
 
     assert process.returncode == 130
     assert "session  over: cancelled" in output
@@ -208,7 +213,7 @@ def test_a_reader_that_leaves_ends_the_run_quietly(shell: Shell) -> None:
 
     process.stdout.close()
 
-    assert process.wait(timeout=30) == 141
+    assert process.wait(timeout=PATIENCE_S) == 141
     assert process.stderr.read() == b""
     process.stderr.close()
 
@@ -221,7 +226,7 @@ def test_output_that_cannot_be_written_is_one_line(shell: Shell) -> None:
             stderr=subprocess.PIPE,
             text=True,
             env=shell.environment,
-            timeout=60,
+            timeout=PATIENCE_S,
         )
 
     assert done.returncode == 1
@@ -241,8 +246,12 @@ def test_the_usual_questions_are_answered() -> None:
     """-h and --version, as every command has them."""
     program = [sys.executable, "-c", "from taskfactory.cli import main; main()"]
 
-    helped = subprocess.run([*program, "run", "-h"], capture_output=True, text=True, timeout=60)
-    version = subprocess.run([*program, "--version"], capture_output=True, text=True, timeout=60)
+    helped = subprocess.run(
+        [*program, "run", "-h"], capture_output=True, text=True, timeout=PATIENCE_S
+    )
+    version = subprocess.run(
+        [*program, "--version"], capture_output=True, text=True, timeout=PATIENCE_S
+    )
 
     assert "--sandbox-config" in helped.stdout
     assert version.returncode == 0

@@ -11,6 +11,7 @@ from typing import cast
 
 import pytest
 from tests.support.kernel_mount import KernelMount
+from tests.support.waiting import PATIENCE_S
 
 from taskvm.fs import ahead as ahead_module
 from taskvm.fs.ahead import FIRST_FILES, MAX_SIZE, Ahead
@@ -91,7 +92,7 @@ def test_a_directory_that_is_read_through_is_pushed(kernel_mount: Mount, host: P
     found = {}
     for path in mount.path.iterdir():
         found[path.name] = path.read_text()
-        time.sleep(0.001)  # the kernel takes what is pushed in a thread of its own
+        mount.settle()
 
     assert found == {f"file{n}": f"{n}\n" * (n + 1) for n in range(300)}
     assert mount.requests["READ"] < 150
@@ -105,11 +106,11 @@ def test_what_the_host_changes_after_the_push_shows(kernel_mount: Mount, host: P
     names = [path.name for path in mount.path.iterdir()]
     for name in names[:2]:
         (mount.path / name).read_text()
-    time.sleep(0.05)
+    mount.settle()
 
     (host / names[5]).write_text("new")
 
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while (mount.path / names[5]).read_text() != "new":
         assert time.monotonic() < deadline
 
@@ -135,7 +136,7 @@ def test_what_is_hidden_is_not_pushed(kernel_mount: Mount, host: Path) -> None:
 
     for path in mount.path.iterdir():
         assert path.read_text() == "shown"
-        time.sleep(0.001)
+        mount.settle()
 
     assert any(b"shown" in message for message in mount.messages)
     assert not any(b"hidden" in message or b"secret" in message for message in mount.messages)

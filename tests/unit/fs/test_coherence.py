@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.kernel_mount import KernelMount
+from tests.support.waiting import PATIENCE_S
 
 from taskvm.fs import coherence as coherence_module
 from taskvm.fs.hostdir import HostDir
@@ -24,7 +25,6 @@ from taskvm.fs.provider import ROOT, Change, Provider
 from taskvm.wire.fuse_replies import Lifetime
 
 Mount = Callable[[Provider], KernelMount]
-PATIENCE_S = 10.0
 
 
 def seen(root: Path) -> dict[str, object]:

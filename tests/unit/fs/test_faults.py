@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.kernel_mount import MNT_DETACH, KernelMount, libc, need_private_mounts
+from tests.support.waiting import PATIENCE_S
 
 from taskvm.fs.hostdir import HostDir
 from taskvm.fs.provider import Provider
@@ -57,7 +58,7 @@ def test_a_host_that_turns_read_only_refuses(kernel_mount: Mount, small: Path) -
     """As it would a program of its own."""
     guest = kernel_mount(HostDir(small)).path
     (guest / "file").write_text("before")
-    deadline = time.monotonic() + 10  # busy until the server has closed what it wrote to
+    deadline = time.monotonic() + PATIENCE_S  # busy until the server has closed what it wrote to
     while libc.mount(None, bytes(small), None, MS_REMOUNT | MS_RDONLY, None):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -99,6 +100,6 @@ def test_a_file_that_the_host_takes_away_is_never_mistaken(
         assert (host / "file").read_text() == "new"
     else:
         assert not (host / "file").exists()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE_S
         while (guest / "file").exists():
             assert time.monotonic() < deadline

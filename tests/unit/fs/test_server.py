@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from tests.support.waiting import PATIENCE_S
 
 from taskvm.errors import GuestProtocolError, SandboxLostError, SandboxStateError, UsageError
 from taskvm.fs import coherence as coherence_module
@@ -60,7 +61,7 @@ class Guest:
 @pytest.fixture
 def guest() -> Iterator[Guest]:
     ours, theirs = socket.socketpair()
-    ours.settimeout(10)
+    ours.settimeout(PATIENCE_S)
     failures: list[Exception] = []
     failed = threading.Event()
 
@@ -158,7 +159,7 @@ def test_the_port_comes_to_rest_and_goes_on(guest: Guest) -> None:
     resting.join(0.1)
     assert resting.is_alive()  # an answer is not read yet
     assert guest.receive().type is FrameType.FUSE
-    resting.join(10)
+    resting.join(PATIENCE_S)
     assert not resting.is_alive()
 
     guest.server.resume()
@@ -186,7 +187,7 @@ def test_a_port_that_ends_while_it_comes_to_rest_is_lost(guest: Guest) -> None:
     resting.start()
     guest.receive()
     guest.sock.close()
-    resting.join(10)
+    resting.join(PATIENCE_S)
 
     assert len(errors) == 1
 
@@ -206,7 +207,7 @@ def test_a_guest_that_breaks_the_protocol_is_told_on(guest: Guest, raw: bytes) -
 
     guest.sock.sendall(raw)
 
-    assert guest.failed.wait(10)
+    assert guest.failed.wait(timeout=PATIENCE_S)
     assert [type(error) for error in guest.failures] == [GuestProtocolError]
     assert guest.sock.recv(1) == b""
 
@@ -214,14 +215,14 @@ def test_a_guest_that_breaks_the_protocol_is_told_on(guest: Guest, raw: bytes) -
 def test_requests_before_init_break_the_protocol(guest: Guest) -> None:
     guest.server.add_mount(1, Memory())
     guest.send(Opcode.GETATTR, 1, bytes(16))
-    assert guest.failed.wait(10)
+    assert guest.failed.wait(timeout=PATIENCE_S)
 
 
 def test_a_second_init_breaks_the_protocol(guest: Guest) -> None:
     guest.server.add_mount(1, Memory())
     guest.ask(Opcode.INIT, 0, INIT)
     guest.send(Opcode.INIT, 0, INIT)
-    assert guest.failed.wait(10)
+    assert guest.failed.wait(timeout=PATIENCE_S)
 
 
 def test_changes_reach_the_guest_as_notifications(guest: Guest) -> None:

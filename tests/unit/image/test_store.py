@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from tests.support.waiting import PATIENCE_S
 
 from taskvm.errors import ImageError, UsageError
 from taskvm.image import store as store_module
@@ -231,7 +232,7 @@ def test_a_second_build_waits_says_so_and_finds_the_first_ones_image(tmp_path: P
 
     def slow(spec: ImageSpec, target: Path, progress: Progress) -> BuiltAssets:
         second.start()
-        assert waiting.wait(10)
+        assert waiting.wait(timeout=PATIENCE_S)
         return quick(spec, target, progress)
 
     def hear(line: str) -> None:
@@ -244,7 +245,7 @@ def test_a_second_build_waits_says_so_and_finds_the_first_ones_image(tmp_path: P
     second = threading.Thread(target=lambda: results.append(other.ensure(SPEC, hear)))
 
     first = ImageStore(tmp_path, builder=slow).ensure(SPEC, silent)
-    second.join(10)
+    second.join(PATIENCE_S)
 
     assert results == [first]
     assert never.runs == 0

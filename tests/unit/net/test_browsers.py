@@ -12,6 +12,7 @@ import pytest
 from curl_cffi import CurlOpt, requests
 from tests.support.egress_lab import Lab, egress_lab
 from tests.support.h2_lab import echo, h2_server
+from tests.support.waiting import PATIENCE_S
 
 from taskvm.wire.tls import parse_client_hello
 
@@ -20,7 +21,7 @@ def fetch(browser: str, lab: Lab, address: str, port: int) -> tuple[int, int, by
     """Fetch as this browser does; return the status, HTTP's version and the body."""
     options = {CurlOpt.RESOLVE: [f"api.test:{port}:{address}"]}
     with requests.Session(
-        impersonate=browser, curl_options=options, verify=lab.ca_file, timeout=20
+        impersonate=browser, curl_options=options, verify=lab.ca_file, timeout=PATIENCE_S
     ) as session:
         answer = session.get(f"https://api.test:{port}/from-{browser}")
         return answer.status_code, answer.http_version, answer.content

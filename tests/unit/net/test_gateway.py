@@ -17,6 +17,7 @@ from tests.support.egress_lab import (
     http_server,
     read_all,
 )
+from tests.support.waiting import PATIENCE_S
 
 from taskvm.net.names import SyntheticNames
 from taskvm.wire.frames import GUEST_STREAM_BIT, FrameType
@@ -96,8 +97,8 @@ async def test_python_keeps_its_connection_alive_with_strict_verification() -> N
 
 
 def _python_client(lab: Lab, port: int, local: int) -> list[bytes]:
-    client = http.client.HTTPSConnection("api.test", port, timeout=20)
-    raw = socket.create_connection(("127.0.0.1", local), timeout=20)
+    client = http.client.HTTPSConnection("api.test", port, timeout=PATIENCE_S)
+    raw = socket.create_connection(("127.0.0.1", local), timeout=PATIENCE_S)
     client.sock = lab.client_tls().wrap_socket(raw, server_hostname="api.test")
     bodies = []
     for method, body in (("GET", None), ("POST", b"posted"), ("HEAD", None), ("GET", None)):
@@ -158,7 +159,7 @@ async def test_dns_in_bulk_neither_blocks_nor_grows() -> None:
             query = dns_query(f"n{number}.evil.test")
             lab.guest.port.send(FrameType.DATAGRAM, 0, GUEST_STREAM_BIT | 1, query)
         lab.guest.ignored = {GUEST_STREAM_BIT | 1}
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             rcode, _ = await lab.guest.resolve("one.api.test")
 
     assert rcode == 0

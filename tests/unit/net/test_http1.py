@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 import pytest
 from tests.support.egress_lab import HttpServer, Lab, egress_lab, http_server, scripted_server
 from tests.support.h2_lab import fields, h2_client
+from tests.support.waiting import PATIENCE_S
 
 from taskvm.net import relay, upstreams
 from taskvm.port import StreamReset
@@ -92,7 +93,7 @@ async def test_a_websocket_ends_with_its_server() -> None:
     async with raw_server(SWITCH, early=b"bye", until_end=False) as server, sandbox(server) as lab:
         sock = await lab.connect("api.test", server.port)
         await sock.write(opening(server.port))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             received = await sock.read_all()
 
     assert received.endswith(b"\r\n\r\nbye")
@@ -155,7 +156,7 @@ async def test_an_event_arrives_before_the_next_one_is_sent() -> None:
         await sock.write(f"GET / HTTP/1.1\r\nHost: api.test:{seen.port}\r\n\r\n".encode())
         received = b""
         for event in events:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PATIENCE_S):
                 while event not in received:
                     received += await sock.read()
             read.release()

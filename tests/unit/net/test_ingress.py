@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 import msgspec
 import pytest
 from tests.support.egress_lab import Lab, egress_lab
+from tests.support.waiting import PATIENCE_S
 
 from taskvm.errors import GuestProtocolError, HostError, SandboxLostError, UsageError
 from taskvm.net import ingress
@@ -45,7 +46,7 @@ class Agent:
 
     async def seen(self, kind: FrameType) -> Frame:
         """Wait for a frame of this kind and return the first."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while True:
                 for frame in self.frames:
                     if frame.type is kind:
@@ -70,7 +71,7 @@ async def forwarded(**options: object) -> AsyncIterator[tuple[Lab, Agent, Forwar
 
 
 async def lost(lab: Lab) -> Exception:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while lab.failure is None:
             await asyncio.sleep(0.002)
     return lab.failure
@@ -87,7 +88,7 @@ async def refused(forward: Forward) -> bool:
 
 async def broken_off(reader: asyncio.StreamReader) -> bool:
     """Whether the connection ends with a reset within five seconds."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         try:
             await reader.read()
         except ConnectionResetError:
@@ -197,7 +198,7 @@ async def test_a_late_frame_of_a_stream_that_is_over_is_dropped() -> None:
         number = await agent.accept()
         agent.port.send(FrameType.RESET, 0, number, encode_u32(104))
         agent.port.send(FrameType.DATA, 0, number, b"late")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while lab.gateway.connections:
                 await asyncio.sleep(0.002)
         agent.port.send(FrameType.CREDIT, 0, number, encode_u32(5))
@@ -215,7 +216,7 @@ async def test_a_guest_that_breaks_off_after_its_end_frees_an_idle_client() -> N
         agent.port.send(FrameType.END, 0, number)
         assert await reader.read() == b""
         agent.port.send(FrameType.RESET, 0, number, encode_u32(104))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while lab.gateway.connections:
                 await asyncio.sleep(0.002)
 
@@ -238,7 +239,7 @@ async def test_a_client_that_reads_slowly_slows_the_guest_down() -> None:
                 sent += MAX_DATA
             agent.outlets[number].end()
 
-        async with asyncio.TaskGroup() as group, asyncio.timeout(30):
+        async with asyncio.TaskGroup() as group, asyncio.timeout(PATIENCE_S):
             group.create_task(produce())
             await asyncio.sleep(0.5)
             before = sent

@@ -15,6 +15,7 @@ from tests.support.egress_lab import (
     egress_lab,
     scripted_server,
 )
+from tests.support.waiting import PATIENCE_S, until, until_settled
 
 from taskvm.net import http1guest, relay
 from taskvm.port import StreamReset
@@ -41,7 +42,7 @@ async def test_an_expectation_is_answered_by_the_server_itself() -> None:
         sock = await lab.connect("api.test", server.port)
         head = f"POST / HTTP/1.1\r\nHost: api.test:{server.port}\r\nContent-Length: 4\r\n"
         await sock.write(f"{head}Expect: 100-continue\r\n\r\n".encode())
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             answer = await sock.read_all()
 
     assert answer.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n")
@@ -103,7 +104,7 @@ async def test_a_final_answer_before_the_end_of_the_upload_is_delivered() -> Non
     ):
         sock = await lab.connect("api.test", server.port)
         head = f"POST / HTTP/1.1\r\nHost: api.test:{server.port}\r\nContent-Length: 99999\r\n\r\n"
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             answer = await sock.exchange(head.encode() + b"x" * 1000)
 
     assert answer.startswith(b"HTTP/1.1 413")
@@ -129,15 +130,11 @@ async def test_a_guest_that_does_not_read_holds_the_server_back() -> None:
     async with sandbox(seen) as lab:
         sock = await lab.connect("api.test", seen.port)
         await sock.write(f"GET / HTTP/1.1\r\nHost: api.test:{seen.port}\r\n\r\n".encode())
-        await asyncio.sleep(0.5)
-        stalled = sent
-        await asyncio.sleep(0.3)
+        stalled = await until_settled(lambda: sent)
 
-        assert 0 < stalled == sent < 12_000_000
+        assert stalled < 12_000_000
         sock.reset()
-        async with asyncio.timeout(5):
-            while lab.gateway.connections:
-                await asyncio.sleep(0.01)
+        await until(lambda: not lab.gateway.connections)
     server.close()
 
 
@@ -196,7 +193,7 @@ async def test_a_guest_that_resets_ends_the_exchange_with_the_server() -> None:
     ):
         sock = await lab.connect("api.test", server.port)
         await sock.write(f"GET / HTTP/1.1\r\nHost: api.test:{server.port}\r\n\r\n".encode())
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while not server.requests:
                 await asyncio.sleep(0.01)
             sock.reset()

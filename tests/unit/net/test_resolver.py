@@ -6,6 +6,7 @@ import ipaddress
 import threading
 
 import pytest
+from tests.support.waiting import PATIENCE_S
 
 from taskvm.errors import UpstreamError, UsageError
 from taskvm.net import resolver as resolver_module
@@ -33,7 +34,7 @@ async def test_a_name_without_an_address_is_an_upstream_error(name: str) -> None
 
 async def test_a_resolver_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
-    monkeypatch.setattr(resolver_module, "_lookup", lambda host: release.wait(10))
+    monkeypatch.setattr(resolver_module, "_lookup", lambda host: release.wait(timeout=PATIENCE_S))
     resolver = HostResolver(timeout_s=0.05)
 
     with pytest.raises(UpstreamError, match="in time"):

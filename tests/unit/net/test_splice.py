@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.egress_lab import SERVER_CA, HttpServer, Lab, egress_lab, http_server
+from tests.support.waiting import PATIENCE_S
 
 from taskvm.net import splice
 from taskvm.net.tlsstream import TlsStream
@@ -54,7 +55,7 @@ async def test_a_pinning_client_reaches_its_own_server_and_nothing_of_it_is_seen
     with http_server("pinned.test") as server:
         async with sandbox(server) as lab:
             answer = await ask(lab, server.port, "pinned.test", pinning_client())
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PATIENCE_S):
                 while lab.gateway.connections:
                     await asyncio.sleep(0.01)
 

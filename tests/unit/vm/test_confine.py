@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.support.waiting import PATIENCE_S
 
 from taskvm.vm.native import confine_binary
 
@@ -25,7 +26,7 @@ def run_confined(
         [*command, "--", str(PYTHON), "-I", "-c", code],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=PATIENCE_S,
         pass_fds=pass_fds,
     )
 
@@ -158,7 +159,7 @@ def test_the_program_ends_when_its_owner_lets_go_of_the_lifeline() -> None:
 
     os.close(write)
 
-    assert process.wait(timeout=10) == 128 + 9
+    assert process.wait(timeout=PATIENCE_S) == 128 + 9
     assert running_before
 
 

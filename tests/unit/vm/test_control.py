@@ -178,6 +178,7 @@ async def test_an_operation_that_does_not_end_is_an_error_when_the_agent_is_well
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The agent answers the ping, not the request: the request is reset, and the sandbox goes on."""
+    usual = control_module.REPLY_TIMEOUT_S
     monkeypatch.setattr(control_module, "REPLY_TIMEOUT_S", 0.05)
     async with control_and_guest() as (control, guest), asyncio.TaskGroup() as group:
         asking = group.create_task(_outcome(control, messages.ReadlinkRequest(path=b"/slow")))
@@ -186,6 +187,7 @@ async def test_an_operation_that_does_not_end_is_an_error_when_the_agent_is_well
         ping = await guest.receive()
         await guest.send(FrameType.REPLY, ping.stream, {})
         error = await asking
+        monkeypatch.setattr(control_module, "REPLY_TIMEOUT_S", usual)
         again = group.create_task(_outcome(control, messages.PingRequest()))
         await guest.send(FrameType.REPLY, (await guest.receive()).stream, {})
 

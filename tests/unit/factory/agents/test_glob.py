@@ -45,7 +45,7 @@ def test_a_pattern_that_is_too_much_is_refused(pattern: str) -> None:
 @pytest.mark.parametrize("pattern", ["*a" * 100 + "b", "**/" * 100 + "b", "*a*a*a/" * 50 + "b"])
 def test_no_pattern_takes_long_on_any_name(pattern: str) -> None:
     matches = compile_glob(pattern)
-    started = time.monotonic()
+    started = time.process_time()
 
     assert not matches("/".join(["a" * 255] * 15))
-    assert time.monotonic() - started < 1.0
+    assert time.process_time() - started < 5  # backtracking: for ever
