@@ -30,7 +30,7 @@ SWITCH_VARIABLE = "PI_FACTORY_SANDBOX"
 _TASK_KEYS = ("enabled", "allowedHosts", "secrets", "imagePath", "checkpointPath")
 _WORKSPACE_KEYS = (
     *_TASK_KEYS, "taskMayAllow", "onUnavailable", "allowedAddresses", "resolve", "extraCaFiles",
-    "hiddenFiles", "passthrough", "workspaceMode",
+    "hiddenFiles", "privateFiles", "passthrough", "workspaceMode",
 )  # fmt: skip
 _SECRET_KEYS = ("hosts", "envVar", "headers", "places", "shape")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}\Z")
@@ -76,6 +76,7 @@ class SandboxConfig(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     resolve: dict[str, str] = {}
     extra_ca_files: tuple[str, ...] = ()
     hidden_files: tuple[str, ...] = ()
+    private_files: tuple[str, ...] = ()
     passthrough: tuple[str, ...] = ()
     workspace_mode: WorkspaceMode = "direct"
 
@@ -150,6 +151,7 @@ def _read_workspace(reader: _Reader, *, env_default: bool) -> SandboxConfig:
         resolve=reader.text_map("resolve"),
         extra_ca_files=_absolute_paths(reader, "extraCaFiles"),
         hidden_files=reader.texts("hiddenFiles"),
+        private_files=reader.texts("privateFiles"),
         passthrough=reader.hosts("passthrough"),
         workspace_mode=_workspace_mode(reader),
     )
@@ -160,6 +162,11 @@ def _read_workspace(reader: _Reader, *, env_default: bool) -> SandboxConfig:
         reader.problem(
             ("workspaceMode",),
             "work on the host cannot be reviewed before it is done: drop onUnavailable",
+        )
+    if config.workspace_mode == "review" and config.private_files:
+        reader.problem(
+            ("privateFiles",),
+            "in review nothing of the guest's comes to the host unasked: name them in hiddenFiles",
         )
     for name, secret in config.secrets.items():
         for index, host in enumerate(secret.hosts):

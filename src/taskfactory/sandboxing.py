@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from taskvm import HostDir, Opening, Process, Provider, Sandbox, Secret, SecretArguments
 
 GUEST_ROOT = "/workspace"
+# Of what `privateFiles` keeps: several times what the dependencies of a large project take.
+PRIVATE_LIMIT = 1 << 30
 # Of the guest's own program that says where its home is.
 _HOME_TIMEOUT_S = 30.0
 MAX_REFUSALS = 100
@@ -110,7 +112,7 @@ def _sandbox(wish: _Wish) -> Opening[Sandbox]:
         refuse_inside(wish.workspace, Path(config.checkpoint_path), "checkpoint")
     workspace = taskvm.HostDir(wish.workspace.resolve(), mode=config.workspace_mode)
     return taskvm.Sandbox.create(
-        mounts={GUEST_ROOT: _without(config.hidden_files, workspace)},
+        mounts={GUEST_ROOT: _shadowed(config, workspace)},
         allow=config.allowed_hosts,
         allow_addresses=config.allowed_addresses,
         resolve=config.resolve,
@@ -134,11 +136,17 @@ async def _keep_changes(vm: Sandbox, wish: _Wish) -> None:
             wish.say(f"{len(changes)} changes wait for review: read {patch}, then `git apply` it")
 
 
-def _without(patterns: tuple[str, ...], workspace: HostDir) -> Provider:
+def _shadowed(config: SandboxConfig, workspace: HostDir) -> Provider:
     """Return what serves the workspace without what its user hides. Raises UsageError for what is no pattern."""
-    from taskvm import Shadow
+    from taskvm import Memory, Shadow
 
-    return Shadow(workspace, patterns) if patterns else workspace
+    served: Provider = workspace
+    if config.hidden_files:
+        served = Shadow(served, config.hidden_files)
+    if config.private_files:
+        private = Memory(limit_bytes=PRIVATE_LIMIT)
+        served = Shadow(served, config.private_files, private=private)
+    return served
 
 
 def _secrets(config: SandboxConfig, environ: Mapping[str, str]) -> list[Secret]:

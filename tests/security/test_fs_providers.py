@@ -51,9 +51,14 @@ def request(chance: random.Random) -> tuple[int, int, bytes]:
     )
 
 
+@pytest.mark.parametrize("private", [None, Memory(limit_bytes=1 << 20)], ids=["denied", "private"])
 @pytest.mark.parametrize("seed", range(3))
-def test_no_sequence_of_requests_shows_or_changes_what_is_hidden(tmp_path: Path, seed: int) -> None:
-    """Forgets are among them, too many at a time; the server answers to the end and holds what its quota allows."""
+def test_no_sequence_of_requests_shows_or_changes_what_is_hidden(
+    tmp_path: Path, seed: int, private: Memory | None
+) -> None:
+    """Forgets are among them, too many at a time; the server answers to the end and holds what its quota allows. What
+    the guest puts at hidden names of its own does not come to the host.
+    """
     share, chance = tmp_path / "share", random.Random(seed)
     (share / "config" / "keys").mkdir(parents=True)
     (share / "covered").mkdir()
@@ -63,7 +68,9 @@ def test_no_sequence_of_requests_shows_or_changes_what_is_hidden(tmp_path: Path,
         path.write_bytes(SECRET)
     os.link(share / ".env", share / "linked")
     routed = Router({"/": HostDir(share), "/covered": Memory()})
-    kernel = HostileKernel(Quota(Shadow(routed, HIDDEN), limit_bytes=10_000, limit_files=50))
+    kernel = HostileKernel(
+        Quota(Shadow(routed, HIDDEN, private=private), limit_bytes=10_000, limit_files=50)
+    )
 
     told = b""
     for _ in range(REQUESTS):
@@ -76,6 +83,8 @@ def test_no_sequence_of_requests_shows_or_changes_what_is_hidden(tmp_path: Path,
     assert len(told) > 1000  # much of it was granted
     assert [path.read_bytes() for path in (*secrets, tmp_path / "outside")] == [SECRET] * 4
     assert kernel.failures == []
+    hidden = [path for path in share.rglob("*") if path.name == ".env" or path.match("config/keys")]
+    assert hidden == [share / ".env", share / "config" / "keys"]
     grown = [path for path in share.rglob("*") if path.is_file() and path not in secrets]
     assert sum(path.lstat().st_size for path in grown) < 11_000
     kernel.close()

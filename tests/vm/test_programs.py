@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 from tests.support.waiting import PATIENCE_S
 
-from taskvm import HostDir
+from taskvm import HostDir, Memory, Shadow
 from taskvm.sync import Sandbox
 
 pytestmark = pytest.mark.vm
@@ -37,9 +37,18 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def vm(programs_image: str, shared: Path) -> Iterator[Sandbox]:
-    """A guest with compilers and package managers, and `shared` at /workspace."""
-    mounts = {"/workspace": HostDir(shared)}
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with dependencies of the host's own."""
+    return tmp_path_factory.mktemp("project")
+
+
+@pytest.fixture(scope="module")
+def vm(programs_image: str, shared: Path, project: Path) -> Iterator[Sandbox]:
+    """A guest with compilers and package managers, `shared` at /workspace, and `project` with private places."""
+    private = Shadow(
+        HostDir(project), ["node_modules/", ".venv/", ".env"], private=Memory(limit_bytes=1 << 28)
+    )
+    mounts = {"/workspace": HostDir(shared), "/project": private}
     with Sandbox.create(image=programs_image, mounts=mounts, **GUEST) as sandbox:
         yield sandbox
 
@@ -268,6 +277,39 @@ def test_npm_installs_and_its_commands_run(here: Path, done: Callable[[str], str
         "helper"
         in json.loads((here / "package-lock.json").read_text())["packages"][""]["dependencies"]
     )
+
+
+def test_npm_and_venv_work_in_private_directories_of_a_project(vm: Sandbox, project: Path) -> None:
+    """The host's own are neither used nor changed; the lock file, and what git sees, is shared."""
+    tool = {"name": "tool", "version": "1.0.0", "bin": {"tool": "bin/tool.js"}}
+    script = "#!/usr/bin/env node\nconsole.log('of the guest');\n"
+    package(project / "tool.tgz", "tool", {"package.json": json.dumps(tool), "bin/tool.js": script})
+    (project / "package.json").write_text('{"name": "app", "version": "1.0.0", "private": true}')
+    for path in ("node_modules/tool/index.js", ".venv/bin/python", ".env"):
+        (project / path).parent.mkdir(parents=True, exist_ok=True)
+        (project / path).write_text("of the host")
+
+    done = vm.exec(
+        """
+        set -eu; git init -q; printf 'node_modules\n.venv\n.env\n' > .gitignore
+        export npm_config_offline=true npm_config_audit=false npm_config_fund=false npm_config_update_notifier=false
+        npm_config_cache=/var/tmp/npm npm install --silent ./tool.tgz
+        node_modules/.bin/tool; ls -A
+        python3 -m venv --without-pip .venv; .venv/bin/python -c 'import sys; print(sys.prefix)'
+        echo PORT=1 > .env; mv .env .env.bak; mv .env.bak .env; cat .env; git status --porcelain
+        mkdir -p packages; mv node_modules packages/; ls packages; rm -rf packages .venv
+        """,
+        cwd="/project",
+        timeout_s=RUN_TIMEOUT_S,
+    )
+
+    assert done.stderr == ""
+    assert done.stdout.split("\n")[0] == "of the guest"
+    assert "/project/.venv\nPORT=1\n" in done.stdout
+    shared = {".git", ".gitignore", "package.json", "package-lock.json", "tool.tgz"}
+    assert {path.name for path in project.iterdir()} == shared | {"node_modules", ".venv", ".env"}
+    for path in ("node_modules/tool/index.js", ".venv/bin/python", ".env"):
+        assert (project / path).read_text() == "of the host"
 
 
 def test_sqlite_with_a_write_ahead_log_serves_several_programs(

@@ -147,6 +147,24 @@ def test_the_command_line_hides_files(project: Path) -> None:
     assert SECRET not in done.stdout + done.stderr
 
 
+def test_the_command_line_gives_the_guest_files_of_its_own(project: Path) -> None:
+    taskvm = Path(sys.executable).with_name("taskvm")
+    options = ["--mount", ".:/workspace", "--private", ".env", "--hide", "/config/", "-q"]
+    options += ["--cpus", "1", "--memory", "256"]
+
+    done = subprocess.run(
+        [taskvm, "run", *options, "--", "sh", "-c", "ls -A; echo guest > .env; cat .env"],
+        cwd=project,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=50,
+    )
+
+    assert done.stdout.split() == ["server.pem", "src", "guest"]
+    assert (project / ".env").read_text() == SECRET
+
+
 async def test_a_provider_of_ones_own_serves_a_guest() -> None:
     """The example of the documentation, with a real kernel and real programs in front of it."""
     store = {"greeting": b"hello\n"}

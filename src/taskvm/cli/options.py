@@ -19,6 +19,9 @@ from taskvm.cli.secrettext import read_secret, read_secret_command, read_secret_
 
 P = ParamSpec("P")
 
+# Of what --private keeps for one mount: several times what the dependencies of a large project take.
+PRIVATE_LIMIT = 1 << 30
+
 # What may leave: the same for commands that only ask about it.
 POLICY_OPTIONS = (
     click.option(
@@ -91,6 +94,12 @@ SANDBOX_OPTIONS = (
         multiple=True,
         metavar="PATTERN",
         help="Hide these files of every mount from the guest: .env, *.pem, /secrets/, as in a .gitignore.",
+    ),
+    click.option(
+        "--private",
+        multiple=True,
+        metavar="PATTERN",
+        help="Hide these too, and let the guest have its own there, in memory: node_modules/, .venv/.",
     ),
     *POLICY_OPTIONS,
     click.option(
@@ -195,6 +204,7 @@ class SandboxArguments:
     disk_size: int | None
     mounts: tuple[str, ...]
     hide: tuple[str, ...]
+    private: tuple[str, ...]
     policy_file: str | None
     allow: tuple[str, ...]
     allow_addresses: tuple[str, ...]
@@ -249,6 +259,16 @@ class SandboxArguments:
         """Return the values of all secrets, by name, from this process's environment and files. Raises UsageError."""
         return {secret.name: secret.reveal() for secret in self._secrets(None)}
 
+    def _mount(self, text: str) -> tuple[str, taskvm.Provider]:
+        path, provider = _read_mount(text)
+        if self.hide and not provider.is_file:
+            provider = taskvm.Shadow(provider, self.hide)
+        if self.private and not provider.is_file:
+            provider = taskvm.Shadow(
+                provider, self.private, private=taskvm.Memory(limit_bytes=PRIVATE_LIMIT)
+            )
+        return path, provider
+
     @property
     def reviewed(self) -> tuple[str, ...]:
         """The guest's directories that are mounted for review."""
@@ -292,7 +312,7 @@ class SandboxArguments:
         """
         self.check()
         return taskvm.Sandbox.create(
-            mounts=dict(_mount(text, self.hide) for text in self.mounts),
+            mounts=dict(self._mount(text) for text in self.mounts),
             policy=read_policy(self.policy_file, self.allow, self.allow_addresses),
             resolve=read_table(self.resolve),
             secrets=self._secrets(variables),
@@ -368,7 +388,7 @@ def _absolute(path: str | None) -> str | None:
     return None if path is None else str(Path(path).absolute())
 
 
-def _mount(text: str, hide: tuple[str, ...]) -> tuple[str, taskvm.Provider]:
+def _read_mount(text: str) -> tuple[str, taskvm.Provider]:
     parts = text.split(":")
     if len(parts) == 2:
         parts.append("rw")
@@ -381,8 +401,7 @@ def _mount(text: str, hide: tuple[str, ...]) -> tuple[str, taskvm.Provider]:
     host, guest, mode = parts
     if Path(host).expanduser().is_file():
         return guest, _mounted_file(text, host, _MOUNT_MODES[mode])
-    directory = taskvm.HostDir(host or ".", mode=_MOUNT_MODES[mode])
-    return guest, taskvm.Shadow(directory, hide) if hide else directory
+    return guest, taskvm.HostDir(host or ".", mode=_MOUNT_MODES[mode])
 
 
 def _mounted_file(text: str, host: str, mode: str) -> taskvm.Provider:

@@ -18,12 +18,17 @@ import stat
 import time
 from collections.abc import Callable, Iterable
 
+from taskvm.errors import UsageError
+from taskvm.fs.memory import Memory
 from taskvm.fs.patterns import Path, Patterns
 from taskvm.fs.places import Place
+from taskvm.fs.privatelayer import PrivateLayer
 from taskvm.fs.provider import ROOT, Change, DirEntry, Entry, Node, Provider, refuse
+from taskvm.fs.router import Router
 from taskvm.fs.syscalls import RENAME_EXCHANGE
 from taskvm.fs.tracked import Tracked
 from taskvm.fs.walk import DT_DIR, DT_UNKNOWN, Found, walk
+from taskvm.fs.wrapper import Wrapper
 
 MAX_WALK = 1_000_000
 RELINK_S = 60.0
@@ -32,12 +37,34 @@ RELINK_S = 60.0
 class Shadow(Tracked):
     """Serves `inner` without what `patterns` mean: `.env`, `*.pem`, `/secrets/`, `!public.pem`, as in a .gitignore.
 
-    Names are compared without regard to case. What is hidden cannot be read, listed, replaced or created.
+    Names are compared without regard to case. What is hidden cannot be read, listed, replaced or created. With
+    `private` the guest may put things of its own there: each mount keeps them in a Memory like it, never in `inner`.
     """
 
-    def __init__(self, inner: Provider, patterns: Iterable[str]) -> None:
+    def __init__(
+        self, inner: Provider, patterns: Iterable[str], *, private: Memory | None = None
+    ) -> None:
         self.patterns = Patterns(patterns)
+        self.private = private
+        if private is not None and _has_private_layer(inner):
+            raise UsageError(
+                f"keep what {self.patterns} mean in a private layer",
+                "there is one below it already",
+                "Give all patterns to one Shadow",
+            )
         super().__init__(inner)
+
+    def opened(self) -> Provider:
+        served = super().opened()
+        if self.private is None:
+            return served
+        assert isinstance(served, Shadow)
+        served.private = None
+        return PrivateLayer(served, self.private.opened())
+
+    @property
+    def readonly(self) -> bool:  # type: ignore[override]  # as in the base class
+        return self.private is None and self.inner.readonly
 
     def begin(self) -> None:
         super().begin()
@@ -238,3 +265,11 @@ class Shadow(Tracked):
     def _release(self, links: Iterable[Node]) -> None:
         for node in links:
             self.inner.forget(node, 1)
+
+
+def _has_private_layer(provider: Provider) -> bool:
+    if isinstance(provider, Router):
+        return any(_has_private_layer(each) for each in provider.providers)
+    if isinstance(provider, Shadow) and provider.private is not None:
+        return True
+    return isinstance(provider, Wrapper) and _has_private_layer(provider.inner)

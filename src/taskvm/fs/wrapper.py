@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Self
 
 from taskvm.fs.provider import Change, DirEntry, Entry, Node, Provider, Source
 from taskvm.wire.fuse import SetAttr
@@ -27,7 +26,7 @@ class Wrapper(Provider):
     def begin(self) -> None:
         """Make what belongs to one mount. A subclass that overrides it calls it first."""
 
-    def opened(self) -> Self:
+    def opened(self) -> Provider:
         served = copy.copy(self)
         served.inner = self.inner.opened()
         served.begin()

@@ -71,6 +71,12 @@ class ReviewMount:
                     f"a {type(outer).__name__} changes what the guest sees of {inner.path}",
                     "Only Shadow may stand before a HostDir in the mode review",
                 )
+            if outer.private is not None:
+                raise UsageError(
+                    f"mount {path} for review",
+                    f"a private layer would hide what the guest changes of {inner.path}",
+                    "Hide the files without one: what the guest writes there is never applied",
+                )
             outer = outer.inner
         return cls(id=number, path=path, provider=inner, hidden=tuple(hidden))
 

@@ -166,6 +166,8 @@ def test_a_task_cannot_widen_a_secret(task: str, key: str) -> None:
         "allowedAddresses",
         "resolve",
         "extraCaFiles",
+        "hiddenFiles",
+        "privateFiles",
         "passthrough",
         "workspaceMode",
     ],
@@ -186,6 +188,9 @@ def test_a_workspace_for_review_is_never_worked_on_by_the_host() -> None:
     assert "set it to true" in problems(f"{{{review}}}")[0]
     assert "drop onUnavailable" in problems(f"{{enabled: true, {review}, onUnavailable: host}}")[0]
     assert "neither" in problems("{enabled: true, workspaceMode: ro}")[0]
+    private = "privateFiles: [.venv/]"
+    assert "hiddenFiles" in problems(f"{{enabled: true, {review}, {private}}}")[0]
+    assert merge(f"{{enabled: true, {private}}}").private_files == (".venv/",)
 
 
 def test_a_task_names_an_image_of_the_store() -> None:

@@ -48,6 +48,22 @@ class TestShadowOfADirectory(ProviderConformance):
         return Shadow(HostDir(directory), [".env", "/secrets/", "*.key", "!public.key"])
 
 
+class TestShadowWithAPrivateLayer(ProviderConformance):
+    def make(self, directory: Path) -> Provider:
+        return Shadow(HostDir(directory), [".env", "target/"], private=Memory())
+
+
+class TestAPrivateDirectory(ProviderConformance):
+    """A hidden directory that the guest made."""
+
+    def make(self, directory: Path) -> Provider:
+        return Shadow(HostDir(directory), ["/deep/venv/"], private=Memory())
+
+    def find_root(self) -> Node:
+        deep = self.provider.mkdir(ROOT, b"deep", 0o755).node
+        return self.provider.mkdir(deep, b"venv", 0o755).node
+
+
 class TestQuota(ProviderConformance):
     def make(self, directory: Path) -> Provider:
         return Quota(HostDir(directory), limit_bytes=1 << 30, limit_files=10_000)
@@ -77,7 +93,8 @@ class TestTheRootOfARouter(ProviderConformance):
 
 class TestAllOfThem(ProviderConformance):
     def make(self, directory: Path) -> Provider:
-        return Hooks(Quota(Shadow(Router({"/": HostDir(directory)}), [".env"]), limit_files=9999))
+        routed = Router({"/": HostDir(directory)})
+        return Hooks(Quota(Shadow(routed, [".env"], private=Memory()), limit_files=9999))
 
 
 # Wrong ones, each in one respect.
