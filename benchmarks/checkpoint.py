@@ -1,7 +1,9 @@
 """What checkpoints and forks cost, as JSON: `python benchmarks/checkpoint.py [REPEATS [FORKS]]`.
 
 Times are wall-clock milliseconds on the machine as it is: run it on a quiet one. `frozen_ms` is how long programs stood
-still, `stopped_ms` the virtual processors; `answered` is to the end of a first exec.
+still, `stopped_ms` how long the virtual processors did; `answered` is to the end of a first exec. `forks` are of a
+sandbox that rests, `starts` as many of a template, in the same run: what a fork costs beyond a start is the difference.
+CPU is of this process and of all QEMUs, which a loaded machine spoils less than times.
 """
 
 from __future__ import annotations
@@ -13,13 +15,16 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
-from taskvm import Checkpoint, Sandbox
+from taskvm import Sandbox
+from taskvm.checkpoints import saving
 from taskvm.guest import Guest
-from taskvm.usage import Statistics
+from taskvm.opening import Opening
+from taskvm.vm.snapshot import Cut
 
 SHAPE = {"cpus": 1, "memory_mib": 512}
 
@@ -33,11 +38,12 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 class Frozen:
-    """Measures how long the programs of guests stand still."""
+    """Measures how long the programs of guests stand still, and their processors."""
 
     def __init__(self) -> None:
         self.spans_ms: list[float] = []
-        real = Guest.at_rest
+        self.stopped_ms: list[float] = []
+        real, save_disk, save_machine = Guest.at_rest, saving.save_disk, saving.save_machine
 
         @asynccontextmanager
         async def at_rest(guest: Guest) -> AsyncIterator[None]:
@@ -46,7 +52,18 @@ class Frozen:
                 yield
             self.spans_ms.append((time.perf_counter() - began) * 1000)
 
+        async def disk(*operands: Any) -> Cut:
+            cut = await save_disk(*operands)
+            self.stopped_ms.append(cut.stopped_s * 1000)
+            return cut
+
+        async def machine(*operands: Any) -> Cut:
+            cut = await save_machine(*operands)
+            self.stopped_ms.append(cut.stopped_s * 1000)
+            return cut
+
         Guest.at_rest = at_rest  # type: ignore[method-assign]
+        saving.save_disk, saving.save_machine = disk, machine
 
 
 async def save(vm: Sandbox, directory: Path, repeats: int, *, memory: bool) -> dict[str, object]:
@@ -57,37 +74,52 @@ async def save(vm: Sandbox, directory: Path, repeats: int, *, memory: bool) -> d
         began = time.perf_counter()
         checkpoint = await vm.checkpoint(directory / f"{memory}-{number}", memory=memory)
         whole.append((time.perf_counter() - began) * 1000)
-        if number + 1 < repeats:
-            checkpoint.delete()
-        else:
-            checkpoint.path.rename(directory / f"last-{memory}")
-    return {"whole_ms": spread(whole), "frozen_ms": spread(frozen.spans_ms)}
+        checkpoint.delete()
+    return {
+        "whole_ms": spread(whole),
+        "frozen_ms": spread(frozen.spans_ms),
+        "stopped_ms": spread(frozen.stopped_ms),
+    }
 
 
-async def resume(path: Path, repeats: int) -> dict[str, float]:
+async def answer(begin: Callable[[], Opening[Sandbox]], repeats: int) -> dict[str, float]:
+    """Time from asking for a sandbox to the answer of its first command, closing not counted."""
     spans = []
     for _ in range(repeats):
         began = time.perf_counter()
-        async with Checkpoint.load(path).resume() as vm:
+        async with begin() as vm:
             await vm.exec(["true"], check=True)
             spans.append((time.perf_counter() - began) * 1000)
     return spread(spans)
 
 
-async def fork(vm: Sandbox, count: int) -> dict[str, float]:
-    began = time.perf_counter()
-    children = [each for each in await vm.fork_many(count) if isinstance(each, Sandbox)]
-    await asyncio.gather(*(each.exec(["true"], check=True) for each in children))
-    took = time.perf_counter() - began
-    used: list[Statistics] = [each.statistics() for each in children]
+def processor_s(vms: Sequence[Sandbox]) -> float:
+    """Processor time of all their QEMUs."""
+    return sum(vm.statistics().cpu_s for vm in vms)
+
+
+async def many(begin: Awaitable[Sequence[object]], count: int) -> dict[str, float]:
+    """Wait until all that `begin` starts have answered."""
+    began, cpu_s = time.perf_counter(), time.process_time()
+    vms = [each for each in await begin if isinstance(each, Sandbox)]
+    started_s = time.perf_counter() - began
+    await asyncio.gather(*(each.exec(["true"], check=True) for each in vms))
+    took_s = time.perf_counter() - began
     result = {
         "asked": count,
-        "answered": len(children),
-        "all_answered_s": round(took, 2),
-        "memory_mib": sum(each.proportional_bytes for each in used) >> 20,
+        "answered": len(vms),
+        "all_started_s": round(started_s, 2),
+        "all_answered_s": round(took_s, 2),
+        "cpu_ours_s": round(time.process_time() - cpu_s, 2),
+        "cpu_qemu_s": round(processor_s(vms), 2),
+        "memory_mib": sum(each.statistics().proportional_bytes for each in vms) >> 20,
     }
-    await asyncio.gather(*(each.close() for each in children))
+    await asyncio.gather(*(each.close() for each in vms))
     return result
+
+
+async def start_many(count: int) -> list[Sandbox]:
+    return await asyncio.gather(*(Sandbox.create(**SHAPE) for _ in range(count)))
 
 
 async def main(repeats: int, forks: int) -> None:
@@ -95,19 +127,24 @@ async def main(repeats: int, forks: int) -> None:
         directory = Path(name)
         async with Sandbox.create(**SHAPE) as vm:
             disk = await save(vm, directory, repeats, memory=False)
-            await vm.spawn("while :; do sleep 0.01; done")
+            program = await vm.spawn("while :; do sleep 0.01; done")
             memory = await save(vm, directory, repeats, memory=True)
-            forked = await fork(vm, forks)
-        began = time.perf_counter()
-        await resume(directory / "last-False", 1)
-        first_s = time.perf_counter() - began
+            # Each copy would run it: 50 that begin 100 programs a second are another figure.
+            await program.kill_all()
+            saved_disk = await vm.checkpoint(directory / "disk")
+            saved_memory = await vm.checkpoint(directory / "memory", memory=True)
+            forked = await many(vm.fork_many(forks), forks)
+            started = await many(start_many(forks), forks)
+        first = await answer(saved_disk.resume, 1)
         figures = {
             "disk_checkpoint_32_mb": disk,
             "memory_checkpoint_512_mib": memory,
-            "first_resume_of_a_disk_s": round(first_s, 1),
-            "resume_disk_answered_ms": await resume(directory / "last-False", repeats),
-            "resume_memory_answered_ms": await resume(directory / "last-True", repeats),
+            "first_resume_of_a_disk_ms": first["p50"],
+            "start_answered_ms": await answer(lambda: Sandbox.create(**SHAPE), repeats),
+            "resume_disk_answered_ms": await answer(saved_disk.resume, repeats),
+            "resume_memory_answered_ms": await answer(saved_memory.resume, repeats),
             "forks": forked,
+            "starts": started,
         }
     print(json.dumps(figures, indent=2))
 

@@ -390,6 +390,8 @@ class Guest:
         Raises SandboxLostError. The watch must be `kept_awake`.
         """
         assert self._net is not None, "only an equipped guest comes to rest"
+        # While programs run: less is left to be written when they stand still.
+        await self._ask(SyncRequest(), "write the guest's files back")
         ports = (self.control.port, self._net)
         for port in ports:
             port.hold()  # what is sent now is neither lost nor half in a saved guest

@@ -1,4 +1,4 @@
-"""Room in this process for one more sandbox: each holds 15 descriptors, and the usual limit of 1024 ends at 65.
+"""Room in this process for one more sandbox: each holds 16 descriptors, and the usual limit of 1024 ends at 61.
 
 The limit that a process may raise by itself (getrlimit(2), the soft one) is raised when it is needed and not before, as
 other runtimes do at once: what a program starts later inherits it. Beyond the hard one the start fails with a reason.

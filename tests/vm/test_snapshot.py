@@ -1,15 +1,13 @@
 """Running machines whose disk and memory are saved at one instant.
 
-Covers taskvm.vm.snapshot, taskvm.vm.layers and taskvm.vm.disk.
+Covers taskvm.vm.snapshot, taskvm.vm.memory, taskvm.vm.layers and taskvm.vm.disk.
 """
 
 import asyncio
-import functools
 import json
 import os
 import subprocess
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,6 @@ from tests.conftest import GUEST
 from taskvm import Sandbox
 from taskvm.vm.command import disk_beneath
 from taskvm.vm.disk import flatten, read_header
-from taskvm.vm.qemu import find_qemu, host_arch
 from taskvm.vm.snapshot import save_disk, save_machine
 
 pytestmark = pytest.mark.vm
@@ -53,9 +50,7 @@ async def test_a_machine_is_saved_while_it_runs(tmp_path: Path, load: str) -> No
         guest = vm._guest
         process = await vm.spawn(load)
         async with guest.watch.kept_awake():
-            cut = await save_machine(
-                find_qemu(host_arch()), guest.machine, guest.layers, guest.at_rest, tmp_path
-            )
+            cut = await save_machine(guest.machine, guest.layers, guest.at_rest, tmp_path)
         answer = await vm.exec(["echo", "still here"])
         await process.kill_all()
 
@@ -65,31 +60,29 @@ async def test_a_machine_is_saved_while_it_runs(tmp_path: Path, load: str) -> No
     assert cut.disk.layers[0].name == "disk.qcow2"
 
 
-async def test_a_machine_that_stops_too_early_is_saved_at_the_second_attempt(
-    tmp_path: Path,
-) -> None:
-    """All was sent before the guest was at rest: it goes on, comes to rest, and is sent again."""
-    rests: list[int] = []
+async def test_the_memory_of_a_machine_that_was_booted_is_saved_too(tmp_path: Path) -> None:
+    """It has no template: its memory is anonymous, and all of it is QEMU's own."""
+    async with Sandbox.create(**GUEST, warm=False) as vm:
+        await vm.exec("echo kept > /dev/shm/kept", check=True)
+        async with vm.fork() as child, child.fork() as grandchild:
+            said = await grandchild.exec("cat /dev/shm/kept")
+
+    assert said.stdout == "kept\n"
+
+
+async def test_a_sandbox_is_saved_to_another_file_system() -> None:
+    """Where nothing can be shared with the cache's: with memory, and its disk alone."""
     async with Sandbox.create(**GUEST) as vm:
-        guest = vm._guest
-        query = functools.partial(guest.machine.execute, "query-migrate")
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+            await vm.exec("echo kept | tee /root/kept > /dev/shm/kept", check=True)
+            disk = await vm.checkpoint(f"{name}/disk")
+            memory = await vm.checkpoint(f"{name}/memory", memory=True)
+            async with memory.resume() as resumed:
+                said = await resumed.exec("cat /root/kept /dev/shm/kept")
+            content = disk.path.read_bytes()
 
-        @asynccontextmanager
-        async def at_rest() -> AsyncIterator[None]:
-            rests.append(1)
-            if len(rests) == 1:
-                while (await query())["status"] in ("setup", "active"):
-                    await asyncio.sleep(0.02)
-            async with guest.at_rest():
-                yield
-
-        async with guest.watch.kept_awake():
-            await save_machine(
-                find_qemu(host_arch()), guest.machine, guest.layers, at_rest, tmp_path
-            )
-        answer = await vm.exec(["echo", "still here"])
-
-    assert (len(rests), answer.stdout) == (2, "still here\n")
+    assert said.stdout == "kept\nkept\n"
+    assert b"kept\n" in content
 
 
 async def test_a_disk_that_is_cut_while_it_is_written_is_a_sound_file_system(

@@ -60,7 +60,7 @@ async def cut_machine(guest: Guest, directory: Path) -> tuple[Cut, Carried]:
             known.append(guest.carry())
             yield
 
-    cut = await save_machine(guest.origin.qemu, guest.machine, guest.layers, at_rest, directory)
+    cut = await save_machine(guest.machine, guest.layers, at_rest, directory)
     return cut, known[-1]
 
 

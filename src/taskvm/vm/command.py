@@ -107,14 +107,10 @@ class Boot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Disk:
-    """The root disk: qcow2 `layers` from the top, which is written, down; beneath them the raw image `base`.
-
-    Without layers and base it is a disk of `size_bytes` that holds nothing, for a machine that never runs.
-    """
+    """The root disk: qcow2 `layers` from the top, which is written, down; beneath them the raw image `base`."""
 
     layers: tuple[Path, ...] = ()
     base: Path | None = None
-    size_bytes: int = 0
 
 
 def qemu_command(
@@ -152,8 +148,13 @@ def qemu_command(
         "-append",
         shape.kernel_arguments,
         *_devices(disk, descriptors),
-        *(["-incoming", "defer"] if incoming else []),
+        *(_INCOMING if incoming else []),
     ]
+
+
+# Paused until it is told to run: the state does not say so. And what is in the state is its devices alone, without a
+# head that names the machine; that it fits is sure by other means (TemplateInputs).
+_INCOMING = ("-S", "-incoming", "defer", "-global", "migration.send-configuration=off")
 
 
 # Nothing that is not named exists in the guest, no configuration file of the host is read; and QEMU's own filter beside
@@ -232,12 +233,15 @@ def confine_command(
 
 def _machine_type(shape: MachineShape) -> str:
     if shape.arch == "x86_64":
-        # No controllers for devices that are not there; no System Management Mode, which only firmware uses.
+        # No controllers for devices that are not there; no System Management Mode, which only firmware uses; no
+        # description behind a saved state.
         return (
             f"{shape.machine},memory-backend=ram,vmport=off,smm=off,usb=off,sata=off,smbus=off,"
-            "graphics=off,dump-guest-core=off"
+            "graphics=off,dump-guest-core=off,suppress-vmdesc=on"
         )
-    return f"{shape.machine},memory-backend=ram,gic-version=3,dump-guest-core=off"
+    return (
+        f"{shape.machine},memory-backend=ram,gic-version=3,dump-guest-core=off,suppress-vmdesc=on"
+    )
 
 
 def _memory_backend(shape: MachineShape, memory: Path | None, share: bool) -> str:
@@ -287,8 +291,7 @@ def disk_beneath(layers: Sequence[Path], base: Path) -> dict[str, object]:
 
 
 def _root_node(disk: Disk) -> dict[str, object]:
-    if disk.base is None:
-        return {"driver": "null-co", "node-name": layer_node(0), "size": disk.size_bytes}
+    assert disk.base is not None, "a machine's disk lies above an image"
     top, *others = disk.layers
     return {**top_layer(0, str(top)), "backing": disk_beneath(others, disk.base)}
 

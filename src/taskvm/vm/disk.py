@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 from taskvm.errors import HostError
 from taskvm.vm.command import Disk
+from taskvm.vm.extents import copy_extent
 from taskvm.wire.qcow2 import (
     CLUSTER,
     MAX_HEAD_BYTES,
@@ -44,7 +45,8 @@ def disk_size(disk: Disk) -> int:
     """Return how many bytes a guest sees of a disk. Raises HostError for a file that is not a disk."""
     if disk.layers:
         return read_header(disk.layers[0]).size_bytes
-    return disk.base.stat().st_size if disk.base is not None else disk.size_bytes
+    assert disk.base is not None, "a disk has layers or a base"
+    return disk.base.stat().st_size
 
 
 def read_header(path: Path) -> Qcow2Header:
@@ -128,7 +130,7 @@ def _copy_clusters(
 
 def _copy(source: BinaryIO, offset: int, out: BinaryIO, position: int, length: int) -> None:
     while length:
-        copied = os.copy_file_range(source.fileno(), out.fileno(), length, offset, position)
+        copied = copy_extent(source.fileno(), offset, out.fileno(), position, length)
         if not copied:
             return
         offset, position, length = offset + copied, position + copied, length - copied

@@ -42,8 +42,10 @@ from taskvm.vm.qemu import Qemu
 TAIL_BYTES = 64 * 1024
 # QEMU answers QMP in about a millisecond; a host that swaps may take seconds.
 QMP_TIMEOUT_S = 30.0
-# State of a q35 machine is 330-380 KB, its RAM is not in it: a second even on a slow disk.
-MIGRATION_TIMEOUT_S = 60.0
+# State of a q35 machine is some hundred KB, its RAM is not in it: a second even on a slow disk.
+LOAD_TIMEOUT_S = 60.0
+# The set of descriptors that holds a state's file while it is written; layers of disks count from 1 (vm/layers.py).
+STATE_FDSET = 0
 # Between the end of QEMU's channels and that of its supervisor lie milliseconds; of memory that is torn down, more.
 END_WAIT_S = 5.0
 # The default for a disk overlay: it holds the disk of every image we build, and its tables (1/8192).
@@ -58,8 +60,7 @@ class MachineFiles:
     """The files of one machine. Of `disk` only the top layer is written.
 
     `memory` is None for anonymous memory; `share_memory` writes it (a template being made). `state` is device state
-    to resume from; `receiving` waits for that of a running machine. `disk_limit_bytes` is how far a file may grow;
-    QEMU gets EFBIG beyond it, the guest an I/O error.
+    to resume from. `disk_limit_bytes` is how far a file may grow; QEMU gets EFBIG beyond it, the guest an I/O error.
     """
 
     boot: Boot
@@ -67,13 +68,12 @@ class MachineFiles:
     memory: Path | None = None
     share_memory: bool = False
     state: Path | None = None
-    receiving: bool = False
     disk_limit_bytes: int = DISK_LIMIT_BYTES
 
     @property
     def incoming(self) -> bool:
         """Whether the machine goes on from a state, instead of booting."""
-        return self.receiving or self.state is not None
+        return self.state is not None
 
 
 class Tail(asyncio.Protocol):
@@ -119,6 +119,8 @@ class Machine:
         self._lifeline: int | None = None
         self._pidfd = os.pidfd_open(process.pid)
         self._state_fd: int | None = None
+        # The file that its memory is a private mapping of; it may have no name any more.
+        self.memory: int | None = None
         self._tails: list[asyncio.BaseTransport] = []
         self._console_socket = sockets.pop("console")
         self._sockets = sockets
@@ -192,50 +194,41 @@ class Machine:
     async def load_state(self) -> None:
         """Load the device state given at the start. The guest is then paused: `execute("cont")` lets it run."""
         with self.listen("MIGRATION") as events:
-            await self.set_capabilities("x-ignore-shared")
+            await self.execute(
+                "migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}]
+            )
             await self.execute("migrate-incoming", uri=f"fd:{self._state_fd}")
-            await self.wait_migration(events, "completed", "load the saved state")
+            await self._wait_loaded(events)
         self._close_state()
 
     async def save_state(self, path: Path) -> None:
-        """Write the device state of a stopped machine to the new file `path`; its RAM is in the memory file."""
+        """Write the device state of a stopped machine to the new file `path`; its RAM is not in it.
+
+        The command is named after its first user; it needs nothing of Xen (qapi/migration.json).
+        """
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            await self.give("getfd", descriptor, fdname="state")
-            with self.listen("MIGRATION") as events:
-                await self.set_capabilities("x-ignore-shared")
-                await self.execute("migrate", uri="fd:state")
-                await self.wait_migration(events, "completed", "save the state")
-            os.fsync(descriptor)
+            await self.give("add-fd", descriptor, **{"fdset-id": STATE_FDSET})
+            try:
+                name = f"/dev/fdset/{STATE_FDSET}"
+                await self.execute("xen-save-devices-state", filename=name, live=False)
+            finally:
+                await self.execute("remove-fd", **{"fdset-id": STATE_FDSET})
         finally:
             os.close(descriptor)
 
-    async def set_capabilities(self, *names: str) -> None:
-        """Set how the next migration goes: with the capabilities `names`, and none of the others that we use.
-
-        x-ignore-shared leaves RAM that is a shared file out of the stream; pause-before-switchover stops the machine
-        and waits before its devices are sent.
-        """
-        wanted = {
-            name: name in names for name in ("x-ignore-shared", "pause-before-switchover")
-        } | {"events": True}  # events spare us polling
-        await self.execute(
-            "migrate-set-capabilities",
-            capabilities=[{"capability": name, "state": on} for name, on in wanted.items()],
-        )
-
-    async def wait_migration(self, events: EventListener, wanted: str, operation: str) -> None:
-        """Wait until a migration is `wanted`, such as "completed". Raises SandboxLostError when it fails."""
+    async def _wait_loaded(self, events: EventListener) -> None:
+        operation = "load the saved state"
         try:
-            async with asyncio.timeout(MIGRATION_TIMEOUT_S):
-                while (status := _status(await events.get())) != wanted:
+            async with asyncio.timeout(LOAD_TIMEOUT_S):
+                while (status := _status(await events.get())) != "completed":
                     if status in ("failed", "cancelled"):
                         raise SandboxLostError(
                             operation, f"QEMU reports {status}{self.last_words()}"
                         )
         except TimeoutError as error:
             raise SandboxLostError(
-                operation, f"not done after {MIGRATION_TIMEOUT_S:.0f} s{self.last_words()}"
+                operation, f"not done after {LOAD_TIMEOUT_S:.0f} s{self.last_words()}"
             ) from error
 
     async def kill(self) -> int:
@@ -262,6 +255,9 @@ class Machine:
             transport.close()
         for sock in (*self._sockets.values(), self._qmp_socket):
             sock.close()
+        if self.memory is not None:
+            os.close(self.memory)
+            self.memory = None
         self._close_state()
         with contextlib.suppress(QMPError, OSError, EOFError):
             await self._qmp.disconnect()
@@ -360,10 +356,12 @@ def _spawn(qemu: Qemu, shape: MachineShape, files: MachineFiles) -> Machine:
         lifeline_read, lifeline_write = os.pipe()
         theirs.callback(os.close, lifeline_read)
         inherited_fds = [*numbers.values(), lifeline_read]
-        state_fd = None
+        state_fd = memory_fd = None
         if files.state is not None:
             state_fd = os.open(files.state, os.O_RDONLY | os.O_CLOEXEC)
             inherited_fds.append(state_fd)
+        if files.memory is not None and not files.share_memory:
+            memory_fd = os.open(files.memory, os.O_RDONLY | os.O_CLOEXEC)
         command = _commands(qemu, shape, files, Descriptors(**numbers), lifeline_read)
         try:
             process = subprocess.Popen(
@@ -383,6 +381,7 @@ def _spawn(qemu: Qemu, shape: MachineShape, files: MachineFiles) -> Machine:
     machine = Machine(shape, files, process, ours)
     machine._lifeline = lifeline_write
     machine._state_fd = state_fd
+    machine.memory = memory_fd
     return machine
 
 

@@ -36,7 +36,7 @@ from taskvm.vm.machine import DISK_LIMIT_BYTES, Machine, MachineFiles
 from taskvm.vm.qemu import Qemu
 
 # Part of every key: raise it when qemu_command's devices change or a template holds something else.
-LAYOUT = 4
+LAYOUT = 5
 FILES = ("ram", "state", "disk.qcow2")
 # Of the most recently used. Each new agent, image, size or QEMU makes another; a running one keeps its open files.
 KEPT_TEMPLATES = 8
