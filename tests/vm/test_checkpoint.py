@@ -20,9 +20,12 @@ from taskvm import (
     CheckpointStore,
     HostDir,
     Memory,
+    Provider,
+    ReadOnly,
     Sandbox,
     Secret,
     UsageError,
+    Wrapper,
     sync,
 )
 
@@ -214,13 +217,19 @@ async def test_programs_write_on_to_a_mounted_directory(
     assert not (workspace / "sub" / "mine").exists()
 
 
+class Forgetful(Wrapper):
+    """Of somebody who did not think of saved guests."""
+
+    export_state = Provider.export_state
+
+
 async def test_what_cannot_be_saved_is_refused_with_the_reason(
     tmp_path: Path, workspace: Path
 ) -> None:
     """A name that is taken, a path that the guest may write to, no directory, a mount that nobody can serve on."""
-    mounts = {"/workspace": HostDir(workspace), "/m": Memory()}
+    mounts = {"/workspace": HostDir(workspace), "/m": ReadOnly(Forgetful(Memory()))}
     async with Sandbox.create(mounts=mounts, **GUEST) as vm:
-        with pytest.raises(UsageError, match="save the mount /m: Memory cannot be taken up again"):
+        with pytest.raises(UsageError, match="save the mount /m: ReadOnly cannot be taken up"):
             await vm.checkpoint(tmp_path / "memory", memory=True)
         with pytest.raises(UsageError, match="the guest may write to it"):
             await vm.checkpoint(workspace / "x.qcow2")

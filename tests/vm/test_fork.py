@@ -15,10 +15,10 @@ from taskvm import (
     HostDir,
     Memory,
     Policy,
-    ReadOnly,
     Sandbox,
     SandboxStateError,
     Secret,
+    Shadow,
     TaskvmError,
     UsageError,
     sync,
@@ -271,13 +271,35 @@ async def test_a_copy_has_the_mounts_that_its_original_has(tmp_path: Path) -> No
             with pytest.raises(UsageError, match=message):
                 await vm.fork(mounts=mounts)
         alive = await vm.exec("ls /in")
-    async with Sandbox.create(mounts={"/m": ReadOnly(Memory())}, **GUEST) as vm:
-        with pytest.raises(UsageError, match="save the mount /m: ReadOnly cannot be"):
+
+    assert alive.ok
+
+
+async def test_each_copy_has_its_own_of_what_is_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Memory, and the private layer of a directory that is read-only; what is too large is refused by name."""
+    (tmp_path / "file").write_text("of the host")
+    shadow = Shadow(HostDir(tmp_path, mode="ro"), [".env"], private=Memory())
+    mounts = {"/m": Memory(), "/workspace": shadow}
+    say = "cat /m/file /workspace/.env"
+    async with Sandbox.create(mounts=mounts, **GUEST) as vm:
+        await vm.exec("mkdir /m/d; echo one > /m/file; echo secret > /workspace/.env", check=True)
+        async with vm.fork() as child:
+            await child.exec("echo two >> /m/d/../file; echo changed > /workspace/.env", check=True)
+            await vm.exec("echo three >> /m/file", check=True)
+            told = [(await each.exec(say)).stdout for each in (vm, child)]
+            empty = await child.exec("ls -A /m/d /workspace")
+        await vm.exec("head -c 3M /dev/zero > /m/large", check=True)
+        monkeypatch.setattr("taskvm.fs.memory.MAX_SAVED", 2 << 20)
+        with pytest.raises(UsageError, match="save the mount /m: Memory .*it holds 3 MiB, and 2"):
             await vm.fork()
         still = await vm.exec("ls /m")
 
-    assert alive.ok
+    assert told == ["one\nthree\nsecret\n", "one\ntwo\nchanged\n"]
+    assert empty.stdout.split() == ["/m/d:", "/workspace:", ".env", "file"]
     assert still.ok
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 async def test_a_copy_is_copied_and_saved_like_any_other(tmp_path: Path) -> None:

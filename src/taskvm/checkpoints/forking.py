@@ -18,10 +18,14 @@ from taskvm.checkpoints.carried import Carried
 from taskvm.checkpoints.saving import cut_machine
 from taskvm.egress.boundsecret import bind_secrets
 from taskvm.errors import HostError, SandboxStateError, TaskvmError, UsageError
+from taskvm.fs.memory import Memory
+from taskvm.fs.provider import Provider
+from taskvm.fs.router import Router
+from taskvm.fs.shadow import Shadow
+from taskvm.fs.wrapper import Wrapper
 from taskvm.guest import Guest
 from taskvm.launch import resume
 from taskvm.options import SandboxOptions
-from taskvm.review.mounted import mode_of
 from taskvm.vm.template import Template
 
 MAX_FORKS = 256
@@ -56,13 +60,26 @@ async def fork_guest(guest: Guest, children: Sequence[SandboxOptions]) -> list[G
 
 def _refuse_shared_writing(guest: Guest, operation: str) -> None:
     """Raise SandboxStateError when copies, which are attempts at the same work, would write to one directory."""
-    direct = [path for path, provider in guest.mounts.items() if mode_of(provider) == "direct"]
+    direct = [path for path, provider in guest.mounts.items() if _writes_are_shared(provider)]
     if direct:
         raise SandboxStateError(
             operation,
             f"it and its copies would write to the same mounts ({', '.join(direct)})",
             'Mount HostDir(path, mode="review"): each copy has a view of its own; or mode="ro"',
         )
+
+
+def _writes_are_shared(provider: Provider) -> bool:
+    """Say whether all mounts of `provider` write to the same thing, and not each to a tree of its own."""
+    if isinstance(provider, Router):
+        return any(_writes_are_shared(each) for each in provider.providers)
+    if isinstance(
+        provider, Shadow
+    ):  # it may be writable for its private layer, which each mount has its own of
+        return _writes_are_shared(provider.inner)
+    if isinstance(provider, Wrapper):
+        return not provider.readonly and _writes_are_shared(provider.inner)
+    return not (provider.readonly or isinstance(provider, Memory))
 
 
 async def _start_all(

@@ -11,13 +11,18 @@ import os
 import stat
 import time
 
+import msgspec
+
 from taskvm.fs.attributes import BLOCK, Attributes
+from taskvm.fs.inode import Inode, InodeState, export_inodes, restore_inodes
 from taskvm.fs.provider import ROOT, Absent, DirEntry, Entry, Node, Provider, refuse
 from taskvm.fs.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 from taskvm.wire.fuse import SetAttr, SetAttrField
 from taskvm.wire.fuse_replies import Lifetime, StatFs
 
 DEFAULT_LIMIT = 256 * 1024 * 1024
+# What is saved with a guest's memory: copied while the guest stands still, and once more in each that starts from it.
+MAX_SAVED = 32 * 1024 * 1024
 # What a node, a name or an attribute costs besides its bytes; measured with tracemalloc, rounded up.
 NODE_COST = 1024
 ENTRY_COST = 256
@@ -29,28 +34,12 @@ _KINDS = (stat.S_IFREG, stat.S_IFIFO, stat.S_IFSOCK)
 _XATTR_CREATE, _XATTR_REPLACE = 1, 2
 
 
-class _Inode:
-    """One file, directory, link, FIFO or socket."""
+class MemoryState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What of a mount is saved with its guest: all of it."""
 
-    def __init__(self, node: Node, mode: int, parent: _Inode | None = None) -> None:
-        self.node = node
-        self.mode = mode
-        self.links = 0
-        self.references = 0
-        self.parent = parent or self
-        self.data = bytearray()
-        # name -> (cookie, inode). Cookies only grow, so an offset stays right while entries come and go.
-        self.entries: dict[bytes, tuple[int, _Inode]] = {}
-        self.next_cookie = 3  # 1 and 2 are `.` and `..`
-        self.xattrs: dict[bytes, bytes] = {}
-        self.atime_ns = self.mtime_ns = self.ctime_ns = time.time_ns()
-
-    @property
-    def kind(self) -> int:
-        return stat.S_IFMT(self.mode)
-
-    def touched(self) -> None:
-        self.mtime_ns = self.ctime_ns = time.time_ns()
+    used: int
+    following: Node
+    inodes: list[InodeState]
 
 
 class Memory(Provider):
@@ -62,9 +51,9 @@ class Memory(Provider):
         self._limit = limit_bytes
         self._used = 0
         self._owner = (os.getuid(), os.getgid())
-        root = _Inode(ROOT, stat.S_IFDIR | 0o755)
+        root = Inode(ROOT, stat.S_IFDIR | 0o755)
         root.links = 1
-        self._inodes: dict[Node, _Inode] = {ROOT: root}
+        self._inodes: dict[Node, Inode] = {ROOT: root}
         self._next = ROOT + 1
 
     def opened(self) -> Memory:
@@ -74,6 +63,22 @@ class Memory(Provider):
 
     def close(self) -> None:
         self._inodes.clear()
+
+    def export_state(self) -> bytes:
+        if self._used > MAX_SAVED:
+            raise OSError(
+                errno.EFBIG,
+                f"it holds {self._used >> 20} MiB, and {MAX_SAVED >> 20} MiB are the most that is saved",
+            )
+        state = MemoryState(
+            used=self._used, following=self._next, inodes=export_inodes(self._inodes)
+        )
+        return msgspec.msgpack.encode(state)
+
+    def import_state(self, state: bytes) -> None:
+        saved = msgspec.msgpack.decode(state, type=MemoryState)
+        self._inodes = restore_inodes(saved.inodes)
+        self._used, self._next = saved.used, saved.following
 
     # Names.
 
@@ -257,25 +262,25 @@ class Memory(Provider):
 
     # Inodes.
 
-    def _inode(self, node: Node) -> _Inode:
+    def _inode(self, node: Node) -> Inode:
         inode = self._inodes.get(node)
         if inode is None:
             raise refuse(errno.ESTALE)
         return inode
 
-    def _directory(self, node: Node) -> _Inode:
+    def _directory(self, node: Node) -> Inode:
         inode = self._inode(node)
         if inode.kind != stat.S_IFDIR:
             raise refuse(errno.ENOTDIR)
         return inode
 
-    def _file(self, node: Node) -> _Inode:
+    def _file(self, node: Node) -> Inode:
         inode = self._inode(node)
         if inode.kind != stat.S_IFREG:
             raise refuse(errno.EISDIR if inode.kind == stat.S_IFDIR else errno.EINVAL)
         return inode
 
-    def _child(self, directory: _Inode, name: bytes) -> _Inode:
+    def _child(self, directory: Inode, name: bytes) -> Inode:
         if len(name) > MAX_NAME:
             raise refuse(errno.ENAMETOOLONG)
         known = directory.entries.get(name)
@@ -294,7 +299,7 @@ class Memory(Provider):
         self._refuse_name(directory, name)
         # Names are charged here too, so that nothing is made when there is no room for them.
         self._charge(NODE_COST + len(data))
-        inode = _Inode(self._next, mode, directory)
+        inode = Inode(self._next, mode, directory)
         inode.data += data
         self._next += 1
         self._inodes[inode.node] = inode
@@ -305,7 +310,7 @@ class Memory(Provider):
             raise
         return self._entry(inode)
 
-    def _attach(self, directory: _Inode, name: bytes, inode: _Inode) -> None:
+    def _attach(self, directory: Inode, name: bytes, inode: Inode) -> None:
         self._charge(ENTRY_COST + len(name))
         directory.entries[name] = (directory.next_cookie, inode)
         directory.next_cookie += 1
@@ -315,7 +320,7 @@ class Memory(Provider):
         if inode.kind == stat.S_IFDIR:
             inode.parent = directory
 
-    def _detach(self, directory: _Inode, name: bytes) -> None:
+    def _detach(self, directory: Inode, name: bytes) -> None:
         _cookie, inode = directory.entries.pop(name)
         self._charge(-(ENTRY_COST + len(name)))
         directory.touched()
@@ -324,7 +329,7 @@ class Memory(Provider):
         self._drop_unused(inode)
 
     def _swap(
-        self, old: _Inode, name: bytes, moved: _Inode, new: _Inode, new_name: bytes, other: _Inode
+        self, old: Inode, name: bytes, moved: Inode, new: Inode, new_name: bytes, other: Inode
     ) -> None:
         old.entries[name] = (old.entries[name][0], other)
         new.entries[new_name] = (new.entries[new_name][0], moved)
@@ -334,13 +339,13 @@ class Memory(Provider):
             if inode.kind == stat.S_IFDIR:
                 inode.parent = parent
 
-    def _drop_unused(self, inode: _Inode) -> None:
+    def _drop_unused(self, inode: Inode) -> None:
         if inode.links or inode.references > 0 or self._inodes.pop(inode.node, None) is None:
             return
         xattrs = sum(ENTRY_COST + len(name) + len(value) for name, value in inode.xattrs.items())
         self._charge(-(NODE_COST + len(inode.data) + xattrs))
 
-    def _resize(self, inode: _Inode, size: int) -> None:
+    def _resize(self, inode: Inode, size: int) -> None:
         growth = size - len(inode.data)
         self._charge(growth)
         if growth > 0:
@@ -355,11 +360,11 @@ class Memory(Provider):
             raise refuse(errno.ENOSPC)
         self._used += cost
 
-    def _entry(self, inode: _Inode) -> Entry:
+    def _entry(self, inode: Inode) -> Entry:
         inode.references += 1
         return Entry(inode.node, self._attr(inode), LIFETIME)
 
-    def _attr(self, inode: _Inode) -> Attributes:
+    def _attr(self, inode: Inode) -> Attributes:
         return Attributes(
             st_ino=inode.node,
             st_mode=inode.mode,
@@ -376,7 +381,7 @@ class Memory(Provider):
 
     # Refusals.
 
-    def _refuse_name(self, directory: _Inode, name: bytes) -> None:
+    def _refuse_name(self, directory: Inode, name: bytes) -> None:
         if len(name) > MAX_NAME:
             raise refuse(errno.ENAMETOOLONG)
         if name in directory.entries:
@@ -384,19 +389,19 @@ class Memory(Provider):
         if not directory.links:
             raise refuse(errno.ENOENT)  # removed, but still someone's working directory
 
-    def _refuse_removal(self, inode: _Inode) -> None:
+    def _refuse_removal(self, inode: Inode) -> None:
         if inode.kind != stat.S_IFDIR:
             raise refuse(errno.ENOTDIR)
         if inode.entries:
             raise refuse(errno.ENOTEMPTY)
 
-    def _refuse_replacement(self, moved: _Inode, replaced: _Inode) -> None:
+    def _refuse_replacement(self, moved: Inode, replaced: Inode) -> None:
         if moved.kind == stat.S_IFDIR:
             self._refuse_removal(replaced)
         elif replaced.kind == stat.S_IFDIR:
             raise refuse(errno.EISDIR)
 
-    def _refuse_circle(self, moved: _Inode, new_parent: _Inode) -> None:
+    def _refuse_circle(self, moved: Inode, new_parent: Inode) -> None:
         step = new_parent
         while step is not step.parent:
             if step is moved:

@@ -24,8 +24,8 @@ from typing import ClassVar, Self, TypeVar
 import msgspec
 
 from taskvm.fs.attributes import BLOCK, Attributes
-from taskvm.fs.places import Place, Places
-from taskvm.fs.provider import ROOT, DirEntry, Entry, Node, Provider, refuse
+from taskvm.fs.places import Place, Places, PlaceState
+from taskvm.fs.provider import ROOT, Change, DirEntry, Entry, Node, Provider, refuse
 from taskvm.fs.syscalls import RENAME_NOREPLACE
 from taskvm.wire.fuse import SetAttr, SetAttrField
 from taskvm.wire.fuse_replies import Lifetime, StatFs
@@ -45,6 +45,14 @@ class PathStat(msgspec.Struct, frozen=True, kw_only=True):
     directory: bool = False
     mtime_ns: int = 0
     mode: int | None = None
+
+
+class PathProviderState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What of a mount is saved with its guest: which path each number is. What is there belongs to somebody else."""
+
+    following: Node
+    places: list[PlaceState]
+    cookies: dict[Node, list[tuple[bytes, int]]]
 
 
 class PathProvider(Provider):
@@ -106,6 +114,29 @@ class PathProvider(Provider):
         served._next = ROOT + 1
         served._cookies = {}
         return served
+
+    def export_state(self) -> bytes:
+        cookies = {
+            node: [(os.fsencode(name), cookie) for name, cookie in known.items()]
+            for node, known in self._cookies.items()
+        }
+        state = PathProviderState(
+            following=self._next, places=self._places.export(), cookies=cookies
+        )
+        return msgspec.msgpack.encode(state)
+
+    def import_state(self, state: bytes) -> None:
+        saved = msgspec.msgpack.decode(state, type=PathProviderState)
+        self._places.restore(saved.places)
+        self._next = saved.following
+        self._cookies = {
+            node: {os.fsdecode(name): cookie for name, cookie in known}
+            for node, known in saved.cookies.items()
+        }
+        for place in saved.places:  # nobody knows what has changed meanwhile
+            self.changes(Change(place.node))
+            for parent, name in place.names:
+                self.changes(Change(parent, name))
 
     def close(self) -> None:
         runner, self._runner = self._runner, None

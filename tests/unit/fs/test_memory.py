@@ -1,4 +1,4 @@
-"""The memory provider: a file system like any other, within its limit."""
+"""taskvm.fs.memory, on taskvm.fs.inode: a file system like any other, within its limit."""
 
 from __future__ import annotations
 
@@ -37,6 +37,60 @@ def test_a_new_tree_is_empty() -> None:
     memory = Memory()
     assert names(memory) == []
     assert stat.S_ISDIR(memory.getattr(ROOT)[0].st_mode)
+
+
+def test_a_saved_tree_is_the_same_and_goes_its_own_way() -> None:
+    """Names, links, what is open without a name, attributes, offsets of listings, and what is left of the limit."""
+    memory = Memory(limit_bytes=1 << 20)
+    directory = memory.mkdir(ROOT, b"directory", 0o1770).node
+    file = memory.create(directory, b"file\xff", 0o640, 0).node
+    memory.write(file, 0, memoryview(b"data"), append=False)
+    memory.setxattr(file, b"user.a", b"value", 0)
+    memory.link(file, ROOT, b"second")
+    memory.symlink(ROOT, b"link", b"second")
+    opened = memory.create(ROOT, b"open", 0o600, 0).node
+    memory.write(opened, 0, memoryview(b"still here"), append=False)
+    memory.unlink(ROOT, b"open")
+    listed = memory.readdir(ROOT, 0, 1)
+
+    other = Memory(limit_bytes=1 << 20)
+    other.import_state(memory.export_state())
+
+    for each in (ROOT, directory, file, opened):
+        assert other.getattr(each) == memory.getattr(each)
+    assert other.lookup(directory, b"file\xff").node == other.lookup(ROOT, b"second").node == file
+    assert other.read(opened, 0, 99) == b"still here"
+    assert other.getxattr(file, b"user.a") == b"value"
+    assert other.readdir(ROOT, listed[-1].offset, 4096) == memory.readdir(
+        ROOT, listed[-1].offset, 4096
+    )
+    assert other.statfs(ROOT) == memory.statfs(ROOT)
+    other.forget(opened, 1)
+    assert failure(other.getattr, opened) == errno.ESTALE
+    assert memory.read(opened, 0, 99) == b"still here"
+    assert other.mkdir(ROOT, b"new", 0o700).node not in (ROOT, directory, file, opened)
+
+
+def test_what_is_too_large_to_be_saved_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("taskvm.fs.memory.MAX_SAVED", 1 << 20)
+    memory = Memory()
+    file = memory.create(ROOT, b"file", 0o600, 0).node
+    memory.write(file, 2 << 20, memoryview(b"data"), append=False)
+
+    with pytest.raises(OSError, match="it holds 2 MiB, and 1 MiB"):
+        memory.export_state()
+
+
+@pytest.mark.parametrize(
+    "state", [b"", b"\xc0", b"\x83\xa4used\x00\xa9following\x02\xa6inodes\x90"]
+)
+def test_what_is_no_saved_tree_is_refused(state: bytes) -> None:
+    memory = Memory()
+    whole = Memory().export_state()
+
+    for wrong in (state, whole[:-1], whole.replace(b"following", b"followinG")):
+        with pytest.raises(ValueError, match="(?i)the saved|invalid|object|truncated"):
+            memory.import_state(wrong)
 
 
 def test_an_unlinked_file_lives_until_it_is_forgotten() -> None:

@@ -12,7 +12,7 @@ from examples.dictionary import Dictionary
 
 from taskvm.fs.conformance import ProviderConformance
 from taskvm.fs.pathprovider import PathProvider, PathStat
-from taskvm.fs.provider import ROOT, Provider
+from taskvm.fs.provider import ROOT, Change, Provider
 
 
 class Tree(PathProvider):
@@ -64,6 +64,32 @@ class Tree(PathProvider):
 
         self.files = {moved(each): data for each, data in self.files.items()}
         self.directories = {moved(each) for each in self.directories}
+
+
+def test_a_saved_guest_goes_on_with_the_paths_it_knows() -> None:
+    """By the same numbers; it is told to doubt all that it knew, for nobody watched meanwhile."""
+    tree = Tree()
+    tree.directories.add("/d")
+    tree.files = {"/d/caf\udce9": b"one", "/gone": b"gone"}
+    before = tree.opened()
+    directory = before.lookup(ROOT, b"d").node
+    file, gone = before.lookup(directory, b"caf\xe9").node, before.lookup(ROOT, b"gone").node
+    listed = before.readdir(directory, 0, 4096)
+    state = before.export_state()
+    before.close()
+    tree.files = {"/d/caf\udce9": b"two"}
+
+    after, told = tree.opened(), list[Change]()
+    after.changes = told.append
+    after.import_state(state)
+
+    assert after.read(file, 0, 10) == b"two"
+    assert after.readdir(directory, listed[1].offset, 4096) == listed[2:]
+    assert {Change(file), Change(directory, b"caf\xe9"), Change(ROOT, b"gone")} <= set(told)
+    with pytest.raises(FileNotFoundError):
+        after.getattr(gone)
+    assert after.create(ROOT, b"new", 0o644, 0).node not in (ROOT, directory, file, gone)
+    after.close()
 
 
 class TestPathProvider(ProviderConformance):

@@ -266,6 +266,21 @@ def test_a_private_number_that_was_guessed_leads_nowhere(layered: Provider) -> N
     assert find(layered, "packages/app/node_modules") == given
 
 
+def test_a_saved_guest_goes_on_with_its_private_files(kernel_mount: Mount, host: Path) -> None:
+    shadow = Shadow(HostDir(host), PATTERNS, private=Memory())
+    mount = kernel_mount(shadow)
+    (mount.path / "packages" / "app" / "node_modules").mkdir()
+    with (mount.path / ".env").open("w") as opened:
+        opened.write("guest")
+        opened.flush()
+        mount.take_up(shadow, mount.save())
+        opened.write(" again")
+
+    assert (mount.path / ".env").read_text() == "guest again"
+    assert names(mount.path / "packages" / "app") == ["index.js", "node_modules"]
+    assert (host / ".env").read_text() == "secret"
+
+
 def test_a_listing_in_pieces_has_every_name_once(layered: Provider, host: Path) -> None:
     for number in range(200):
         (host / f"file{number}").write_text("")
