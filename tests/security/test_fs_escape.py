@@ -11,92 +11,27 @@ import os
 import socket
 import stat
 import struct
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.support.hostile_kernel import (
+    MOUNT,
+    O_CREAT,
+    O_EXCL,
+    O_TRUNC,
+    O_WRONLY,
+    ROOT,
+    HostileKernel,
+)
 from tests.support.waiting import PATIENCE_S
 
 from taskvm.errors import GuestProtocolError
 from taskvm.fs.hostdir import HostDir
-from taskvm.fs.provider import Provider
-from taskvm.fs.server import FsServer
-from taskvm.wire.frames import FrameDecoder, FrameType, encode_header
+from taskvm.wire.frames import FrameType, encode_header
 from taskvm.wire.fuse import Opcode
 
-MOUNT = 3
-ROOT = 1
 SECRET = b"the host's secret"
-O_CREAT, O_WRONLY, O_EXCL, O_TRUNC = 0o100, 1, 0o200, 0o1000
-
-
-class HostileKernel:
-    """Sends any request and returns (errno, body), or raises when the port was closed on it."""
-
-    def __init__(self, provider: Provider) -> None:
-        self.sock, theirs = socket.socketpair()
-        self.sock.settimeout(PATIENCE_S)
-        self.failed = threading.Event()
-        self.failures: list[Exception] = []
-        self.server = FsServer(theirs, on_failure=self._failure)
-        self.server.add_mount(MOUNT, provider)
-        self._decoder = FrameDecoder()
-        self._unique = 0
-        self.ask(Opcode.INIT, 0, struct.pack("<IIII", 7, 38, 131072, 0xFFFF_FFFF) + bytes(48))
-
-    def _failure(self, error: Exception) -> None:
-        self.failures.append(error)
-        self.failed.set()
-
-    def message(self, opcode: int, node: int, body: bytes) -> bytes:
-        self._unique += 2
-        return (
-            struct.pack("<IIQQIIIHH", 40 + len(body), opcode, self._unique, node, 0, 0, 1, 0, 0)
-            + body
-        )
-
-    def send(self, message: bytes) -> None:
-        self.sock.sendall(encode_header(FrameType.FUSE, 0, MOUNT, len(message)) + message)
-
-    def ask(self, opcode: int, node: int, body: bytes = b"") -> tuple[int, bytes]:
-        self.send(self.message(opcode, node, body))
-        while data := self.sock.recv(1 << 18):
-            for frame in self._decoder.feed(data):
-                length, error, unique = struct.unpack_from("<IiQ", frame.payload)
-                if not unique:
-                    continue  # a notification: this kernel remembers nothing
-                assert (length, unique) == (len(frame.payload), self._unique)
-                return -error, bytes(frame.payload[16:])
-        raise ConnectionError("the server closed the port")
-
-    def lookup(self, node: int, name: bytes) -> int:
-        """Return the node, or minus the errno."""
-        error, body = self.ask(Opcode.LOOKUP, node, name + b"\0")
-        return -error if error else int(struct.unpack_from("<Q", body)[0]) or -errno.ENOENT
-
-    def read(self, node: int) -> tuple[int, bytes]:
-        return self.ask(Opcode.READ, node, struct.pack("<QQIIQII", 0, 0, 4096, 0, 0, 0, 0))
-
-    def write(self, node: int, data: bytes, offset: int = 0) -> tuple[int, bytes]:
-        head = struct.pack("<QQIIQII", 0, offset, len(data), 0, 0, O_WRONLY, 0)
-        return self.ask(Opcode.WRITE, node, head + data)
-
-    def create(self, node: int, name: bytes, mode: int, flags: int = 0) -> tuple[int, bytes]:
-        body = struct.pack("<IIII", flags | O_CREAT | O_WRONLY, mode, 0, 0) + name + b"\0"
-        return self.ask(Opcode.CREATE, node, body)
-
-    def setattr(self, node: int, valid: int, **fields: int) -> tuple[int, bytes]:
-        body = struct.pack(
-            "<IIQQQqqqIIIIIIII",
-            *(valid, 0, 0, fields.get("size", 0), 0, 0, 0, 0, 0, 0, 0),
-            *(fields.get("mode", 0), 0, fields.get("uid", 0), fields.get("gid", 0), 0),
-        )
-        return self.ask(Opcode.SETATTR, node, body)
-
-    def close(self) -> None:
-        self.server.close()
-        self.sock.close()
 
 
 @pytest.fixture
@@ -213,31 +148,6 @@ def test_a_file_swapped_for_another_is_not_mistaken_for_it(
     (share / "other").rename(share / "file")
 
     assert kernel.read(file) == (errno.ESTALE, b"")
-
-
-def test_swapping_as_fast_as_possible_leaks_nothing(kernel: HostileKernel, share: Path) -> None:
-    (share / "trap").symlink_to("../outside")
-    libc = ctypes.CDLL(None)
-    done = threading.Event()
-    paths = os.fsencode(share / "directory"), os.fsencode(share / "trap")
-
-    def swap() -> None:
-        while not done.is_set():
-            libc.renameat2(-100, paths[0], -100, paths[1], 2)
-
-    swapper = threading.Thread(target=swap)
-    swapper.start()
-    try:
-        for number in range(400):
-            directory = kernel.lookup(ROOT, b"directory")
-            inner = kernel.lookup(directory, b"inner") if directory > 0 else -1
-            assert inner < 0 or SECRET not in kernel.read(inner)[1]
-            if directory > 0:
-                kernel.create(directory, b"planted%d" % number, 0o644)
-    finally:
-        done.set()
-        swapper.join()
-    assert [entry.name for entry in (share.parent / "outside").iterdir()] == ["inner"]
 
 
 def test_what_the_host_moves_out_is_out_of_reach_a_second_later(

@@ -8,7 +8,8 @@ import struct
 from pathlib import Path
 
 import pytest
-from tests.security.test_fs_escape import O_CREAT, O_TRUNC, SECRET, HostileKernel
+from tests.security.test_fs_escape import SECRET
+from tests.support.hostile_kernel import O_CREAT, O_TRUNC, HostileKernel
 
 from taskvm.fs.hostdir import HostDir
 from taskvm.fs.memory import Memory

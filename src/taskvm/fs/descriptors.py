@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import resource
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from taskvm.fs.provider import Node
@@ -55,7 +56,7 @@ class DescriptorSet:
         self._held[node] = held
         if len(self._held) > self._limit:
             _node, eldest = self._held.popitem(last=False)
-            os.close(eldest.fd)
+            _close(eldest)
 
     def renew(self, node: Node, until: float) -> None:
         """Note that the descriptor of `node` was looked at."""
@@ -65,7 +66,7 @@ class DescriptorSet:
         """Close the descriptor of `node`, if there is one."""
         held = self._held.pop(node, None)
         if held is not None:
-            os.close(held.fd)
+            _close(held)
 
     def items(self) -> list[tuple[Node, Held]]:
         """Return all, by node."""
@@ -75,4 +76,11 @@ class DescriptorSet:
         """Close all."""
         while self._held:
             _node, held = self._held.popitem()
-            os.close(held.fd)
+            _close(held)
+
+
+def _close(held: Held) -> None:
+    # NFS and FUSE tell close(2) that what was written is lost (EIO, ENOSPC, EDQUOT). Whoever closes here has not
+    # written it; the next fsync of the file tells it, for the kernel keeps the error until somebody has asked.
+    with suppress(OSError):
+        os.close(held.fd)

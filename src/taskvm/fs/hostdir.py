@@ -289,6 +289,7 @@ class HostDir(Provider):
             self._coherence.contents_changed(target, inotify.MODIFY)
         with self._tree.handle(target) as fd:
             if valid & SetAttrField.MODE:
+                _refuse_mode(target)
                 os.chmod(through_proc(fd), changes.mode & _MODE)  # noqa: PTH101 - a descriptor
             atime = _time(valid, SetAttrField.ATIME, SetAttrField.ATIME_NOW, changes.atime_ns)
             mtime = _time(valid, SetAttrField.MTIME, SetAttrField.MTIME_NOW, changes.mtime_ns)
@@ -463,6 +464,12 @@ class HostDir(Provider):
             raise refuse(errno.EPERM)
         if changes.valid & SetAttrField.GID and changes.gid != attr.st_gid:
             raise refuse(errno.EPERM)
+
+
+def _refuse_mode(node: HostNode) -> None:
+    # A socket, FIFO or device here is the host's: who else may connect to it is not the guest's to say.
+    if node.kind not in (stat.S_IFREG, stat.S_IFDIR):
+        raise refuse(errno.EOPNOTSUPP if node.kind == stat.S_IFLNK else errno.EPERM)
 
 
 def _resolve(path: str | os.PathLike[str]) -> Path:

@@ -4,8 +4,9 @@ Rule 1: every path is walked by openat2 from the root's descriptor, beneath it, 
     point; the last step of an operation names one component in a directory that was reached so.
 Rule 2: a descriptor of a directory is used for at most WALK_AGE_S after its path was walked, and one of a file after
     it was seen to be inside, so what the host moves out of the tree is out of reach a second later.
-Rule 3: only regular files are opened for their contents, without blocking. What was opened is compared with the node
-    before it is used; there is no check before an open.
+Rule 3: what is opened by name is opened as itself (O_PATH), which does nothing to it, and compared with the node. Only
+    a regular file is then opened for its contents, through that descriptor: a FIFO or a device that was put in its
+    place never sees an open.
 Rule 4: a descriptor that a method returns is valid until the next call; the sets that hold them are bounded.
 """
 
@@ -129,7 +130,7 @@ class HostTree:
 
     def stat(self, node: HostNode) -> HostAttr:
         """Return the attributes of a node; ESTALE when it is not where it was seen."""
-        held = self._held_content(node) or self._pins.get(node.id)
+        held = self._held_content(node) or self._pinned(node)
         if held is not None:
             return self.stat_fd(held.fd)
         if node.kind == stat.S_IFDIR:
@@ -157,7 +158,7 @@ class HostTree:
     @contextmanager
     def handle(self, node: HostNode) -> Iterator[int]:
         """Yield a descriptor of the node of whatever type, good for its attributes (it may be O_PATH)."""
-        held = self._held_content(node) or self._pins.get(node.id)
+        held = self._held_content(node) or self._pinned(node)
         if held is not None:
             yield held.fd
         elif node.kind == stat.S_IFDIR:
@@ -222,6 +223,14 @@ class HostTree:
             self._contents.renew(node.id, now + WALK_AGE_S)
         return held
 
+    def _pinned(self, node: HostNode) -> Held | None:
+        """Return the pin of a file or directory, unless it kept its name after all and the host has moved it out."""
+        pin = self._pins.get(node.id)
+        if pin is not None and not self._is_inside(pin.fd):
+            self._pins.drop(node.id)
+            return None
+        return pin
+
     def _is_inside(self, fd: int) -> bool:
         # The kernel tells the place a descriptor has now, and for an unlinked file the one it had.
         root, place = (os.readlink(through_proc(one)) for one in (self.root, fd))  # noqa: PTH115
@@ -240,12 +249,8 @@ class HostTree:
         return opened
 
     def _open_content(self, node: HostNode, access: int) -> Held:
-        pin = self._pins.get(node.id)
-        if pin is not None:
-            fd = os.open(through_proc(pin.fd), access | (CONTENT & ~os.O_NOFOLLOW))
-        else:
-            parent = self.walk(self.parent_of(node))
-            fd = self._open_node(parent, node, node.places[-1][1], access | CONTENT)
+        with self.handle(node) as itself:
+            fd = os.open(through_proc(itself), access | (CONTENT & ~os.O_NOFOLLOW))
         until = time.monotonic() + WALK_AGE_S
         return Held(fd, access != os.O_WRONLY, access != os.O_RDONLY, until)
 
@@ -255,7 +260,7 @@ class HostTree:
             fd = syscalls.open_beneath(directory, name, flags)
         except OSError as error:
             # Gone, or a symbolic link or something else by now: in each case no longer this node.
-            if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
+            if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR):
                 raise refuse(errno.ESTALE) from None
             raise
         if identity(self.stat_fd(fd)) != node.identity:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
-import select
 import socket
 import struct
 import termios
@@ -26,7 +25,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from taskvm.errors import GuestProtocolError, SandboxLostError, SandboxStateError, UsageError
+from taskvm.errors import (
+    GuestProtocolError,
+    SandboxLostError,
+    SandboxStateError,
+    TaskvmError,
+    UsageError,
+)
+from taskvm.fs.attention import Attention
 from taskvm.fs.provider import Provider, Source
 from taskvm.fs.session import Reply, Session
 from taskvm.wire.frames import (
@@ -80,13 +86,11 @@ class FsServer:
         self._quiesced = threading.Event()
         self._ended = threading.Event()
         self._closed = False
-        self._reported: set[tuple[str, type[Exception]]] = set()
+        self._reported: set[tuple[str, type[BaseException]]] = set()
         self._outgoing: list[bytes] = []
         self._outgoing_size = 0
         self._held: list[bytes] | None = None  # what is to be told, at rest; under `_sending`
-        self._sources: dict[int, Source] = {}
-        self._readable = select.epoll()
-        self._readable.register(self._sock, select.EPOLLIN)
+        self._attention = Attention(self._sock.fileno())
         self._thread = threading.Thread(target=self._run, name="taskvm-fs", daemon=True)
         self._thread.start()
 
@@ -185,23 +189,17 @@ class FsServer:
             while self._mounts:
                 _id, session = self._mounts.popitem()
                 session.provider.close()
-        self._readable.close()
+        self._attention.close()
         self._sock.close()
 
     # What the providers watch. Under `_serving`.
 
     def _watch(self, session: Session) -> None:
-        if self._held is not None:
-            return
-        for source in session.provider.sources():
-            if source.fd not in self._sources:
-                self._sources[source.fd] = source
-                self._readable.register(source.fd, select.EPOLLIN)
+        if self._held is None:
+            self._attention.watch(session.provider.sources())
 
     def _unwatch(self, session: Session) -> None:
-        for source in session.provider.sources():
-            if self._sources.pop(source.fd, None) is not None:
-                self._readable.unregister(source.fd)
+        self._attention.unwatch(session.provider.sources())
 
     def _rest(self) -> None:
         with self._sending:
@@ -220,6 +218,9 @@ class FsServer:
         except OSError as error:
             if not self._closed:
                 _log.info("the guest's file system port ended: %s", error)
+        except Exception as error:  # noqa: BLE001 - a guest whose files nobody serves would wait for ever
+            self._report("the file server", error)
+            self._fail(SandboxLostError("serve the guest's files", "a bug ended the file server"))
         finally:
             self._ended.set()
             self._quiesced.set()
@@ -236,34 +237,34 @@ class FsServer:
 
     def _receive(self, buffer: bytearray) -> int:
         """Wait for bytes of the port, and serve the sources meanwhile: what they tell comes before the next answer."""
-        socket_fd = self._sock.fileno()
         timeout: float | None = REST_AFTER_S
         while True:
-            ready = [fd for fd, _events in self._readable.poll(timeout)]
-            if not ready:
+            readable, sources = self._attention.wait(timeout)
+            if sources:
+                begun = time.monotonic()
+                for source in sources:
+                    self._attend(source)
+                self._attention.spent(time.monotonic() - begun)
+            elif not readable:
                 self._let_rest()
                 timeout = None
-            for fd in ready:
-                if fd != socket_fd:
-                    self._attend(fd)
-            if socket_fd in ready:
+            if readable:
                 return self._sock.recv_into(buffer)
 
     def _let_rest(self) -> None:
         with self._serving:
             for session in self._mounts.values():
-                session.provider.rest()
+                session.rest()
 
-    def _attend(self, fd: int) -> None:
+    def _attend(self, source: Source) -> None:
         with self._serving:
-            source = self._sources.get(fd)  # not any more, if its mount was just removed
-            if source is None:
-                return
+            if not self._attention.is_watched(source):
+                return  # its mount was just removed
             try:
                 source.ready()
             except Exception as error:  # noqa: BLE001 - a provider's bug must not end the sandbox
                 self._report("the source of a provider", error)
-                self._readable.unregister(self._sources.pop(fd).fd)
+                self._attention.unwatch([source])
         self._flush()
 
     def _handle(self, frame: Frame) -> None:
@@ -296,13 +297,13 @@ class FsServer:
             with self._sending:
                 _send_all(self._sock, outgoing)
 
-    def _fail(self, error: GuestProtocolError) -> None:
+    def _fail(self, error: TaskvmError) -> None:
         if not self._closed:
             with suppress(OSError):
                 self._sock.shutdown(socket.SHUT_RDWR)
             self.on_failure(error)
 
-    def _report(self, operation: str, error: Exception) -> None:
+    def _report(self, operation: str, error: BaseException) -> None:
         key = (operation, type(error))
         if key not in self._reported:
             self._reported.add(key)

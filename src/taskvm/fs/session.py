@@ -1,7 +1,8 @@
 """One FUSE mount: a message of the guest's kernel in, the answer out. No I/O but the provider's.
 
 Rule 1: INIT comes first and once; whatever a kernel could not have sent is FuseError, and the guest loses its sandbox.
-Rule 2: a provider's OSError is the guest's errno; any other exception is EIO and told to `report`.
+Rule 2: a provider's OSError is the guest's errno; any other exception, or an answer longer than the kernel takes, is
+    EIO and told to `report`. What gets no answer (FORGET) raises nothing.
 Rule 3: OPEN is answered ENOSYS once (OPENDIR too, if what the guest learns lasts), after which the kernel opens files
     by itself and sends no RELEASE: no reply names anything that would have to be released.
 Rule 4: locks stay in the guest's kernel, no page is written back late, and a changed mtime drops the cached pages:
@@ -10,6 +11,7 @@ Rule 4: locks stay in the guest's kernel, no page is written back late, and a ch
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,7 +20,7 @@ from typing import Any
 import msgspec
 
 from taskvm.fs.ahead import Ahead
-from taskvm.fs.provider import Absent, Change, DirEntry, Provider
+from taskvm.fs.provider import Absent, Change, DirEntry, Provider, refuse
 from taskvm.wire.fuse import (
     WRITE_CACHE,
     Allocate,
@@ -108,6 +110,9 @@ _CHANGING = frozenset(
     }
 )
 _XATTR = frozenset({Opcode.GETXATTR, Opcode.SETXATTR, Opcode.LISTXATTR, Opcode.REMOVEXATTR})
+# A call on an event loop of the provider's own may end with this one, which is no Exception.
+_BUGS = (Exception, asyncio.CancelledError)
+_MAX_TARGET = 4095  # PATH_MAX with its NUL: the kernel takes a page at most
 # Requests that get no reply, whatever happens.
 _SILENT = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT, Opcode.NOTIFY_REPLY})
 
@@ -128,7 +133,7 @@ class Session:
     def __init__(
         self,
         provider: Provider,
-        report: Callable[[str, Exception], None],
+        report: Callable[[str, BaseException], None],
         tell: Callable[[bytes], None],
     ) -> None:
         self.provider = provider
@@ -193,9 +198,16 @@ class Session:
             return encode_error(request.unique, number if 0 < number <= _MAX_ERRNO else errno.EIO)
         except FuseError:
             raise
-        except Exception as error:  # noqa: BLE001 - rule 2: a provider's bug must not end the sandbox
+        except _BUGS as error:
             self._report(Opcode(opcode).name, error)
             return encode_error(request.unique, errno.EIO)
+
+    def rest(self) -> None:
+        """Let the provider let go of what it only keeps for speed."""
+        try:
+            self.provider.rest()
+        except _BUGS as error:
+            self._report("rest", error)
 
     @staticmethod
     def notification(change: Change) -> bytes:
@@ -233,8 +245,11 @@ class Session:
 
     def _forget(self, arguments: object) -> None:
         if isinstance(arguments, Forget):
-            for node, count in arguments.nodes:
-                self.provider.forget(node, count)
+            try:
+                for node, count in arguments.nodes:
+                    self.provider.forget(node, count)
+            except _BUGS as error:
+                self._report("FORGET", error)
 
     # Names.
 
@@ -323,7 +338,8 @@ class Session:
         return encode_reply(request.unique)
 
     def _readlink(self, request: Request, _arguments: None) -> Reply:
-        return encode_reply(request.unique, self.provider.readlink(request.node))
+        target = self.provider.readlink(request.node)
+        return encode_reply(request.unique, _at_most(_MAX_TARGET, target))
 
     # Attributes.
 
@@ -353,7 +369,7 @@ class Session:
     # Contents.
 
     def _read(self, request: Request, read: Read) -> Reply:
-        data = self.provider.read(request.node, read.offset, read.size)
+        data = _at_most(read.size, self.provider.read(request.node, read.offset, read.size))
         if self._ahead is not None and not read.offset:
             for node, size in self._ahead.read(request.node):
                 self._push(node, size)
@@ -367,8 +383,16 @@ class Session:
                 self._tell(encode_store(node, 0, data))
 
     def _write(self, request: Request, write: Write) -> Reply:
-        append = write.flags & _O_APPEND != 0 and not write.write_flags & WRITE_CACHE
+        cached = write.write_flags & WRITE_CACHE != 0
+        append = write.flags & _O_APPEND != 0 and not cached
         written = self.provider.write(request.node, write.offset, write.data, append=append)
+        # Who wrote to a mapping is told of nothing but an error: the kernel does not look at how much was written.
+        while cached and written < len(write.data):
+            rest = write.data[written:]
+            more = self.provider.write(request.node, write.offset + written, rest, append=False)
+            if more <= 0:
+                raise refuse(errno.EIO)
+            written += more
         return encode_written(request.unique, written)
 
     def _fsync(self, request: Request, sync: Sync) -> Reply:
@@ -388,6 +412,12 @@ class Session:
             request.node, copy.offset, copy.target, copy.target_offset, copy.length
         )
         return encode_written(request.unique, copied)
+
+
+def _at_most(size: int, data: bytes) -> bytes:
+    if len(data) > size:
+        raise ValueError(f"the provider returned {len(data)} bytes where {size} are the most")
+    return data
 
 
 def _sized(request: Request, get: GetXattr, value: bytes) -> Reply:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 from collections.abc import Iterator
@@ -69,3 +70,23 @@ def test_the_budget_is_a_share_of_the_process(
 ) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda which: (limit, limit))
     assert descriptor_budget() == budget
+
+
+def test_what_close_has_to_say_is_nobodys_error(
+    kept: DescriptorSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS tells close(2) of a full disk; fsync tells it to whom it concerns."""
+    asked: list[int] = []
+
+    def close(fd: int) -> None:
+        asked.append(fd)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("taskvm.fs.descriptors.os.close", close)
+    kept.put(1, Held(1001))
+    kept.put(2, Held(1002))
+    kept.put(3, Held(1003))
+    kept.drop(2)
+    kept.close()
+
+    assert sorted(asked) == [1001, 1002, 1003]

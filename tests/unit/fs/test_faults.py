@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -103,3 +105,28 @@ def test_a_file_that_the_host_takes_away_is_never_mistaken(
         deadline = time.monotonic() + PATIENCE_S
         while (guest / "file").exists():
             assert time.monotonic() < deadline
+
+
+_MAP = """
+import errno, mmap, os, sys
+with open(sys.argv[1], "w+b", buffering=0) as file:
+    file.truncate(8 << 20)
+    with mmap.mmap(file.fileno(), 8 << 20) as mapping:
+        mapping[:] = os.urandom(8 << 20)
+        for call in (mapping.flush, lambda: os.fsync(file.fileno())):
+            try:
+                call()
+            except OSError as error:
+                print(errno.errorcode[error.errno])
+"""
+
+
+def test_a_full_disk_is_an_error_of_the_sync_of_a_mapping(kernel_mount: Mount, small: Path) -> None:
+    """Who wrote to memory hears it from msync(2) or fsync(2), also when a part of it found room."""
+    guest = kernel_mount(HostDir(small)).path
+
+    # A process of its own: a page fault keeps Python's lock, which the server needs to answer it.
+    program = [sys.executable, "-I", "-c", _MAP, str(guest / "file")]
+    told = subprocess.run(program, capture_output=True, text=True, timeout=60, check=True).stdout
+
+    assert set(told.split()) & {"ENOSPC", "EIO"}

@@ -88,3 +88,35 @@ def test_a_guest_that_never_forgets_is_stopped(
     table.bind(table.root, b"b", seen(6))
     with pytest.raises(OSError, match="ENFILE"):
         table.bind(table.root, b"c", seen(7))
+
+
+def test_a_guest_that_makes_names_of_one_file_without_end_is_stopped(
+    table: NodeTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hard links are no new nodes, and take memory all the same; names that are gone count no more."""
+    monkeypatch.setattr(nodes_module, "MAX_NODES", 3)
+    for name in (b"a", b"b", b"c"):
+        node = table.bind(table.root, name, seen(5))
+    with pytest.raises(OSError, match="ENFILE"):
+        table.bind(table.root, b"d", seen(5))
+    assert table.bind(table.root, b"a", seen(5)) is node  # that is known
+
+    table.move(table.root, b"a", table.root, b"b")
+    table.bind(table.root, b"d", seen(5))
+    with pytest.raises(OSError, match="ENFILE"):
+        table.bind(table.root, b"e", seen(5))
+    assert table.forget(node.id, 5) is node
+    assert [table.bind(table.root, name, seen(6)).id for name in (b"a", b"b", b"c")] == [3, 3, 3]
+
+
+def test_what_is_in_a_directory_that_the_guest_forgot_too_early_can_be_saved(
+    table: NodeTable,
+) -> None:
+    directory = table.bind(table.root, b"a", seen(5, stat.S_IFDIR))
+    file = table.bind(directory, b"b", seen(6))
+    table.forget(directory.id, 1)
+
+    restored = NodeTable(seen(1, stat.S_IFDIR))
+    restored.restore(table.export())
+
+    assert restored[file.id].places == []

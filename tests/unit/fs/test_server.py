@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,8 +22,10 @@ from taskvm.fs.hostdir import HostDir
 from taskvm.fs.memory import Memory
 from taskvm.fs.provider import Change, Entry, Provider
 from taskvm.fs.server import FsServer
+from taskvm.fs.session import Session
 from taskvm.wire.frames import Frame, FrameDecoder, FrameType, encode_frame, encode_header
-from taskvm.wire.fuse import Opcode
+from taskvm.wire.fuse import WRITE_CACHE, Opcode
+from taskvm.wire.fuse_replies import StatFs
 
 INIT = struct.pack("<IIII", 7, 37, 131072, 0xFFFF_FFFF) + bytes(48)
 
@@ -325,3 +328,102 @@ def test_many_requests_sent_at_once_are_all_answered_in_order(guest: Guest) -> N
 
     sender.join()
     assert answered == list(range(2000))
+
+
+class Careless(Provider):
+    """A provider that raises where nobody is answered, and answers more than was asked for."""
+
+    def forget(self, node: int, count: int) -> None:
+        raise OSError(errno.EIO, "a connection was lost")
+
+    def rest(self) -> None:
+        raise RuntimeError("a bug")
+
+    def read(self, node: int, offset: int, size: int) -> bytes:
+        return bytes(2 << 20)
+
+    def readlink(self, node: int) -> bytes:
+        return bytes(5000)
+
+    def statfs(self, node: int) -> StatFs:
+        raise asyncio.CancelledError
+
+
+def test_no_bug_of_a_provider_ends_the_port(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever it raises and wherever, and whatever it returns."""
+    rested = threading.Event()
+    monkeypatch.setattr(server_module, "REST_AFTER_S", 0.01)
+    monkeypatch.setattr(Session, "rest", _then(Session.rest, rested.set))
+    guest.server.add_mount(1, Careless())
+    guest.ask(Opcode.INIT, 0, INIT)
+
+    guest.send(Opcode.FORGET, 1, struct.pack("<Q", 1))
+    guest.send(Opcode.BATCH_FORGET, 0, struct.pack("<IIQQ", 1, 0, 1, 1))
+    answers = [
+        guest.ask(Opcode.READ, 1, struct.pack("<QQIIQII", 0, 0, 4096, 0, 0, 0, 0)),
+        guest.ask(Opcode.READLINK, 1),
+        guest.ask(Opcode.STATFS, 1),
+    ]
+    assert rested.wait(PATIENCE_S)
+
+    assert answers == [errno.EIO] * 3
+    assert guest.ask(Opcode.LOOKUP, 1, b"file\0") == errno.ENOENT
+    assert guest.failures == []
+    reported = {record.getMessage().split()[0] for record in caplog.records}
+    assert {"FORGET", "rest", "READ", "READLINK", "STATFS"} <= reported
+
+
+def _then(first: Callable[[Session], None], second: Callable[[], None]) -> Callable[..., None]:
+    def both(session: Session) -> None:
+        first(session)
+        second()
+
+    return both
+
+
+def test_a_bug_of_the_server_ends_the_sandbox_instead_of_leaving_it_waiting(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_arguments: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Session, "handle", broken)
+    guest.server.add_mount(1, Memory())
+    guest.send(Opcode.INIT, 0, INIT)
+
+    assert guest.failed.wait(PATIENCE_S)
+    assert [type(error) for error in guest.failures] == [SandboxLostError]
+    assert guest.sock.recv(1) == b""
+
+
+class Halting(Memory):
+    """Writes at most three bytes at once, and no more than nine in all."""
+
+    written = 0
+
+    def opened(self) -> Memory:
+        return self
+
+    def write(self, node: int, offset: int, data: memoryview, *, append: bool) -> int:
+        if self.written == 9:
+            raise OSError(errno.ENOSPC, "full")
+        self.written += 3
+        return super().write(node, offset, data[:3], append=append)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(9, 0), (10, errno.ENOSPC)])
+def test_what_was_written_to_a_mapping_is_written_whole_or_an_error(
+    guest: Guest, size: int, expected: int
+) -> None:
+    """The kernel does not look at how much was written when it cleans pages."""
+    provider = Halting()
+    file = provider.create(1, b"file", 0o644, 0).node
+    guest.server.add_mount(1, provider)
+    guest.ask(Opcode.INIT, 0, INIT)
+
+    head = struct.pack("<QQIIQII", 0, 0, size, WRITE_CACHE, 0, 0, 0)
+    assert guest.ask(Opcode.WRITE, file, head + b"0123456789"[:size]) == expected
+
+    assert provider.read(file, 0, 99) == b"012345678"
