@@ -1,5 +1,8 @@
 # Both public targets work in a fresh clone: they set up what is missing first.
 
+# The path of the checkout may have any letters.
+export LC_ALL = C.UTF-8
+
 .PHONY: demo test setup check clean
 
 demo: setup

@@ -30,7 +30,8 @@ settings.register_profile(
     "taskvm",
     deadline=None,
     derandomize="CI" in os.environ,
-    suppress_health_check=[HealthCheck.too_slow],
+    # A fixture that all examples of a test share is meant to be shared.
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("taskvm")
 

@@ -153,7 +153,7 @@ async def test_a_timeout_ends_double_forked_daemons(vm: Sandbox) -> None:
         "echo started; sleep 500"
     )
 
-    result = await vm.exec(["bash", "-c", command], timeout_s=4)
+    result = await vm.exec(["bash", "-c", command], timeout_s=6)
     left = await vm.exec("pgrep -fc 'taskvm-[d]aemon|sleep [5]00'")
 
     assert result.timed_out

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taskvm.errors import UsageError
@@ -318,9 +318,7 @@ STEPS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 3), st.integers(0, 
 
 
 @given(STEPS)
-@settings(
-    max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
-)
+@settings(max_examples=60)
 def test_any_sequence_of_operations_leaves_what_the_host_shows(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[int, int, int]]
 ) -> None:

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from taskvm.errors import UsageError
@@ -103,9 +103,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @example(["a/**", "!a/b"], ["a/b", "a", "a/c/d", "b/a"])
 @example(["**/**"], ["a", "a/b", "b", "b/a"])
 @example(["a/**/**/b"], ["a/b", "a", "a/c/b", "b/a"])
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40)
 def test_git_reads_every_list_alike(repository: Path, lines: list[str], paths: list[str]) -> None:
     try:
         Patterns(lines)

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taskvm.review.patch import Version, render_patch
@@ -41,9 +41,7 @@ def apply(root: Path, patch: str) -> None:
     )
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60)
 @given(name=NAMES, old=versions(BYTES), new=versions(BYTES))
 def test_git_makes_the_new_version_of_the_old(
     tmp_path_factory: pytest.TempPathFactory, name: str, old: Version | None, new: Version | None
