@@ -27,6 +27,7 @@ from taskvm.egress.oversight import (
     Question,
     Refuse,
 )
+from taskvm.egress.policy import Decision
 from taskvm.egress.secret import Secret
 from taskvm.net import approvals
 
@@ -44,12 +45,15 @@ class Person:
 
     def __init__(self, *answers: Answer, delay_s: float = 0.0) -> None:
         self.asked: list[Question] = []
+        self.ready = asyncio.Event()
+        self.ready.set()
         self._answers = list(answers)
         self._delay_s = delay_s
 
     async def answer(self, question: Question) -> Answer:
         self.asked.append(question)
         await asyncio.sleep(self._delay_s)
+        await self.ready.wait()
         return self._answers.pop(0)
 
 
@@ -108,8 +112,22 @@ async def test_a_no_is_remembered_and_the_server_sees_nothing(server: HttpServer
     assert (len(person.asked), server.connections) == (1, 0)
 
 
-async def test_identical_questions_are_asked_once(server: HttpServer) -> None:
-    person = Person("once", delay_s=0.2)
+async def test_identical_questions_are_asked_once(
+    server: HttpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer comes when all five wait for it."""
+    person = Person("once")
+    person.ready.clear()
+    waiting: list[Question] = []
+    decide = approvals.Approvals.decide
+
+    async def counted(self: approvals.Approvals, question: Question) -> Decision:
+        waiting.append(question)
+        if len(waiting) == 5:
+            person.ready.set()
+        return await decide(self, question)
+
+    monkeypatch.setattr(approvals.Approvals, "decide", counted)
     async with lab_for(server.port, person.answer) as lab:
         answers = await asyncio.gather(*(ask(lab, "new.test", server.port) for _ in range(5)))
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from tests.conftest import GUEST
+from tests.support.processes import is_alive
 from tests.support.waiting import PATIENCE_S
 
 from taskvm import Sandbox, SandboxLostError
@@ -51,7 +52,7 @@ async def test_a_guest_that_goes_on_causing_events_is_ended(vm: Sandbox) -> None
 
     assert vm.state == "lost"
     await vm.close()
-    assert not Path(f"/proc/{supervisor}").exists()
+    assert not is_alive(supervisor)
 
 
 async def test_qemu_cannot_have_more_memory_than_its_guest_and_an_overhead(vm: Sandbox) -> None:

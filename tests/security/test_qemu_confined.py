@@ -86,8 +86,12 @@ async def test_no_descriptor_of_the_template_is_writable(vm: Sandbox) -> None:
     pid = qemu_pid(vm)
     writable = set()
     for entry in Path(f"/proc/{pid}/fd").iterdir():
-        target = str(entry.readlink())
-        flags = Path(f"/proc/{pid}/fdinfo/{entry.name}").read_text().split("flags:\t")[1].split()[0]
+        try:
+            target = str(entry.readlink())
+            info = Path(f"/proc/{pid}/fdinfo/{entry.name}").read_text()
+        except FileNotFoundError:
+            continue  # closed meanwhile
+        flags = info.split("flags:\t")[1].split()[0]
         if target.startswith("/") and not target.startswith("/dev/") and int(flags, 8) & 3:
             writable.add(target)
 

@@ -319,7 +319,7 @@ def test_sqlite_with_a_write_ahead_log_serves_several_programs(
     said = done("""
         sqlite3 data.db 'PRAGMA journal_mode=WAL; CREATE TABLE t (writer, n)'
         writes() { for n in $(seq 25); do echo "INSERT INTO t VALUES ($1, $n);"; done; }
-        for w in 1 2 3 4; do writes $w | sqlite3 -cmd '.timeout 30000' data.db & done; wait
+        for w in 1 2 3 4; do writes $w | sqlite3 -cmd '.timeout 250000' data.db & done; wait
         sqlite3 data.db 'PRAGMA integrity_check; SELECT count(*), count(DISTINCT writer) FROM t'
         sqlite3 data.db 'PRAGMA wal_checkpoint(TRUNCATE)'
     """)

@@ -308,7 +308,10 @@ async def test_files_that_the_host_saves_are_seen_or_stay_readable(
     with (workspace / "src" / "run.sh").open("a") as file:
         file.write("appended\n")
 
-    seen = await run(vm, "sleep 1.2; cat note; tail -n1 src/run.sh")
+    seen = await run(
+        vm,
+        "until grep -q saved note && grep -q appended src/run.sh; do sleep 0.1; done; cat note; tail -n1 src/run.sh",
+    )
 
     assert seen == "saved on the host\nappended\n"
 
@@ -320,12 +323,17 @@ async def test_what_the_guest_changed_outlives_what_the_host_removes(
     await run(vm, "echo guest >> note; echo guest > src/own; cat src/run.sh link")
     (workspace / "note").unlink()
     shutil.rmtree(workspace / "src")
-    seen = await run(vm, "sleep 1.2; tail -n1 note; cat src/own; ls src; ls")
+    seen = await run(
+        vm,
+        'until [ "$(ls src)" = own ]; do sleep 0.1; done; tail -n1 note; cat src/own; ls src; ls',
+    )
     (workspace / "src").mkdir()
     (workspace / "src" / "run.sh").write_text("back\n")
 
     back = await run(
-        vm, "sleep 1.2; cat src/run.sh src/own; echo more >> src/run.sh; tail -n1 src/run.sh"
+        vm,
+        "until test -e src/run.sh; do sleep 0.1; done; cat src/run.sh src/own; "
+        "echo more >> src/run.sh; tail -n1 src/run.sh",
     )
 
     assert seen.split() == ["guest", "guest", "own", "empty", "link", "note", "src"]

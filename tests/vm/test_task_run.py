@@ -1,12 +1,14 @@
 """Tasks in a real guest: the seven tools, the workspace, and what stays on the host (taskfactory.sandboxing)."""
 
 import asyncio
+import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from tests.support.processes import children_of
 
 from taskfactory.agents.loop import AgentSession
 from taskfactory.agents.place import Place
@@ -220,7 +222,7 @@ async def test_a_timeout_ends_everything_the_command_started(place: Place) -> No
         script("""
 - tools:
     - tool: bash
-      arguments: {command: "(setsid sleep 987 &) ; echo out; sleep 60", timeout: 2}
+      arguments: {command: "(setsid sleep 987 &) ; echo out; sleep 600", timeout: 6}
       expect: {is_error: true, contains: [out, timeout]}
 - tools:
     - tool: bash
@@ -295,11 +297,7 @@ def test_the_demonstration_proves_itself() -> None:
 
 def _own_guests() -> int:
     """How many QEMU processes are children of this process."""
-    children = [
-        pid
-        for path in Path("/proc/self/task").glob("*/children")
-        for pid in path.read_text().split()
-    ]
+    children = children_of(os.getpid())
     return sum("qemu" in Path(f"/proc/{pid}/cmdline").read_text() for pid in children)
 
 
