@@ -305,6 +305,7 @@ class SandboxArguments:
         self,
         variables: Mapping[str, str] | None = None,
         on_progress: Callable[[str], None] | None = None,
+        oversight: taskvm.Oversight | None = None,
     ) -> taskvm.Opening[taskvm.Sandbox]:
         """Return the sandbox, to be started. Raises UsageError.
 
@@ -330,6 +331,7 @@ class SandboxArguments:
             disk_size_mib=self.disk_size,
             cpu_share=self.cpu_share,
             on_progress=on_progress or self.on_progress,
+            oversight=oversight,
         )
 
     def _secrets(self, variables: Mapping[str, str] | None) -> list[taskvm.Secret]:

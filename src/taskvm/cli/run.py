@@ -11,6 +11,7 @@ import click
 
 import taskvm
 from taskvm import UsageError
+from taskvm.cli.asking import Asker
 from taskvm.cli.attached import interactive_option, make_launch, name_option, start_held
 from taskvm.cli.group import EXIT_FAILURE, EXIT_NO_READER, EXIT_TIMEOUT
 from taskvm.cli.help import SandboxCommand, examples
@@ -44,6 +45,9 @@ from taskvm.terminal import DEFAULT_SIZE, Terminal
 @click.option("--tty", "-t", is_flag=True, help="Give the command a terminal.")
 @interactive_option
 @click.option("--detach", "-d", is_flag=True, help="Print the sandbox's id and leave it running.")
+@click.option(
+    "--ask", is_flag=True, help="Ask on this terminal about each host that no rule names."
+)
 @name_option
 @apply_option
 @diff_option
@@ -53,6 +57,7 @@ def run(
     tty: bool,
     interactive: bool,
     detach: bool,
+    ask: bool,
     name: str | None,
     apply: Apply | None,
     diff_file: str | None,
@@ -72,22 +77,33 @@ def run(
     if not detach and (name is not None or arguments.idle_timeout is not None):
         option = "--name" if name is not None else "--idle-timeout"
         raise UsageError(f"use {option}", "the sandbox ends with this command", "Add --detach")
+    if ask and (tty or detach):
+        option = "--tty" if tty else "--detach"
+        cause = "the terminal is the command's" if tty else "nobody is there to be asked"
+        raise UsageError(f"use --ask with {option}", cause, "Leave one of them out")
     if detach:
         sys.exit(asyncio.run(until_signal(_detach(arguments, command, name, tty=tty))))
-    _execute(arguments, command, Review.of(arguments.reviewed, apply, diff_file), tty=tty)
+    review = Review.of(arguments.reviewed, apply, diff_file)
+    with Asker() if ask else contextlib.nullcontext() as asker:
+        _execute(arguments, command, review, asker, tty=tty)
 
 
 def _execute(
-    arguments: SandboxArguments, command: tuple[str, ...], review: Review, *, tty: bool
+    arguments: SandboxArguments,
+    command: tuple[str, ...],
+    review: Review,
+    asker: Asker | None,
+    *,
+    tty: bool,
 ) -> None:
     """Run `command` in a new sandbox and exit as it does."""
     occupy_standard_streams()
-    starting = arguments.create()
+    starting = arguments.create(oversight=asker.oversight if asker else None)
     taken: list[tuple[str, taskvm.ChangeSet]] = []
 
     async def work() -> int:
         async with starting as vm:
-            status = await _run(vm, arguments, command, tty=tty)
+            status = await _run(vm, arguments, command, asker.screen if asker else None, tty=tty)
             taken.extend(await review.take(vm))
         return status
 
@@ -114,6 +130,7 @@ async def _run(
     vm: taskvm.Sandbox,
     arguments: SandboxArguments,
     command: tuple[str, ...],
+    screen: asyncio.Lock | None,
     *,
     tty: bool,
 ) -> int:
@@ -133,7 +150,7 @@ async def _run(
         try:
             async with asyncio.timeout(arguments.timeout):
                 with terminal or contextlib.nullcontext():
-                    return (await relay(process, terminal)).exit_code
+                    return (await relay(process, terminal, screen=screen)).exit_code
         except TimeoutError:
             await process.kill_all()
             text = f"{process.command}: killed after {arguments.timeout:g} s"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import select
 import signal
@@ -77,19 +78,25 @@ async def relay(
     *,
     keys: DetachKeys | None = None,
     owns_input: bool = True,
+    screen: asyncio.Lock | None = None,
 ) -> taskvm.ExecResult:
     """Give the standard streams to `process` until it ends. With `owns_input` their end is its input's end.
 
-    Raises DetachedError when `keys` are typed.
+    `screen` is locked by who asks the user something on this terminal: output waits for it, and no key is for
+    `process`. Raises DetachedError when `keys` are typed.
     """
     try:
         async with asyncio.TaskGroup() as group:
-            endless = [group.create_task(_feed(process, keys, owns_input))]
+            endless = []
+            if screen is None or not os.isatty(STDIN):
+                endless.append(group.create_task(_feed(process, keys, owns_input)))
+            else:
+                await process.close_stdin()
             if terminal is not None:
                 endless.append(group.create_task(terminal.follow(process.resize)))
             outputs = [
-                group.create_task(copy_stream(process.stdout, STDOUT)),
-                group.create_task(copy_stream(process.stderr, STDERR)),
+                group.create_task(copy_stream(process.stdout, STDOUT, screen)),
+                group.create_task(copy_stream(process.stderr, STDERR, screen)),
             ]
             result = await process.wait()
             await asyncio.wait(outputs)
@@ -100,10 +107,15 @@ async def relay(
     return result
 
 
-async def copy_stream(stream: taskvm.ByteStream, descriptor: int) -> None:
+async def copy_stream(
+    stream: taskvm.ByteStream, descriptor: int, screen: asyncio.Lock | None = None
+) -> None:
     """Write what comes to one of the standard streams. Raises NoReaderError, HostError."""
+    # A pipe that nobody reads must not keep a question from the terminal.
+    shared = screen if screen is not None and os.isatty(descriptor) else contextlib.nullcontext()
     async for data in stream:
-        await asyncio.to_thread(_write_all, descriptor, data)
+        async with shared:
+            await asyncio.to_thread(_write_all, descriptor, data)
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
