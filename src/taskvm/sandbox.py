@@ -199,10 +199,12 @@ class Sandbox:
     def revoke_secret(self, name: str) -> None:
         """Let a secret go nowhere from now on; requests with its placeholder are refused.
 
+        Connections to its hosts are cut: a request may be on its way with the value.
+
         Raises UsageError for a secret that the sandbox does not have.
         """
         self._require_running("revoke a secret of a sandbox")
-        self._gateway.keyring.revoke(name)
+        self._gateway.revoke_secret(name)
 
     @property
     def policy(self) -> Policy:

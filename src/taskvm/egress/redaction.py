@@ -2,13 +2,16 @@
 
 Looked at are the headers, and bodies of text that are not compressed, of any length, as they
 stream; answers of a secret's own hosts only, since nobody else has the value. Found is the value as
-it is, and as URLs, JSON and HTML write it. A server that encodes it in another way, or cuts it
-into pieces, still shows it: a secret belongs only to hosts that do not repeat it.
+it is, as URLs, JSON and HTML write it, and within base64 (a page that shows Basic credentials). A
+server that encodes it in another way, or cuts it into pieces, still shows it: a secret belongs only
+to hosts that do not repeat it.
 """
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from urllib.parse import quote, quote_plus
 
@@ -20,6 +23,10 @@ Header = tuple[bytes, bytes]
 
 # As html.escape: importing that module, with its table of all entities, costs 10 ms.
 _HTML = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#x27;"})
+_HTML_IN_NUMBERS = _HTML | str.maketrans({'"': "&#34;", "'": "&#39;"})  # Go's html, Python's jinja
+_ESCAPED_IN_JSON = ("&<>", "&<>'+")  # by Go and Rails; by C#
+_URL_SAFE = bytes.maketrans(b"+/", b"-_")
+_ESCAPE = re.compile(r"%[0-9A-F]{2}")
 _TEXT = frozenset(
     {
         b"", b"application/javascript", b"application/json", b"application/x-javascript",
@@ -68,17 +75,51 @@ class Redactor:
 
 
 def is_readable(headers: Iterable[Header]) -> bool:
-    """Say whether a response's body is text that is not compressed."""
-    fields = {name.lower(): value.strip().lower() for name, value in headers}
-    media = fields.get(b"content-type", b"").partition(b";")[0].strip()
-    is_text = media.startswith(b"text/") or media in _TEXT or media.endswith((b"+json", b"+xml"))
-    return is_text and fields.get(b"content-encoding", b"identity") in (b"", b"identity")
+    """Say whether a response's body is text that is not compressed; with two types, whether one of them is text."""
+    media = [value.partition(b";")[0] for value in _values_of(headers, b"content-type")] or [b""]
+    codings = b",".join(_values_of(headers, b"content-encoding")).split(b",")
+    return any(map(_is_text, media)) and {each.strip() for each in codings} <= {b"", b"identity"}
+
+
+def _values_of(headers: Iterable[Header], name: bytes) -> list[bytes]:
+    return [value.strip().lower() for key, value in headers if key.lower() == name]
+
+
+def _is_text(media: bytes) -> bool:
+    kind = media.strip()
+    # A multipart body has texts in it, and a message is one (TRACE's answer).
+    return (
+        kind.startswith((b"text/", b"multipart/", b"message/"))
+        or kind in _TEXT
+        or kind.endswith((b"+json", b"+xml"))
+    )
 
 
 def _spellings(value: str) -> set[bytes]:
     json_text = json.dumps(value)[1:-1]
+    escaped = {quote(value, safe=""), quote(value), quote_plus(value)}
     texts = {
-        value, quote(value, safe=""), quote(value), quote_plus(value), value.translate(_HTML), json_text,
+        value, *escaped, *(_ESCAPE.sub(lambda match: match[0].lower(), text) for text in escaped),
+        value.translate(_HTML), value.translate(_HTML_IN_NUMBERS), json_text,
         json.dumps(value, ensure_ascii=False)[1:-1], json_text.replace("/", "\\/"),
+        *(json_text.translate(_in_json(signs)) for signs in _ESCAPED_IN_JSON),
     }  # fmt: skip
-    return {text.encode() for text in texts}
+    return {text.encode() for text in texts} | _in_base64(value.encode())
+
+
+def _in_json(signs: str) -> dict[int, str]:
+    return str.maketrans({sign: f"\\u{ord(sign):04x}" for sign in signs})
+
+
+def _in_base64(value: bytes) -> set[bytes]:
+    """Return what base64 of any text has where the value stands in it: one for each place within three bytes."""
+    found = set()
+    for before, foreign in (
+        (0, 0),
+        (1, 2),
+        (2, 3),
+    ):  # bytes, and the characters they have a part in
+        whole = (before + len(value)) * 8 // 6  # characters that nothing after the value changes
+        text = base64.b64encode(bytes(before) + value)[foreign:whole]
+        found |= {text, text.translate(_URL_SAFE)}
+    return found

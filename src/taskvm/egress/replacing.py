@@ -36,6 +36,11 @@ class Replacer:
         """Return the rest, after the last piece."""
         return self._pass(self._held, final=True)
 
+    def release(self) -> bytes:
+        """Return what is held back, as it came: the stream goes on in another replacer."""
+        held, self._held = self._held, b""
+        return held
+
     def _pass(self, data: bytes, *, final: bool) -> bytes:
         sent: list[bytes] = []
         position = 0

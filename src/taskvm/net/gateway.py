@@ -155,14 +155,30 @@ class Gateway:
         """Judge by `policy` from now on, and cut what it might not have allowed, before anything else runs."""
         before = self._egress.policy
         self._egress.change_policy(policy)
+        self._cut(
+            lambda host, port: not before.keeps(policy, host, port),
+            "policy-changed", "the policy was changed while the connection was open",
+        )  # fmt: skip
+
+    def revoke_secret(self, name: str) -> None:
+        """Let a secret go nowhere from now on, and cut the connections to its hosts: a request may be on its way
+        with the value. Raises UsageError for one that is not there.
+        """
+        bound = self.keyring.revoke(name)
+        self._cut(
+            bound.is_known_to,
+            "secret-revoked", f"the secret {name} was revoked while the connection was open",
+        )  # fmt: skip
+
+    def _cut(self, is_meant: Callable[[str, int], bool], rule: str, reason: str) -> None:
+        """End what is open to the hosts that are meant, before anything else runs."""
         for number, stream in self._streams.items():
             address, port = stream.destination.address, stream.destination.port
             host = self.names.name_at(address) or str(address)
-            if not before.keeps(policy, host, port) and stream.task is not None:
+            if is_meant(host, port) and stream.task is not None:
                 self._audit.record(
-                    "connect", "deny", rule="policy-changed", connection=number, exec=stream.destination.exec,
-                    host=host, port=port,
-                    reason="the policy was changed while the connection was open",
+                    "connect", "deny", rule=rule, connection=number, exec=stream.destination.exec,
+                    host=host, port=port, reason=reason,
                 )  # fmt: skip
                 stream.task.cancel()
 

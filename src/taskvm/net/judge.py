@@ -16,8 +16,10 @@ from taskvm.egress.injection import Injected, InjectionRefused, Injector, asking
 from taskvm.egress.oversight import Question
 from taskvm.egress.policy import Decision, Intent, decide_request
 from taskvm.egress.redaction import Redactor, is_readable
+from taskvm.egress.replacing import Replacer
 from taskvm.net.approvals import ONCE
 from taskvm.net.egress import UNRECORDED, Refusal, Session
+from taskvm.net.following import Following
 from taskvm.net.hooked import HookAnswer, Hooked, both
 from taskvm.wire.message import (
     Asked,
@@ -48,15 +50,11 @@ class Admitted:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A response as the guest gets it; its trailer goes through `redactor`."""
+    """A response as the guest gets it; `trailer` returns the one for the guest."""
 
     head: ResponseHead
     body: BodyFilter | None = None
-    redactor: Redactor | None = None
-
-    def trailer(self, fields: list[Header]) -> list[Header]:
-        """Return the trailer for the guest."""
-        return fields if self.redactor is None else self.redactor.headers(fields)
+    trailer: Callable[[list[Header]], list[Header]] = list
 
 
 class Judge:
@@ -185,19 +183,36 @@ class Judge:
             raise self._refuse_secret(error) from error
 
     def _redact(self, admitted: Admitted, response: ResponseHead) -> Answered:
-        origin = self._session.origin
-        known = [
-            bound for bound in self._injector.secrets if bound.is_known_to(origin.host, origin.port)
-        ]
-        if not known:
-            return Answered(response)
-        redactor = Redactor(known, admitted.echoes, _once(self._record_reflection))
-        headers = redactor.headers(response.headers)
-        head = replace(response, headers=headers, reason=redactor.text(response.reason))
-        if response.ended or response.status < 200 or not is_readable(headers):
-            return Answered(head, None, redactor)
+        keyring = self._session.egress.keyring
+        tell = _once(self._record_reflection)
+
+        def redactor(injector: Injector) -> Redactor | None:
+            origin = self._session.origin
+            known = [
+                each for each in injector.secrets if each.is_known_to(origin.host, origin.port)
+            ]
+            return Redactor(known, admitted.echoes, tell) if known else None
+
+        def trailer(fields: list[Header]) -> list[Header]:
+            now = redactor(keyring.injector)
+            return now.headers(fields) if now else fields
+
+        now = redactor(keyring.injector)
+        head = _redacted(now, response) if now else response
+        has_length = any(name.lower() == b"content-length" for name, _ in response.headers)
+        # Without a length it may go on until there is a secret for this host.
+        if response.ended or response.status < 200 or (now is None and has_length):
+            return Answered(head, None, trailer)
+        if not is_readable(head.headers):
+            return Answered(head, None, trailer)
+
+        def body(injector: Injector) -> Replacer | None:
+            wanted = redactor(injector)
+            return wanted.body() if wanted else None
+
         # The placeholder has another length than the value.
-        return Answered(replace(head, headers=without_length(headers)), redactor.body(), redactor)
+        head = replace(head, headers=without_length(head.headers))
+        return Answered(head, Following(keyring, body), trailer)
 
     def _admitted(
         self, head: RequestHead, injected: Injected, wanted: BodyFilter | None
@@ -207,11 +222,16 @@ class Judge:
             body = None
         elif head.has_body:
             kind = next((value for name, value in headers if name.lower() == b"content-type"), b"")
-            injecting, changes = self._injector.body(
-                origin.scheme, origin.host, origin.port, kind, _once(self._record_use)
+            tell = _once(self._record_use)
+
+            def injecting(injector: Injector) -> tuple[Replacer | None, bool]:
+                return injector.body(origin.scheme, origin.host, origin.port, kind, tell)
+
+            _, changes = injecting(self._injector)
+            following = Following(
+                self._session.egress.keyring, lambda injector: injecting(injector)[0]
             )
-            if injecting is not None:
-                body = both(wanted, _Refusing(injecting, self._refuse_secret))
+            body = both(wanted, _Refusing(following, self._refuse_secret))
             headers = asking_plainly(without_length(headers)) if changes else headers
         sent = replace(head, target=injected.target, headers=headers)
         return Admitted(sent, head, body, injected.echoes)
@@ -277,6 +297,11 @@ class _Refusing:
             return self._inner.finish()
         except InjectionRefused as error:
             raise self._refuse(error) from None
+
+
+def _redacted(redactor: Redactor, response: ResponseHead) -> ResponseHead:
+    headers = redactor.headers(response.headers)
+    return replace(response, headers=headers, reason=redactor.text(response.reason))
 
 
 def _once(record: Callable[[str], None]) -> Callable[[str], None]:

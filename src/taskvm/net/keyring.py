@@ -58,13 +58,15 @@ class Keyring:
         self._set(bound)
         return bound.placeholder
 
-    def revoke(self, name: str) -> None:
-        """Let a secret go nowhere from now on. Raises UsageError for one that is not there."""
+    def revoke(self, name: str) -> BoundSecret:
+        """Let a secret go nowhere from now on, and return it. Raises UsageError for one that is not there."""
         if name not in self._secrets:
             raise UsageError(
                 f"revoke the secret {name!r}", "the sandbox has no secret of this name"
             )
-        self._set(self._secrets[name].withdrawn())
+        withdrawn = self._secrets[name].withdrawn()
+        self._set(withdrawn)
+        return withdrawn
 
     async def renew(self, names: Iterable[str]) -> None:
         """Ask the sources of those that are too old. Raises InjectionRefused when one does not answer."""

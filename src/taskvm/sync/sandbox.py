@@ -129,6 +129,7 @@ class Sandbox:
     def revoke_secret(self, name: str) -> None:
         """Let a secret go nowhere from now on; requests with its placeholder are refused.
 
+        Connections to its hosts are cut: a request may be on its way with the value.
         Raises UsageError for a secret that the sandbox does not have.
         """
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import os
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -48,6 +50,12 @@ def test_a_short_value_is_not_looked_for() -> None:
         ([(b"Content-Type", b"application/json"), (b"Content-Encoding", b"identity")], True),
         ([(b"Content-Type", b"application/json"), (b"Content-Encoding", b"gzip")], False),
         ([(b"Content-Type", b"application/octet-stream")], False),
+        ([(b"Content-Type", b"image/png"), (b"Content-Type", b"text/html")], True),
+        ([(b"Content-Type", b"text/html"), (b"Content-Type", b"image/png")], True),
+        ([(b"Content-Type", b"multipart/mixed; boundary=x")], True),
+        ([(b"Content-Type", b"message/http")], True),
+        ([(b"Content-Encoding", b"identity, identity")], True),
+        ([(b"Content-Encoding", b"identity"), (b"Content-Encoding", b"br")], False),
         ([(b"Content-Type", b"application/grpc")], False),
     ],
 )
@@ -55,3 +63,32 @@ def test_text_that_is_not_compressed_is_readable(
     headers: list[tuple[bytes, bytes]], readable: bool
 ) -> None:
     assert is_readable(headers) is readable
+
+
+@pytest.mark.parametrize("before", ["", "u", "us", "user:", "user:pa:"])
+@pytest.mark.parametrize("after", ["", "x", "xy", "xyz, more"])
+@pytest.mark.parametrize("encode", [base64.b64encode, base64.urlsafe_b64encode])
+def test_the_value_is_found_within_base64(
+    before: str, after: str, encode: Callable[[bytes], bytes]
+) -> None:
+    """Wherever it stands: nothing of the value that a whole character says is left."""
+    value = "sk~live>0?1<2}3|4"
+    bound = bind_secret(POLICY, Secret("KEY", value, hosts=["api.test"]), os.urandom)
+    echoed = encode(f"{before}{value}{after}".encode())
+
+    shown = Redactor([bound], {}, print).text(b"Basic " + echoed)
+
+    assert bound.placeholder.encode() in shown
+    left = shown.removeprefix(b"Basic ").replace(bound.placeholder.encode(), b"")
+    assert len(left) <= len(encode(f"{before}{after}".encode())) + 4
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["a%2fb%26c%22d%3ce", 'a/b\\u0026c\\"d\\u003ce', "a/b&amp;c&#34;d&lt;e", 'a\\/b&c\\"d<e'],
+)
+def test_other_programs_spellings_are_found(written: str) -> None:
+    """Escapes in lower case (curl's users), Go's JSON and HTML, PHP's JSON."""
+    bound = bind_secret(POLICY, Secret("KEY", 'a/b&c"d<e', hosts=["api.test"]), os.urandom)
+
+    assert Redactor([bound], {}, print).text(written.encode()) == bound.placeholder.encode()

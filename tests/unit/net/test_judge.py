@@ -121,7 +121,7 @@ async def test_a_trailer_is_searched() -> None:
 
 
 async def test_an_answer_passes_as_it_came() -> None:
-    response = ResponseHead(200, [(b"X", b"1")])
+    response = ResponseHead(200, [(b"X", b"1"), (b"Content-Length", b"1")])
 
     head = RequestHead(b"GET", b"/", [])
     admitted = Admitted(head, head)
