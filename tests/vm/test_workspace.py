@@ -34,10 +34,13 @@ async def test_a_commit_made_in_the_guest_is_on_the_host(
     assert (workspace / "file").read_text() == "one\ntwo\n"
 
 
+@pytest.mark.parametrize("maker", ["guest", "host"])
 async def test_gits_index_is_believed_on_both_sides(
-    workspace: Path, vm_with_workspace: Sandbox, monkeypatch: pytest.MonkeyPatch
+    workspace: Path, vm_with_workspace: Sandbox, monkeypatch: pytest.MonkeyPatch, maker: str
 ) -> None:
-    """`git status` in turns reads no file again on either side, and finds nothing in the index to mend."""
+    """`git status` in turns reads no file again on either side, whoever has made the repository or changed a file of
+    it, and finds nothing in the index to mend.
+    """
     read: list[int] = []
     provider_read = HostDir.read
 
@@ -48,23 +51,37 @@ async def test_gits_index_is_believed_on_both_sides(
 
     monkeypatch.setattr(HostDir, "read", counted)
     make = "mkdir d; for n in $(seq 200); do echo $n > d/f$n; done; git init -q .; git add ."
-    await vm_with_workspace.exec(make, check=True)
+    if maker == "guest":
+        await vm_with_workspace.exec(make, check=True)
+    else:
+        subprocess.run(["sh", "-c", make], cwd=workspace, check=True)
     os.utime(workspace / ".git" / "index", (2e9, 2e9))  # else what is as young as it is read again
     index = (workspace / ".git" / "index").read_bytes()
     read.clear()
 
     for _ in range(2):
-        seen = await vm_with_workspace.exec("git status --porcelain | grep -cv '^A '")
+        seen = await vm_with_workspace.exec(
+            "git -c safe.directory='*' status --porcelain | grep -c '^A  '", check=True
+        )
         on_host = subprocess.run(
             ["git", "-c", "safe.directory=*", "-C", workspace, "status", "--porcelain"],
             capture_output=True,
             text=True,
             check=True,
         )
-        assert (seen.stdout, on_host.stdout.count("A  d/")) == ("0\n", 200)
+        assert (seen.stdout, on_host.stdout.count("A  d/")) == ("200\n", 200)
 
     assert (workspace / ".git" / "index").read_bytes() == index
     # The index and git's own small files, each at most once for each run; none of the 200.
+    assert len(read) < 20
+    read.clear()
+    (workspace / "d" / "f1").write_text("changed by the host\n")
+    seen = await vm_with_workspace.exec(
+        "for n in $(seq 300); do grep -q host d/f1 && break; sleep 0.1; done;"
+        " git -c safe.directory='*' status --porcelain | grep -v '^A  '",
+        check=True,
+    )
+    assert seen.stdout == "AM d/f1\n"
     assert len(read) < 20
 
 

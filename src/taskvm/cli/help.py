@@ -35,7 +35,7 @@ COMMANDS: Mapping[str, Sequence[str]] = {
 # Options of the commands that make a sandbox, by their parameters' names.
 OPTIONS: Mapping[str, Sequence[str]] = {
     "Command": ("tty", "interactive", "env", "cwd", "user", "timeout"),
-    "Folders": ("mounts", "hide", "apply", "diff_file"),
+    "Folders": ("mounts", "hide", "private", "apply", "diff_file"),
     "Network (nothing leaves unless it is allowed)": (
         "allow",
         "policy_file",
