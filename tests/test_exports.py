@@ -36,7 +36,7 @@ BLOCKING_WORDS = {
     "AsyncIterator": "Iterator",
     "AsyncIterable": "Iterable",
     "AsyncGenerator[bytes]": "Generator[bytes, None, None]",
-    "stdin: 'bytes | Iterator": "stdin: 'bytes | Iterable",
+    "stdin: 'str | bytes | Iterator": "stdin: 'str | bytes | Iterable",
     "Opening[Sandbox]": "Sandbox",
     "Opening[Forward]": "Forward",
     "Opening[FileWatch]": "FileWatch",

@@ -115,7 +115,9 @@ class Files:
         """
         operation = f"read {path}"
         request = ReadRequest(
-            path=_encoded(path, operation), offset=offset, length=-1 if length is None else length
+            path=encode_path(path, operation),
+            offset=offset,
+            length=-1 if length is None else length,
         )
         async with self._slots:
             call = self._control.open_call(request, operation, channels=(1,))
@@ -144,7 +146,7 @@ class Files:
         """
         operation = f"read {path}"
         request = ReadRequest(
-            path=_encoded(path, operation),
+            path=encode_path(path, operation),
             offset=offset,
             length=-1 if length is None else length,
             follow=follow,
@@ -183,7 +185,7 @@ class Files:
         """
         operation = f"write {path}"
         request = WriteRequest(
-            path=_encoded(path, operation),
+            path=encode_path(path, operation),
             mode=mode,
             uid=self._uid,
             gid=self._gid,
@@ -208,7 +210,7 @@ class Files:
     async def stat(self, path: GuestPath, *, follow: bool = True) -> FileInfo:
         """Return what `path` is; with `follow` what a symbolic link leads to."""
         operation = f"stat {path}"
-        request = StatRequest(path=_encoded(path, operation), follow=follow)
+        request = StatRequest(path=encode_path(path, operation), follow=follow)
         status = await self._request(request, FileStat, operation)
         return FileInfo(
             name=PurePosixPath(path).name,
@@ -247,12 +249,12 @@ class Files:
     async def settle_layer(self, path: GuestPath) -> None:
         """Copy all below `path`, in a file system with an upper layer, into that layer."""
         operation = f"copy {path} into its layer"
-        request = SettleRequest(path=_encoded(path, operation))
+        request = SettleRequest(path=encode_path(path, operation))
         await self._request(request, Done, operation, TREE_TIMEOUT_S)
 
     async def _list(self, path: GuestPath, *, layer: bool) -> builtins.list[DirEntry]:
         operation = f"list {path}"
-        request = ListRequest(path=_encoded(path, operation), layer=layer)
+        request = ListRequest(path=encode_path(path, operation), layer=layer)
         async with self._slots:
             call = self._control.open_call(request, operation, channels=(1,))
             try:
@@ -270,7 +272,7 @@ class Files:
         """Make a directory; with `parents` also those above it, and one that is there is no error."""
         operation = f"make the directory {path}"
         request = MkdirRequest(
-            path=_encoded(path, operation),
+            path=encode_path(path, operation),
             mode=mode,
             uid=self._uid,
             gid=self._gid,
@@ -282,7 +284,7 @@ class Files:
         """Set the low 12 bits of the mode. A symbolic link is not followed but refused (ELOOP)."""
         operation = f"change the mode of {path}"
         await self._request(
-            ChmodRequest(path=_encoded(path, operation), mode=mode), Done, operation
+            ChmodRequest(path=encode_path(path, operation), mode=mode), Done, operation
         )
 
     async def symlink(self, target: GuestPath, path: GuestPath) -> None:
@@ -292,7 +294,7 @@ class Files:
         if not text or b"\0" in text:
             raise UsageError(operation, "its target is empty or has a NUL", "Name a target")
         request = SymlinkRequest(
-            path=_encoded(path, operation), target=text, uid=self._uid, gid=self._gid
+            path=encode_path(path, operation), target=text, uid=self._uid, gid=self._gid
         )
         await self._request(request, Done, operation)
 
@@ -300,7 +302,7 @@ class Files:
         """Return what the symbolic link `path` holds: any text, which may lead anywhere."""
         operation = f"read the symbolic link {path}"
         answer = await self._request(
-            ReadlinkRequest(path=_encoded(path, operation)), LinkTarget, operation
+            ReadlinkRequest(path=encode_path(path, operation)), LinkTarget, operation
         )
         if not 0 < len(answer.target) < _PATH_LIMIT or b"\0" in answer.target:
             self._control.port.fail(f"{operation}: {len(answer.target)} bytes that no link holds")
@@ -314,7 +316,7 @@ class Files:
         Files that exist are replaced, directories that exist are added to. A failure leaves what was copied until
         then. Raises CopyError for a socket, FIFO or device, or a tree that is too deep.
         """
-        target = os.fsdecode(_encoded(guest_path, f"copy {os.fspath(host_path)} in"))
+        target = os.fsdecode(encode_path(guest_path, f"copy {os.fspath(host_path)} in"))
         await CopyIn(self, Path(host_path), target).run()
 
     async def copy_out(
@@ -332,7 +334,7 @@ class Files:
         Raises UsageError when `host_path` exists, CopyError for a socket, FIFO, device or setuid file and when
         `limits` or the depth are exceeded, HostError when the host refuses.
         """
-        source = os.fsdecode(_encoded(guest_path, f"copy {guest_path} out"))
+        source = os.fsdecode(encode_path(guest_path, f"copy {guest_path} out"))
         await CopyOut(self, source, Path(host_path), limits).run()
 
     def watch(self, path: GuestPath, *, recursive: bool = False) -> Opening[FileWatch]:
@@ -351,7 +353,7 @@ class Files:
         """Rename `path` to `to` within one file system; without `replace` an existing `to` is EEXIST."""
         operation = f"rename {path} to {to}"
         request = RenameRequest(
-            path=_encoded(path, operation), to=_encoded(to, operation), replace=replace
+            path=encode_path(path, operation), to=encode_path(to, operation), replace=replace
         )
         await self._request(request, Done, operation)
 
@@ -361,7 +363,7 @@ class Files:
         """Remove a file or an empty directory; with `recursive` a whole tree. Symbolic links are not followed."""
         operation = f"remove {path}"
         request = RemoveRequest(
-            path=_encoded(path, operation), recursive=recursive, missing_ok=missing_ok
+            path=encode_path(path, operation), recursive=recursive, missing_ok=missing_ok
         )
         timeout_s = TREE_TIMEOUT_S if recursive else None
         await self._request(request, Done, operation, timeout_s)
@@ -374,7 +376,7 @@ class Files:
 
     async def _watch(self, path: GuestPath, recursive: bool) -> FileWatch:
         operation = f"watch {path}"
-        request = WatchRequest(path=_encoded(path, operation), recursive=recursive)
+        request = WatchRequest(path=encode_path(path, operation), recursive=recursive)
         self._watches = [call for call in self._watches if not call.inlets[1].ended]
         if len(self._watches) >= MAX_WATCHES:
             raise UsageError(operation, f"{MAX_WATCHES} watches are open", "Close one")
@@ -410,7 +412,8 @@ class Files:
         return bytes(content)
 
 
-def _encoded(path: GuestPath, operation: str) -> bytes:
+def encode_path(path: GuestPath, operation: str) -> bytes:
+    """Return an absolute path of the guest as its bytes. Raises UsageError for any other."""
     text = str(path)
     if not text.startswith("/") or "\0" in text:
         raise UsageError(operation, "a guest path is absolute and has no NUL", "Begin it with /")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Generator
 from types import TracebackType
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, TypeVar
 
 
 class Closable(Protocol):
@@ -25,6 +25,16 @@ class Opening(Generic[T]):
     def __init__(self, begin: Callable[[], Coroutine[Any, Any, T]]) -> None:
         self._begin = begin
         self._opened: T | None = None
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            """Say what is forgotten most easily, to who has no type checker."""
+            raise AttributeError(
+                f"{name}: this has not begun yet; await it, or use it with `async with` (taskvm.sync needs neither)",
+                name=name,
+                obj=self,
+            )
 
     def __await__(self) -> Generator[Any, None, T]:
         return self._begin().__await__()

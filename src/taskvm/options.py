@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Unpack, get_args
 
+from taskvm.arguments import check_variables, refuse_unknown
 from taskvm.checkpoints.checkpointfile import Saved
 from taskvm.egress.oversight import Oversight
 from taskvm.egress.passthrough import NOTHING, Passthrough
@@ -44,7 +44,6 @@ _RESERVED = (
     "/lib64",
     "/sbin",
 )
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 
 class ResumeArguments(LimitArguments, total=False):
@@ -98,10 +97,13 @@ class SandboxOptions:
             _check_mount_path(path)
             _check_audit_path(self.audit_path, provider)
             _check_checkpoint_path(self.checkpoint, provider)
+        if self.accel not in get_args(AcceleratorChoice):
+            raise UsageError(
+                f"start a sandbox with accel={self.accel!r}", 'it must be "auto", "kvm" or "tcg"'
+            )
         if self.checkpoint is not None:
             _check_checkpoint(self.checkpoint, self)
-        for name, value in self.env.items():
-            _check_variable(name, value)
+        check_variables(self.env)
         for secret in self.secrets:
             if secret.name in self.env:
                 raise UsageError(
@@ -126,6 +128,7 @@ class Machinery:
 
 def read_options(machinery: Machinery, **given: Unpack[ResumeArguments]) -> SandboxOptions:
     """Return the arguments of `Sandbox.create` as checked values. Raises UsageError."""
+    refuse_unknown("start a sandbox", given, ResumeArguments.__annotations__)
     limits: LimitArguments = {  # type: ignore[assignment]  # the keys of one are among those of the other
         name: value for name, value in given.items() if name in LimitArguments.__annotations__
     }
@@ -133,6 +136,12 @@ def read_options(machinery: Machinery, **given: Unpack[ResumeArguments]) -> Sand
     cpus, memory_mib = machinery.cpus, machinery.memory_mib
     if saved is not None and saved.memory is not None:
         cpus, memory_mib = saved.facts.cpus, saved.facts.memory_mib
+    if not isinstance(policy, Policy | None):
+        raise UsageError(
+            f"start a sandbox with policy={policy!r}",
+            "it is no Policy",
+            "Policy.from_file reads one, Policy.parse makes one of hosts",
+        )
     policy = (policy or Policy()).joined(
         Policy.parse(given.get("allow", ()), given.get("allow_addresses", ()))
     )
@@ -161,6 +170,7 @@ def read_options(machinery: Machinery, **given: Unpack[ResumeArguments]) -> Sand
 
 def change_options(options: SandboxOptions, **changes: Unpack[ResumeArguments]) -> SandboxOptions:
     """Return `options` with what `changes` names; its audit log is a new one. Raises UsageError."""
+    refuse_unknown("copy a sandbox", changes, ResumeArguments.__annotations__)
     passthrough = changes.pop("passthrough", None)
     fresh = read_options(Machinery(), **changes)
     fields = {_FIELD_OF.get(name, name) for name in changes} | {"audit_path"}
@@ -231,12 +241,3 @@ def _check_checkpoint(saved: Saved, options: SandboxOptions) -> None:
         raise UsageError(
             operation, "warm=False boots, and its memory does not", f"Use its disk: {saved.disk}"
         )
-
-
-def _check_variable(name: str, value: str) -> None:
-    if not _VARIABLE.match(name):
-        raise UsageError(
-            f"set the variable {name!r}", "a name has letters, digits and _", "Rename it"
-        )
-    if "\0" in value:
-        raise UsageError(f"set the variable {name}", "its value holds a NUL")

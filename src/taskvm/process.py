@@ -136,6 +136,10 @@ class Process:
         self.stdout: ByteStream = ByteStream(call.inlets[1])
         self.stderr: ByteStream = ByteStream(call.inlets[2])
 
+    def __repr__(self) -> str:
+        state = "running" if self._exit is None else self._exit.outcome
+        return f"<Process {self.id} {self.command!r} {state}>"
+
     async def write(self, data: bytes) -> None:
         """Write to standard input, waiting while the process does not read.
 
@@ -238,7 +242,9 @@ class Capture:
         self.stderr: bytearray = bytearray()
         self.truncated: bool = False
 
-    async def run(self, process: Process, stdin: bytes | AsyncIterator[bytes] | None) -> ExecResult:
+    async def run(
+        self, process: Process, stdin: str | bytes | AsyncIterator[bytes] | None
+    ) -> ExecResult:
         """Feed `stdin`, read both streams to their end, and return the result."""
         async with asyncio.TaskGroup() as group:
             group.create_task(_feed(process, stdin))
@@ -269,10 +275,10 @@ def _result(exited: Exited, number: int) -> ExecResult:
     return ExecResult(exit_code=code, signal=exited.signal, usage=usage, id=number)
 
 
-async def _feed(process: Process, stdin: bytes | AsyncIterator[bytes] | None) -> None:
+async def _feed(process: Process, stdin: str | bytes | AsyncIterator[bytes] | None) -> None:
     try:
-        if isinstance(stdin, bytes):
-            await process.write(stdin)
+        if isinstance(stdin, str | bytes):
+            await process.write(stdin.encode() if isinstance(stdin, str) else stdin)
         elif stdin is not None:
             async for data in stdin:
                 await process.write(data)

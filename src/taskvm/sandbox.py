@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shlex
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
@@ -25,6 +24,7 @@ from typing import Literal, Self, Unpack
 import msgspec
 
 from taskvm.accounts import Account, Accounts
+from taskvm.arguments import check_timeout, check_variables, read_command, tell_command
 from taskvm.checkpoints.checkpoint import Checkpoint, checkpoint_path, find_checkpoint
 from taskvm.checkpoints.forking import fork_guest
 from taskvm.checkpoints.saving import save
@@ -39,7 +39,7 @@ from taskvm.errors import (
     TaskvmError,
     UsageError,
 )
-from taskvm.files import Files, GuestPath
+from taskvm.files import Files, GuestPath, encode_path
 from taskvm.fs.provider import Provider
 from taskvm.guest import Guest
 from taskvm.launch import launch
@@ -76,11 +76,6 @@ SHELL = "/bin/bash"
 PTY_TERM = "xterm-256color"
 # Number 0 in every guest, whatever its files say.
 ROOT = Account(uid=0, gid=0, groups=(0,), name="root", home="/root")
-# A variable-length limit of execve(2): the kernel refuses a single string of 128 KiB and more (MAX_ARG_STRLEN).
-MAX_ARGUMENT_BYTES = 128 * 1024 - 1
-
-# How much of a command an error repeats, in characters.
-MAX_TOLD = 200
 
 
 class Sandbox:
@@ -172,6 +167,9 @@ class Sandbox:
 
     # What it is.
 
+    def __repr__(self) -> str:
+        return f"<Sandbox {self.id} {self._state}>"
+
     @property
     def state(self) -> State:
         """`running`, `lost` (the guest is gone) or `closed`."""
@@ -248,7 +246,7 @@ class Sandbox:
         *,
         cwd: GuestPath | None = None,
         env: Mapping[str, str] | None = None,
-        stdin: bytes | AsyncIterator[bytes] | None = None,
+        stdin: str | bytes | AsyncIterator[bytes] | None = None,
         timeout_s: float | None = None,
         check: bool = False,
         user: str | None = None,
@@ -258,13 +256,15 @@ class Sandbox:
 
         A list is executed as it is; a str runs in the guest's bash. `cwd` defaults to /workspace when that is
         mounted, else the user's home. `timeout_s`, counted from this call, or cancelling it kills everything that
-        the command started. `user` is an account of the guest by its name, numbers like "1000:1000", or None for the
+        the command started. A `stdin` of str is sent as UTF-8.
+        `user` is an account of the guest by its name, numbers like "1000:1000", or None for the
         sandbox's user. Up to 64 MiB of each stream are kept. `limits` bind it and all that it starts, as long as it is
         not the guest's root, who can leave them.
 
         Raises UsageError for an account that is not there, GuestError when the program cannot be started (ENOENT,
         EACCES), CommandError with `check` when it does not exit with 0, SandboxStateError, SandboxLostError.
         """
+        check_timeout(timeout_s)
         capture = Capture()
         process = None
         try:
@@ -282,7 +282,7 @@ class Sandbox:
             if process is not None:
                 process.abandon()
         if check and not result.ok:
-            raise CommandError(_told(command), result)
+            raise CommandError(tell_command(command), result)
         return result
 
     async def spawn(
@@ -311,7 +311,7 @@ class Sandbox:
             request = msgspec.structs.replace(request, limits=bounds_of(limits))
         if pty is not None:
             request = self._with_terminal(request, pty, env)
-        text = _told(command)
+        text = tell_command(command)
         call = self._guest.control.open_call(request, f"run {text!r} in the guest", (1, 2))
         try:
             started = await call.answer(Started)
@@ -458,26 +458,15 @@ class Sandbox:
         merge: bool,
         account: Account,
     ) -> ExecRequest:
-        argv = (
-            [SHELL, "-c", command] if isinstance(command, str) else [str(item) for item in command]
-        )
-        if not argv or any("\0" in item for item in argv):
-            raise UsageError(
-                f"run {command!r} in the guest", "it is empty or holds a NUL", "Pass a command"
-            )
-        if any(len(os.fsencode(item)) > MAX_ARGUMENT_BYTES for item in argv):
-            raise UsageError(
-                f"run {argv[0]!r} in the guest",
-                f"an argument has more than {MAX_ARGUMENT_BYTES} bytes (MAX_ARG_STRLEN)",
-                "Pass it through stdin or a file",
-            )
+        argv = read_command(command, SHELL)
+        check_variables(env or {})
         environment = {**self._guest.placeholders, **self._environment, **(env or {})}
         if account != self._own_account:
             environment |= {**account.environment, **(env or {})}
         return ExecRequest(
             argv=[os.fsencode(item) for item in argv],
             env=[os.fsencode(f"{name}={value}") for name, value in environment.items()],
-            cwd=os.fsencode(str(cwd or self._default_cwd)),
+            cwd=encode_path(cwd or self._default_cwd, f"run {argv[0]!r} in {str(cwd)!r}"),
             uid=account.uid,
             gid=account.gid,
             groups=list(account.groups),
@@ -538,8 +527,3 @@ class Sandbox:
         if self._state == "running":
             self._state = "lost"
             self._reason = str(error)
-
-
-def _told(command: Command) -> str:
-    """The command as errors tell it."""
-    return (command if isinstance(command, str) else shlex.join(command))[:MAX_TOLD]

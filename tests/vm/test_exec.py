@@ -63,10 +63,21 @@ async def test_stdin_takes_bytes_and_streams(vm: Sandbox) -> None:
             yield f"{number}".encode()
 
     from_bytes = await vm.exec("wc -c", stdin=b"x" * 1_000_000)
+    from_text = await vm.exec("cat", stdin="grün")
     from_stream = await vm.exec("cat", stdin=pieces())
 
+    assert from_text.stdout_bytes == "grün".encode()
     assert from_bytes.stdout.strip() == "1000000"
     assert from_stream.stdout == "01234"
+
+
+async def test_a_wrong_argument_is_told_before_anything_starts(vm: Sandbox) -> None:
+    """A working directory is absolute, a variable has a name, a limit of time is one; and the sandbox goes on."""
+    for arguments in ({"cwd": "src"}, {"env": {"A=B": "x"}}, {"timeout_s": 0}):
+        with pytest.raises(UsageError):
+            await vm.exec("true", **arguments)  # type: ignore[arg-type]  # one of several kinds
+
+    assert (await vm.exec("true")).ok
 
 
 async def test_every_byte_of_large_output_arrives(vm: Sandbox) -> None:

@@ -66,6 +66,7 @@ async def test_a_killed_qemu_is_reported_in_bounded_time(vm: Sandbox) -> None:
     with pytest.raises(SandboxLostError):
         await vm.exec(["true"])
     assert vm.state == "lost"
+    assert repr(vm) == f"<Sandbox {vm.id} lost>"
 
 
 async def test_a_guest_that_powers_off_is_lost(vm: Sandbox) -> None:

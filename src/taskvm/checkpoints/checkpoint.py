@@ -44,6 +44,9 @@ class Checkpoint:
         self.memory_mib: int = saved.facts.memory_mib
         self.created: str = saved.facts.created
 
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self.path} {'memory' if self.memory else 'disk'}>"
+
     @classmethod
     def load(cls, target: str | os.PathLike[str]) -> Self:
         """Return the checkpoint `target`: a name in the store, or a path (an os.PathLike, or a str with a slash).

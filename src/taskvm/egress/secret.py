@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Literal, NoReturn, TypedDict, Unpack
 
+from taskvm.arguments import refuse_unknown
 from taskvm.errors import UsageError
 
 DEFAULT_HEADERS = (
@@ -76,6 +77,7 @@ class Secret:
         self, name: str, value: str, *, hosts: Iterable[str], **more: Unpack[SecretArguments]
     ) -> None:
         operation = f"declare the secret {name!r}"
+        refuse_unknown(operation, more, SecretArguments.__annotations__)
         fields = {
             "name": _check_name(operation, name),
             "hosts": _check_list(operation, "hosts", hosts),

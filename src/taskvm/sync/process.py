@@ -54,6 +54,9 @@ class Process:
         self.stdout: ByteStream = ByteStream(bridge, process.stdout)
         self.stderr: ByteStream = ByteStream(bridge, process.stderr)
 
+    def __repr__(self) -> str:
+        return repr(self._process)
+
     def write(self, data: bytes) -> None:
         """Write to standard input, waiting while the process does not read.
 

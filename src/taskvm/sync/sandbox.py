@@ -104,6 +104,9 @@ class Sandbox:
 
     # What it is.
 
+    def __repr__(self) -> str:
+        return repr(self._sandbox)
+
     @property
     def state(self) -> State:
         """`running`, `lost` (the guest is gone) or `closed`."""
@@ -186,7 +189,7 @@ class Sandbox:
         *,
         cwd: GuestPath | None = None,
         env: Mapping[str, str] | None = None,
-        stdin: bytes | Iterable[bytes] | None = None,
+        stdin: str | bytes | Iterable[bytes] | None = None,
         timeout_s: float | None = None,
         check: bool = False,
         user: str | None = None,
@@ -195,8 +198,9 @@ class Sandbox:
         """Run a command to its end and return what it wrote and how it ended.
 
         A list is executed as it is; a str runs in the guest's bash. `cwd` defaults to /workspace when that is
-        mounted, else the user's home. `timeout_s`, or Ctrl-C, kills everything that the command started. An iterable
-        `stdin` is read in this thread: while it blocks, the call does not return. `user` is an account of the guest by
+        mounted, else the user's home. `timeout_s`, or Ctrl-C, kills everything that the command started. A `stdin` of
+        str is sent as UTF-8; an iterable is read in this thread: while it blocks, the call does not return.
+        `user` is an account of the guest by
         its name, numbers like "1000:1000", or None for the sandbox's user. Up to 64 MiB of each stream are kept.
         `limits` bind it and all that it starts, as long as it is not the guest's root, who can leave them.
 
@@ -209,7 +213,7 @@ class Sandbox:
             command,
             cwd=cwd,
             env=env,
-            stdin=stdin if stdin is None or isinstance(stdin, bytes) else call.stream(stdin),
+            stdin=stdin if stdin is None or isinstance(stdin, str | bytes) else call.stream(stdin),
             timeout_s=timeout_s,
             check=check,
             user=user,
