@@ -22,7 +22,8 @@ BOOT_TIMEOUT_S = 120.0
 WARM_UP = (
     b"true; cat /etc/passwd /etc/bash.bashrc /root/.bashrc; "
     b"python3 -c 'import json, subprocess, re'; git --version; rg --version; env ls /; "
-    b"grep -q . /etc/passwd; sed -n 1p /etc/passwd; mkdir -p /workspace; head -c1 /etc/passwd"
+    b"grep -q . /etc/passwd; sed -n 1p /etc/passwd; mkdir -p /workspace; head -c1 /etc/passwd; "
+    b"env true; sh -c :"
 )
 WARM_UP_TIMEOUT_S = 60.0
 

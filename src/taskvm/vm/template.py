@@ -40,6 +40,9 @@ LAYOUT = 5
 FILES = ("ram", "state", "disk.qcow2")
 # Of the most recently used. Each new agent, image, size or QEMU makes another; a running one keeps its open files.
 KEPT_TEMPLATES = 8
+# What the programs of the warm-up left to the guest's kernel (cgroups to free, pages to count) is done within a second or
+# two, by timers that nobody can wait for. Else every fork does it: 2000 of the 12000 blocks that TCG translates to wake one.
+SETTLE_S = 2.0
 # With less free a build that failed is taken to have failed for it: pages and tables come in clusters of 64 KiB.
 FULL_DISK_BYTES = 1024 * 1024
 
@@ -238,6 +241,7 @@ async def _boot_and_save(template: Template, staging: Path) -> None:
         ports = await reach_ready(machine, template.user)
         try:
             await quiesce_ports(ports)
+            await asyncio.sleep(SETTLE_S)
             await machine.execute("stop")
             await machine.save_state(staging / "state")
             await machine.execute("quit")

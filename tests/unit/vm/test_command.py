@@ -97,7 +97,7 @@ def test_every_file_and_format_of_the_disk_is_named() -> None:
 @pytest.mark.parametrize(
     ("accelerator", "arch", "model"),
     [
-        ("tcg", "x86_64", "max,-erms,-fsrm"),
+        ("tcg", "x86_64", "max,-erms,-fsrm,-smap,-la57,-pku"),
         ("kvm", "x86_64", "host"),
         ("tcg", "aarch64", "max,pauth-impdef=on"),
     ],
