@@ -21,13 +21,16 @@ Accelerator = Literal["kvm", "tcg"]
 #   tsc=reliable     no watchdog that doubts the emulated clock after a resume
 #   no_timer_check   the check loops on the emulated PIT
 #   random.trust_cpu the generator is ready at boot; every start is reseeded by the host anyway
-#   mitigations=off  the guest protects nothing from itself; the border is the virtual machine
-#   _LEAN            the same, and what nobody reads: without KVM a start is the emulator's translation of each path of the
-#                    kernel that runs for the first time, so that code which does not run is time. Together 8 % of a start.
+#
+# Without KVM a start is the emulator's translation of each path of the kernel that runs for the first time (7 us a
+# block): code that does not run is time. With the CPU model below and SETTLE_S of vm/template.py, 340-380 ms of CPU
+# and not 430-460.
 _LEAN = (
-    "mitigations=off init_on_alloc=0 hardened_usercopy=off "  # guards of the kernel against itself
-    "lsm=landlock,yama "  # no AppArmor or TOMOYO: they have no policy here, and a hook in every path lookup
-    "audit=0 psi=0"  # nobody reads an audit trail or /proc/pressure
+    # The guest protects nothing from itself: the border is the virtual machine.
+    "mitigations=off init_on_alloc=0 hardened_usercopy=off "
+    # Without AppArmor and TOMOYO, which have no policy here and a hook in every lookup of a path; without audit trails
+    # and /proc/pressure, which nobody reads.
+    "lsm=landlock,yama audit=0 psi=0"
 )
 KERNEL_ARGUMENTS = {
     "x86_64": (
@@ -67,15 +70,17 @@ class MachineShape:
         """The model and flags of the virtual CPU.
 
         Under TCG `max` without erms and fsrm: the guest's kernel then copies with ordinary loops, where TCG
-        emulates `rep movsb` a byte at a time (218 against 59 MB/s through a port). Without smap: it makes two address
-        spaces of the kernel's, each with an address cache of its own to fill. Without la57: a miss walks four tables, not
-        five. Without pku, which every context switch would save. 8 % of the processor time of a start.
+        emulates `rep movsb` a byte at a time (218 against 59 MB/s through a port). Without smap: the emulator keeps an
+        address cache for each of its two states. Without la57: a miss walks four tables, not five. Without pku: every
+        context switch would save it.
         """
         if self.accelerator == "kvm":
             return "host"
         # pauth-impdef: pointers are signed with a cheap hash, not by the architecture's cipher, which is expensive to
         # emulate (QEMU, docs/system/arm/cpu-features.rst).
-        return "max,-erms,-fsrm,-smap,-la57,-pku" if self.arch == "x86_64" else "max,pauth-impdef=on"
+        if self.arch == "x86_64":
+            return "max,-erms,-fsrm,-smap,-la57,-pku"
+        return "max,pauth-impdef=on"
 
     @property
     def data_limit_bytes(self) -> int:

@@ -36,12 +36,12 @@ from taskvm.vm.machine import DISK_LIMIT_BYTES, Machine, MachineFiles
 from taskvm.vm.qemu import Qemu
 
 # Part of every key: raise it when qemu_command's devices change or a template holds something else.
-LAYOUT = 5
+LAYOUT = 6
 FILES = ("ram", "state", "disk.qcow2")
 # Of the most recently used. Each new agent, image, size or QEMU makes another; a running one keeps its open files.
 KEPT_TEMPLATES = 8
-# What the programs of the warm-up left to the guest's kernel (cgroups to free, pages to count) is done within a second or
-# two, by timers that nobody can wait for. Else every fork does it: 2000 of the 12000 blocks that TCG translates to wake one.
+# What the programs of the warm-up left to the guest's kernel (cgroups to free, pages to count) is done within a second
+# or two, by timers that nobody can wait for. Else every fork does it: 2000 of the 12000 blocks that TCG translates.
 SETTLE_S = 2.0
 # With less free a build that failed is taken to have failed for it: pages and tables come in clusters of 64 KiB.
 FULL_DISK_BYTES = 1024 * 1024
