@@ -39,6 +39,7 @@ OPTIONS: Mapping[str, Sequence[str]] = {
     "Network (nothing leaves unless it is allowed)": (
         "allow",
         "policy_file",
+        "ask",
         "allow_addresses",
         "resolve",
         "ca_files",

@@ -79,7 +79,8 @@ def check_request(request: h11.Request, origin: Origin) -> RequestHead:
 
 def render_request(head: RequestHead, origin: Origin) -> h11.Request:
     """Return the request for h11 to write. Raises HttpRefused."""
-    headers = [(b"Host", origin.authority.encode("ascii")), *end_to_end(head.headers)]
+    kept = _with_one_cookie(end_to_end(head.headers))
+    headers = [(b"Host", origin.authority.encode("ascii")), *kept]
     if head.has_body and not any(name.lower() == b"content-length" for name, _ in headers):
         headers.append((b"Transfer-Encoding", b"chunked"))
     if head.websocket:
@@ -89,6 +90,15 @@ def render_request(head: RequestHead, origin: Origin) -> h11.Request:
     except h11.LocalProtocolError:
         # `from None`: h11 quotes the header, and a secret's value may stand in it.
         raise HttpRefused(400, "a header cannot be sent") from None
+
+
+def _with_one_cookie(headers: list[Header]) -> list[Header]:
+    """Join the cookies that a client of HTTP/2 has sent one by one (RFC 9113 section 8.2.3)."""
+    cookies = [value for name, value in headers if name.lower() == b"cookie"]
+    if len(cookies) < 2:
+        return headers
+    others = [item for item in headers if item[0].lower() != b"cookie"]
+    return [*others, (b"Cookie", b"; ".join(cookies))]
 
 
 # Responses.

@@ -52,12 +52,16 @@ async def test_a_server_of_http1_only_is_spoken_to_in_http1() -> None:
             first = await client.ask(fields(authority, "/a", x_one="1"))
             posted = await client.ask(fields(authority, "/b", "POST"), b"a body without a length")
             head = await client.ask(fields(authority, "/c", "HEAD"))
+            crumbs = [("cookie", "a=1"), ("x-one", "1"), ("cookie", "b=2")]
+            await client.ask([*fields(authority, "/d"), *crumbs])
 
     assert (first.status, first.body) == (200, b"hello from the server")
     assert "alt-svc" not in first.headers
     assert posted.body == b"a body without a length"
     assert (head.status, head.body) == (200, b"")
-    assert [seen.header("Host") for seen in server.requests] == [authority] * 3
+    assert [seen.header("Host") for seen in server.requests] == [authority] * 4
+    cookies = [value for name, value in server.requests[3].headers if name.lower() == "cookie"]
+    assert cookies == ["a=1; b=2"]  # RFC 9113 section 8.2.3
     assert server.requests[0].header("X-One") == "1"
     assert server.requests[1].header("Transfer-Encoding") == "chunked"
 
