@@ -23,6 +23,13 @@ import msgspec
 from taskvm.errors import UsageError
 from taskvm.fs import inotify, syscalls
 from taskvm.fs.coherence import Coherence
+from taskvm.fs.hostattributes import (
+    MODE,
+    read_umask,
+    refuse_chown,
+    set_mode_and_times,
+    undo_umask,
+)
 from taskvm.fs.hosttree import CONTENT, NODE, HostTree, through_proc
 from taskvm.fs.lower import Lower
 from taskvm.fs.nodes import HostNode, NodeState, identity
@@ -37,7 +44,6 @@ Mode = Literal["direct", "ro", "review"]
 # One COPY_FILE_RANGE occupies the server's thread; the guest asks again for the rest.
 COPY_CHUNK = 16 * 1024 * 1024
 
-_MODE = 0o1777  # what a guest may set: rule 1
 _TRANSPARENT_XATTRS = b"user."
 
 
@@ -72,7 +78,7 @@ class HostDir(Provider):
         self._tree = HostTree(root)
         self._nodes = self._tree.nodes
         self._specials = Specials()
-        self._umask = _umask()
+        self._umask = read_umask()
         self._coherence = Coherence(self._tree, lambda change: self.changes(change), live=live)
         self.lasting = self._coherence.fd is not None
 
@@ -160,14 +166,14 @@ class HostDir(Provider):
         directory = self._for_change(parent)
         how = os.O_RDWR | os.O_CREAT | os.O_EXCL | CONTENT
         try:
-            fd = os.open(name, how, mode & _MODE, dir_fd=self._tree.walk(directory))
+            fd = os.open(name, how, mode & MODE, dir_fd=self._tree.walk(directory))
         except FileExistsError:
             if flags & os.O_EXCL:
                 raise
             return self._create_existing(parent, name, flags)
         self._coherence.names_changed(directory, name, inotify.CREATE)
         try:
-            changed = self._undo_umask(fd, mode)
+            changed = undo_umask(fd, mode, self._umask)
             attr = self._tree.stat_fd(fd)
             node = self._nodes.bind(directory, name, attr)
         except OSError:
@@ -187,19 +193,19 @@ class HostDir(Provider):
         directory = self._for_change(parent)
         if self._tree.exists(directory, name) or self._specials.get(directory.identity, name):
             raise refuse(errno.EEXIST)
-        special = self._specials.make(directory.identity, name, kind | (mode & _MODE))
+        special = self._specials.make(directory.identity, name, kind | (mode & MODE))
         self._coherence.present(directory, name)
         return self._entry(self._nodes.bind(directory, name, special), special)
 
     def mkdir(self, parent: Node, name: bytes, mode: int) -> Entry:
         directory = self._for_change(parent)
-        os.mkdir(name, mode & _MODE, dir_fd=self._tree.walk(directory))
+        os.mkdir(name, mode & MODE, dir_fd=self._tree.walk(directory))
         self._coherence.names_changed(directory, name, inotify.CREATE)
         changed = False
         if mode & self._umask:
             fd = syscalls.open_beneath(self._tree.walk(directory), name, NODE)
             try:
-                changed = self._undo_umask(fd, mode)
+                changed = undo_umask(fd, mode, self._umask)
             finally:
                 os.close(fd)
         entry = self.lookup(parent, name)
@@ -278,23 +284,18 @@ class HostDir(Provider):
         return attr, self._coherence.lifetime(target, attr)
 
     def setattr(self, node: Node, changes: SetAttr) -> tuple[HostAttr | Special, Lifetime]:
-        target, valid = self._for_change(node), changes.valid
-        self._refuse_chown(target, changes)
+        target = self._for_change(node)
+        if changes.valid & (SetAttrField.UID | SetAttrField.GID):
+            refuse_chown(self._stat(target), changes)
         special = self._specials.known(target.identity)
         if special is not None:
-            special.change(changes, _MODE)
+            special.change(changes, MODE)
             return special, self._coherence.lifetime(target, special)
-        if valid & SetAttrField.SIZE:
+        if changes.valid & SetAttrField.SIZE:
             os.ftruncate(self._tree.content(target, write=True), changes.size)
             self._coherence.contents_changed(target, inotify.MODIFY)
         with self._tree.handle(target) as fd:
-            if valid & SetAttrField.MODE:
-                _refuse_mode(target)
-                os.chmod(through_proc(fd), changes.mode & _MODE)  # noqa: PTH101 - a descriptor
-            atime = _time(valid, SetAttrField.ATIME, SetAttrField.ATIME_NOW, changes.atime_ns)
-            mtime = _time(valid, SetAttrField.MTIME, SetAttrField.MTIME_NOW, changes.mtime_ns)
-            if (atime, mtime) != (syscalls.OMIT, syscalls.OMIT):
-                syscalls.set_times(fd, atime, mtime)
+            set_mode_and_times(fd, target.kind, changes)
             attr = self._tree.stat_fd(fd)
         if identity(attr) != target.identity:
             self._nodes.reidentify(target, attr)
@@ -446,31 +447,6 @@ class HostDir(Provider):
         self._coherence.present(new, new_name)
         self._nodes.move(old, name, new, new_name)
 
-    def _undo_umask(self, fd: int, mode: int) -> bool:
-        """Give a new file the mode that the guest's umask left, which ours must not narrow. Tell if it changed."""
-        asked = mode & _MODE
-        has = stat.S_IMODE(os.fstat(fd).st_mode)
-        # Anything else than the umask (a default ACL) is the host's wish and stays.
-        if has & _MODE != asked & ~self._umask or asked & ~self._umask == asked:
-            return False
-        os.chmod(through_proc(fd), asked | (has & stat.S_ISGID))  # noqa: PTH101 - a descriptor
-        return True
-
-    def _refuse_chown(self, node: HostNode, changes: SetAttr) -> None:
-        if not changes.valid & (SetAttrField.UID | SetAttrField.GID):
-            return
-        attr = self._stat(node)
-        if changes.valid & SetAttrField.UID and changes.uid != attr.st_uid:
-            raise refuse(errno.EPERM)
-        if changes.valid & SetAttrField.GID and changes.gid != attr.st_gid:
-            raise refuse(errno.EPERM)
-
-
-def _refuse_mode(node: HostNode) -> None:
-    # A socket, FIFO or device here is the host's: who else may connect to it is not the guest's to say.
-    if node.kind not in (stat.S_IFREG, stat.S_IFDIR):
-        raise refuse(errno.EOPNOTSUPP if node.kind == stat.S_IFLNK else errno.EPERM)
-
 
 def _resolve(path: str | os.PathLike[str]) -> Path:
     operation = f"serve the directory {os.fspath(path)}"
@@ -488,20 +464,3 @@ def resolve_host_path(path: str | os.PathLike[str], operation: str) -> Path:
         raise UsageError(operation, error.strerror or str(error), "Create it first") from error
     except RuntimeError as error:  # a home directory that is not known, or links in a circle
         raise UsageError(operation, str(error), "Write the whole path") from error
-
-
-def _umask() -> int:
-    # os.umask() can only be asked by setting it, for all threads: /proc tells without (Linux 4.7).
-    with open("/proc/self/status", "rb") as status:
-        for line in status:
-            if line.startswith(b"Umask:"):
-                return int(line.split()[1], 8)
-    return 0o077
-
-
-def _time(valid: int, given: SetAttrField, now: SetAttrField, value_ns: int) -> tuple[int, int]:
-    if valid & now:
-        return syscalls.NOW
-    if valid & given:
-        return divmod(value_ns, 1_000_000_000)
-    return syscalls.OMIT

@@ -1,8 +1,8 @@
 """The contract between the file system server and what serves a mount.
 
 A provider is a tree of nodes. A node is an int that the provider chose, never used twice in its life; 1 is the root.
-The names that reach a provider are single components, checked by the decoder (wire/fuse.py): never empty, `.` or
-`..`, no slash, no NUL.
+The names that reach a provider are single components, checked by the decoder (wire/fuse_requests.py): never empty, `.`
+or `..`, no slash, no NUL.
 
 1. Calls come one at a time, from the server's thread. A call that blocks stops this sandbox's file system only.
 2. A refusal is an OSError with the errno that the guest shall see. An unknown node is ESTALE. Anything else that is

@@ -43,7 +43,6 @@ from taskvm.wire.fuse import (
     Symlink,
     Sync,
     Write,
-    decode_request,
 )
 from taskvm.wire.fuse_replies import (
     DirectoryReply,
@@ -62,6 +61,7 @@ from taskvm.wire.fuse_replies import (
     encode_store,
     encode_written,
 )
+from taskvm.wire.fuse_requests import decode_request
 
 FLAGS = (
     InitFlag.ASYNC_READ

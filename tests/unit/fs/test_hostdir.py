@@ -1,4 +1,4 @@
-"""The host directory as a provider: what its nodes are while the host changes things underneath."""
+"""taskvm.fs.hostdir, on taskvm.fs.hostattributes: what its nodes are while the host changes things underneath."""
 
 from __future__ import annotations
 

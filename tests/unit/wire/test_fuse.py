@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from taskvm.fs.session import FLAGS
 from taskvm.wire import fuse
-from taskvm.wire.fuse import FuseError, Init, InitFlag, Opcode, Request, decode_request
+from taskvm.wire.fuse import FuseError, Init, InitFlag, Opcode, Request
 from taskvm.wire.fuse_replies import (
     DirectoryReply,
     Lifetime,
@@ -34,6 +34,7 @@ from taskvm.wire.fuse_replies import (
     encode_store,
     encode_written,
 )
+from taskvm.wire.fuse_requests import decode_request
 
 ATTR = SimpleNamespace(
     st_ino=0x1122_3344_5566_7788,
