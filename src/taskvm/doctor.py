@@ -216,7 +216,7 @@ def _disk() -> Finding:
 
 def _leftovers() -> Finding:
     removed = sweep(run_base())
-    running = len([path for path in run_base().iterdir() if not path.name.startswith(".")])
+    running = len([path for path in run_base().iterdir() if path.name.startswith("sandbox-")])
     text = f"{running} running"
     if removed:
         text += f"; removed what {len(removed)} killed processes had left"

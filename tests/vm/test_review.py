@@ -4,13 +4,16 @@ taskvm.review.changes, taskvm.review.mounted, taskvm.fs.lower, taskvm.fs.hostpat
 
 import os
 import shutil
+import signal
 import stat
 import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from tests.conftest import GUEST
+from tests.support.waiting import PATIENCE_S
 
 from taskvm import (
     ChangeSet,
@@ -22,6 +25,7 @@ from taskvm import (
     Shadow,
     UsageError,
 )
+from taskvm.vm.rundir import run_base, sweep
 
 pytestmark = pytest.mark.vm
 
@@ -62,6 +66,34 @@ async def vm(workspace: Path) -> AsyncIterator[Sandbox]:
     mounts = {"/workspace": HostDir(workspace, mode="review")}
     async with Sandbox.create(mounts=mounts, **GUEST) as sandbox:
         yield sandbox
+
+
+KILLED = """
+import asyncio, os, signal, sys
+from taskvm import HostDir, Sandbox
+
+async def main():
+    mounts = {"/workspace": HostDir(sys.argv[1], mode="review")}
+    vm = await Sandbox.create(cpus=1, memory_mib=256, mounts=mounts)
+    await vm.exec("echo secret > made", check=True)
+    changes = await vm.changes()
+    print(changes._items["made"].content.parent, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(main())
+"""
+
+
+def test_a_killed_program_leaves_no_copies_behind(workspace: Path) -> None:
+    """Whoever starts next removes them with its sandbox."""
+    command = [sys.executable, "-c", KILLED, workspace]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=PATIENCE_S)
+    copies = Path(done.stdout.strip())
+    left = sorted(path.name for path in copies.iterdir())
+    sweep(run_base())
+
+    assert (done.returncode, left) == (-signal.SIGKILL, ["1", "lock"])
+    assert not copies.exists()
 
 
 async def run(vm: Sandbox, script: str) -> str:

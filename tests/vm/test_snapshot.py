@@ -4,10 +4,12 @@ Covers taskvm.vm.snapshot, taskvm.vm.memory, taskvm.vm.layers and taskvm.vm.disk
 """
 
 import asyncio
+import hashlib
 import json
 import os
 import subprocess
 import tempfile
+from contextlib import AsyncExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from tests.conftest import GUEST
 from taskvm import Sandbox
 from taskvm.vm.command import disk_beneath
 from taskvm.vm.disk import flatten, read_header
+from taskvm.vm.memory import MemoryCopy
 from taskvm.vm.snapshot import save_disk, save_machine
 
 pytestmark = pytest.mark.vm
@@ -58,6 +61,39 @@ async def test_a_machine_is_saved_while_it_runs(tmp_path: Path, load: str) -> No
     assert (tmp_path / "ram").stat().st_size == GUEST["memory_mib"] << 20
     assert (tmp_path / "state").stat().st_size > 100_000
     assert cut.disk.layers[0].name == "disk.qcow2"
+
+
+@pytest.mark.parametrize("origin", ["a template", "a sandbox", "a boot"])
+async def test_the_copy_of_a_memory_is_right_to_the_byte(tmp_path: Path, origin: str) -> None:
+    """Though the guest writes all the time, and the file that its memory lies above may have no name any more."""
+    async with AsyncExitStack() as stack:
+        vm = await stack.enter_async_context(Sandbox.create(**GUEST, warm=(origin != "a boot")))
+        await vm.spawn("while :; do head -c 20M /dev/urandom > /dev/shm/x; done")
+        if origin == "a sandbox":
+            vm = await stack.enter_async_context(vm.fork())
+        machine, watch = vm._guest.machine, vm._guest.watch
+        async with watch.kept_awake():
+            with closing(await MemoryCopy.begin(machine, tmp_path / "ram")) as copy:
+                await machine.execute("stop")
+                await copy.update()
+                right = hash_memory(machine.qemu_pid, copy.start, GUEST["memory_mib"] << 20)
+                await machine.execute("cont")
+        alive = await vm.exec("echo alive")
+
+    assert hashlib.sha256((tmp_path / "ram").read_bytes()).hexdigest() == right
+    assert alive.stdout == "alive\n"
+
+
+def hash_memory(process: int, start: int, size: int) -> str:
+    """The digest of a part of the memory of another process, every page of it read."""
+    digest = hashlib.sha256()
+    with Path(f"/proc/{process}/mem").open("rb", buffering=0) as memory:
+        memory.seek(start)
+        while size:
+            piece = memory.read(min(size, 1 << 20))
+            digest.update(piece)
+            size -= len(piece)
+    return digest.hexdigest()
 
 
 async def test_the_memory_of_a_machine_that_was_booted_is_saved_too(tmp_path: Path) -> None:

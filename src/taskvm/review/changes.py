@@ -14,7 +14,7 @@ import dataclasses
 import errno
 import os
 import stat
-import tempfile
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from taskvm.errors import SandboxStateError, UsageError
 from taskvm.fs.hostpaths import ChangedError, HostPaths, Seen
 from taskvm.review.mounted import ReviewMount
 from taskvm.review.patch import MAX_DIFF_BYTES, Version, render_patch
+from taskvm.vm.rundir import RunDir
 from taskvm.wire.control import FileType
 
 Kind = Literal["added", "modified", "deleted", "mode", "type"]
@@ -95,12 +96,12 @@ class ChangeSet:
     def __init__(
         self,
         mount: ReviewMount,
-        staging: tempfile.TemporaryDirectory[str],
+        staging: RunDir,
         items: Iterable[Item],
     ) -> None:
         self.root: Path = mount.provider.path
         self._mount = mount
-        self._staging = staging
+        self._remove_copies = weakref.finalize(self, staging.remove)  # if nobody closes it, too
         self._items = {item.change.path: item for item in items}
         self._tree = HostPaths(mount.provider.open_root())
         self._applied: set[str] = set()
@@ -127,7 +128,7 @@ class ChangeSet:
         """Remove the copies. Idempotent."""
         self._closed = True
         self._tree.close()
-        self._staging.cleanup()
+        self._remove_copies()
 
     def read(self, path: str) -> bytes:
         """Return the new content of the file `path`. Raises UsageError when the set holds none."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import secrets
 import stat
-import tempfile
 from pathlib import Path
 
 from taskvm.errors import CopyError, GuestError, HostError
@@ -21,6 +21,7 @@ from taskvm.review.changes import Change, ChangeSet, Item, Kind
 from taskvm.review.guarded import guard_of
 from taskvm.review.mounted import ReviewMount
 from taskvm.treecopy import MAX_DEPTH, CopyLimits
+from taskvm.vm.rundir import RunDir
 from taskvm.wire.control import FileType, Mark
 
 # What is copied of a change set: a person looks at it, and a temporary directory holds it.
@@ -46,11 +47,12 @@ _TYPES: dict[int, FileType] = {
 
 async def take_changes(files: Files, mount: ReviewMount, limits: CopyLimits) -> ChangeSet:
     """Return the changes in `mount`. Raises as Survey.run; nothing is left behind then."""
-    staging = tempfile.TemporaryDirectory(prefix="taskvm-changes-")
+    # A directory of this process, as a sandbox has one: whoever starts next removes it when this one was killed.
+    staging = RunDir.create(f"changes-{secrets.token_hex(6)}")
     try:
-        items = await Survey(files, mount, Path(staging.name), limits).run()
+        items = await Survey(files, mount, staging.path, limits).run()
     except BaseException:
-        staging.cleanup()
+        staging.remove()
         raise
     return ChangeSet(mount, staging, items)
 

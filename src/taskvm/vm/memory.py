@@ -46,13 +46,16 @@ _OWN = re.compile(
 
 
 class MemoryCopy:
-    """The new file `path`, which becomes a copy of the memory of `machine`. Make one with `begin`, and close it."""
+    """The new file `path`, which becomes a copy of the memory of `machine`. Make one with `begin`, and close it.
+
+    `start` is where the guest's RAM begins in QEMU's addresses.
+    """
 
     def __init__(self, machine: Machine, path: Path, process: int, start: int) -> None:
-        """`process` is QEMU, and `start` where the guest's RAM begins in its addresses."""
+        """`process` is QEMU."""
         self._size = machine.shape.memory_mib << 20
         self._base = machine.memory
-        self._start = start
+        self.start = start
         self._stopped = False
         self._path = path
         self._files: list[int] = []
@@ -115,7 +118,7 @@ class MemoryCopy:
         for offset, length in pieces:
             if self._stopped:
                 return
-            if os.preadv(self._memory, [buffer[:length]], self._start + offset) != length:
+            if os.preadv(self._memory, [buffer[:length]], self.start + offset) != length:
                 raise OSError(errno.EIO, "QEMU's memory is not where it says")
             os.pwrite(self._copy, buffer[:length], offset)
 
@@ -135,7 +138,7 @@ class MemoryCopy:
         """The pages of the guest that QEMU has a copy of its own of, as (first, behind the last)."""
         page = mmap.PAGESIZE
         entries = os.pread(
-            self._pages, self._size // page * _ENTRY_BYTES, self._start // page * _ENTRY_BYTES
+            self._pages, self._size // page * _ENTRY_BYTES, self.start // page * _ENTRY_BYTES
         )
         if len(entries) != self._size // page * _ENTRY_BYTES:
             raise OSError(errno.EIO, "QEMU's memory is not where it says")

@@ -3,6 +3,7 @@
 Covers the pure parts of taskvm.vm.memory, and taskvm.vm.extents.
 """
 
+import errno
 import os
 from collections.abc import Iterator
 from itertools import pairwise
@@ -12,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from taskvm.errors import SandboxLostError, SandboxStateError
 from taskvm.vm.extents import copy_extent, data_extents
-from taskvm.vm.memory import _OWN, join_runs
+from taskvm.vm.memory import _OWN, _refused, join_runs
 
 MIB = 1024 * 1024
 
@@ -42,6 +44,15 @@ def test_joined_runs_hold_all_pages_and_no_gap_that_is_too_small(pages: set[int]
 def test_a_page_is_qemus_own_when_it_was_written(entry: int, own: bool) -> None:
     """Bits 63, 62, 61 and 56 of an entry (Documentation/admin-guide/mm/pagemap.rst)."""
     assert (_OWN.fullmatch(bytes([entry])) is not None) == own
+
+
+def test_a_host_that_lets_nobody_read_is_told_what_to_change() -> None:
+    refused = _refused(PermissionError(errno.EPERM, "Operation not permitted"))
+    gone = _refused(FileNotFoundError(errno.ENOENT, "No such file or directory"))
+
+    assert isinstance(refused, SandboxStateError)
+    assert "kernel.yama.ptrace_scope" in refused.next_step
+    assert isinstance(gone, SandboxLostError)
 
 
 @pytest.fixture
