@@ -116,6 +116,22 @@ def test_every_variable_is_named() -> None:
 
 
 @pytest.mark.vm
+def test_the_first_lines_of_the_readme_do_what_they_say(tmp_path: Path) -> None:
+    """They show a change and leave the file as it was."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    lines = readme.partition("```python\n")[2].partition("```")[0]
+    (tmp_path / "page.txt").write_text("the colour is red\n")
+
+    done = subprocess.run(
+        [sys.executable, "-c", lines], cwd=tmp_path, capture_output=True, text=True
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "-the colour is red\n+the color is red\n" in done.stdout
+    assert (tmp_path / "page.txt").read_text() == "the colour is red\n"
+
+
+@pytest.mark.vm
 def test_the_task_from_nothing_is_done(tmp_path: Path) -> None:
     """The page's first example, as it stands there."""
     (script,) = re.findall(r"```sh\n(.*?)```", _section("A task from nothing"), re.DOTALL)

@@ -134,8 +134,12 @@ def small_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     with image.open("wb") as stream:
         stream.truncate(SMALL_BYTES)
     # Not a tmpfs: its holes take room when they are read, so that QEMU would die of another template's memory.
-    subprocess.run(["mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", image], check=True)
-    if subprocess.run(["mount", "-o", "loop", image, small], check=False).returncode:
+    # mke2fs is not in an ordinary user's PATH.
+    system = {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
+    subprocess.run(
+        ["mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", image], check=True, env=system
+    )
+    if subprocess.run(["mount", "-o", "loop", image, small], check=False, env=system).returncode:
         pytest.skip("this user may not mount a small file system to fill")
     try:
         for name in ("images", "refs"):
