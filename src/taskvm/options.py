@@ -95,6 +95,7 @@ class SandboxOptions:
             )
         for path, provider in self.mounts.items():
             _check_mount_path(path)
+            _check_provider(path, provider)
             _check_audit_path(self.audit_path, provider)
             _check_checkpoint_path(self.checkpoint, provider)
         if self.accel not in get_args(AcceleratorChoice):
@@ -128,7 +129,8 @@ class Machinery:
 
 def read_options(machinery: Machinery, **given: Unpack[ResumeArguments]) -> SandboxOptions:
     """Return the arguments of `Sandbox.create` as checked values. Raises UsageError."""
-    refuse_unknown("start a sandbox", given, ResumeArguments.__annotations__)
+    known = {*ResumeArguments.__annotations__, *Machinery.__annotations__}
+    refuse_unknown("start a sandbox", given, known)
     limits: LimitArguments = {  # type: ignore[assignment]  # the keys of one are among those of the other
         name: value for name, value in given.items() if name in LimitArguments.__annotations__
     }
@@ -197,6 +199,13 @@ def _check_mount_path(path: str) -> None:
     if path in _RESERVED:
         raise UsageError(
             f"mount at {path!r}", "the guest's system lives there", "Use a path like /workspace"
+        )
+
+
+def _check_provider(path: str, provider: object) -> None:
+    if not isinstance(provider, Provider):
+        raise UsageError(
+            f"mount at {path}", f"{provider!r} is no provider", f"Write HostDir({str(provider)!r})"
         )
 
 

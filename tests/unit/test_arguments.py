@@ -53,6 +53,12 @@ def test_an_accelerator_that_does_not_exist_is_refused(machinery: Machinery) -> 
         read_options(machinery)
 
 
+def test_a_path_in_the_place_of_a_provider_is_told() -> None:
+    """The first thing that everybody writes once."""
+    with pytest.raises(UsageError, match=r"Write HostDir\('/src'\)"):
+        read_options(Machinery(), mounts={"/workspace": "/src"})  # type: ignore[dict-item]  # the mistake
+
+
 def test_a_policy_of_another_type_is_refused() -> None:
     with pytest.raises(UsageError, match="Policy.from_file"):
         read_options(Machinery(), policy="github.toml")  # type: ignore[arg-type]  # the mistake
