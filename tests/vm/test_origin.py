@@ -9,7 +9,7 @@ from tests.conftest import GUEST
 from tests.servers import http_server
 
 from taskvm import AuditEvent, Sandbox, read_audit
-from taskvm.cli import main
+from taskvm.cli.commands import main
 
 pytestmark = pytest.mark.vm
 

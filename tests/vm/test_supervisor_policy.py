@@ -52,6 +52,7 @@ def test_a_held_sandbox_is_widened_given_a_secret_and_narrowed(tmp_path: Path) -
             taskvm("policy", "change", "held", "--policy", str(file))
             shown = taskvm("policy", "show", "held")
             after = taskvm(*get)
+            logged = taskvm("log", "--denied", "held")
             wrong = taskvm("policy", "change", "held", "--allow", "*")
             revoked = taskvm("secret", "revoke", "held", "K")
             again = taskvm("secret", "revoke", "held", "NOSUCH")
@@ -69,6 +70,7 @@ def test_a_held_sandbox_is_widened_given_a_secret_and_narrowed(tmp_path: Path) -
     )
     assert queried.stdout == '{"user": "me"}\n', queried.stderr
     assert seen.requests[1][1] == f"/?key={CANARY}"
+    assert "a rule denies it" in logged.stdout, logged.stderr
     assert Policy.from_text(shown.stdout).rules[0].name == f"deny {host}"
     assert (wrong.returncode, again.returncode, revoked.returncode) == (2, 2, 0)
     everything = [

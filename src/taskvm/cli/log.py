@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
+from pathlib import Path
 
 import click
 import msgspec
 
 import taskvm
+from taskvm import UsageError
 
 
 @click.command()
@@ -23,14 +26,29 @@ import taskvm
 @click.option("--json", "as_json", is_flag=True, help="Print the lines as they are.")
 @click.argument("log", required=False)
 def log(log: str | None, follow: bool, denied: bool, number: int | None, as_json: bool) -> None:
-    """Print the audit log LOG: a file, or a sandbox's id. [default: of the newest sandbox]"""
-    events = taskvm.read_audit(taskvm.find_audit_log(log), follow=follow)
+    """Print the audit log LOG: a file, or a sandbox's id or name. [default: of the newest sandbox]"""
+    events = taskvm.read_audit(find_log(log), follow=follow)
     for event in events:
         if (denied and event.decision != "deny") or number not in (None, event.exec):
             continue
         text = msgspec.json.encode(event).decode() if as_json else render(event)
         click.echo(text)
         sys.stdout.flush()
+
+
+def find_log(name: str | None) -> Path:
+    """Return the audit log of a file's path, or of a sandbox by its id, or by the name it has in the supervisor.
+
+    Raises UsageError.
+    """
+    try:
+        return taskvm.find_audit_log(name)
+    except UsageError:
+        held = asyncio.run(taskvm.Supervisor().list(ended=True)) if name else []
+        named = [each.id for each in held if each.name == name]
+        if not named:
+            raise
+        return taskvm.find_audit_log(named[-1])
 
 
 def render(event: taskvm.AuditEvent) -> str:

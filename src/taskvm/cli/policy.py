@@ -12,6 +12,7 @@ import click
 import taskvm
 from taskvm import UsageError
 from taskvm.cli import complete
+from taskvm.cli.log import find_log
 from taskvm.cli.options import POLICY_OPTIONS, read_policy, read_table
 
 EXIT_REFUSED = 1
@@ -99,12 +100,10 @@ def change(
 def suggest(log: str | None) -> None:
     """Print the smallest policy file that allows what the audit log LOG says was used.
 
-    LOG is a file, or a sandbox's id. [default: of the newest sandbox] What was refused is listed in
+    LOG is a file, or a sandbox's id or name. [default: of the newest sandbox] What was refused is listed in
     comments. Read it before you use it: what was used was not always needed.
     """
-    click.echo(
-        taskvm.suggest_policy(taskvm.read_audit(taskvm.find_audit_log(log))).to_toml(), nl=False
-    )
+    click.echo(taskvm.suggest_policy(taskvm.read_audit(find_log(log))).to_toml(), nl=False)
 
 
 def _say(decision: taskvm.Decision) -> str:

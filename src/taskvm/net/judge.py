@@ -194,7 +194,7 @@ class Judge:
             return Redactor(known, admitted.echoes, tell) if known else None
 
         def trailer(fields: list[Header]) -> list[Header]:
-            now = redactor(keyring.injector)
+            now = redactor(keyring.injector) if fields else None
             return now.headers(fields) if now else fields
 
         now = redactor(keyring.injector)
