@@ -12,6 +12,7 @@ from tests.security.test_fs_escape import SECRET
 from tests.support.hostile_kernel import O_CREAT, O_TRUNC, HostileKernel
 
 from taskvm.fs.hostdir import HostDir
+from taskvm.fs.hostfile import HostFile
 from taskvm.fs.memory import Memory
 from taskvm.fs.quota import Quota
 from taskvm.fs.router import Router
@@ -84,8 +85,32 @@ def test_no_sequence_of_requests_shows_or_changes_what_is_hidden(
     assert len(told) > 1000  # much of it was granted
     assert [path.read_bytes() for path in (*secrets, tmp_path / "outside")] == [SECRET] * 4
     assert kernel.failures == []
-    hidden = [path for path in share.rglob("*") if path.name == ".env" or path.match("config/keys")]
-    assert hidden == [share / ".env", share / "config" / "keys"]
+    hidden = {path for path in share.rglob("*") if path.name == ".env" or path.match("config/keys")}
+    assert hidden == {share / ".env", share / "config" / "keys"}
     grown = [path for path in share.rglob("*") if path.is_file() and path not in secrets]
     assert sum(path.lstat().st_size for path in grown) < 11_000
+    kernel.close()
+
+
+def test_no_sequence_of_requests_reaches_the_neighbours_of_a_file(tmp_path: Path) -> None:
+    """The guest has one file of a directory: the others are neither told nor changed, and nothing is added."""
+    share, chance = tmp_path / "share", random.Random(0)
+    share.mkdir()
+    for name in NAMES:
+        (share / os.fsdecode(name)).write_bytes(SECRET)
+    (share / "plain").write_bytes(b"plain")
+    kernel = HostileKernel(HostFile(share / "plain"))
+
+    told, granted = b"", 0
+    for _ in range(REQUESTS // 2):
+        opcode, node, body = request(chance)
+        error, answer = kernel.ask(opcode, chance.choice((1, node)), body)
+        granted += error == 0
+        told += answer
+
+    assert SECRET not in told
+    assert granted > 100  # reads and writes of the file itself
+    assert kernel.failures == []
+    assert sorted(path.name.encode() for path in share.iterdir()) == sorted(NAMES)
+    assert {p.read_bytes() for p in share.iterdir() if p.name != "plain"} == {SECRET}
     kernel.close()

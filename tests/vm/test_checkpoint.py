@@ -180,9 +180,11 @@ async def test_programs_write_on_to_a_mounted_directory(
     )
     (workspace / "sub").mkdir()
     mounts = {"/workspace": HostDir(workspace), "/seen": HostDir(workspace, mode="review")}
+    mounts["/memory"] = Memory()
     async with Sandbox.create(mounts=mounts, **GUEST) as vm:
         await vm.spawn(writes)
         await vm.exec("echo guest > both; echo mine > /seen/sub/mine; cat both > /dev/null")
+        await vm.exec("echo of the guest > /memory/kept", check=True)
         await vm.exec(
             "until grep -qx 50 sub/log; do sleep 0.02; done", check=True, timeout_s=PATIENCE_S
         )
@@ -194,16 +196,16 @@ async def test_programs_write_on_to_a_mounted_directory(
     saved = (workspace / "sub" / "log").read_text()
     (workspace / "both").write_text("host, meanwhile\n")
 
-    again = {"/workspace": HostDir(workspace), "/seen": HostDir(workspace, mode="review")}
+    again = {**mounts, "/workspace": HostDir(workspace)}
     for wrong, message in (
-        ({}, "/seen, /workspace is missing"),
+        ({}, "/memory, /seen, /workspace is missing"),
         ({**again, "/seen": HostDir(workspace, mode="ro")}, "/seen was mounted review, not ro"),
     ):
         with pytest.raises(UsageError, match=message):
             await checkpoint.resume(mounts=wrong)
     async with checkpoint.resume(mounts=again) as vm:
         both = await vm.exec(
-            "cat both; touch /dev/shm/go; until test -s sub/end; do sleep 0.05; done",
+            "cat both /memory/kept; touch /dev/shm/go; until test -s sub/end; do sleep 0.05; done",
             timeout_s=PATIENCE_S,
         )
         with await vm.changes("/seen") as changes:
@@ -212,7 +214,7 @@ async def test_programs_write_on_to_a_mounted_directory(
     assert saved == "".join(f"{number}\n" for number in range(1, 51))
     assert (workspace / "sub" / "log").read_text() == "".join(f"{n}\n" for n in range(1, 201))
     assert (workspace / "sub" / "end").read_text() == "/workspace/sub\n"
-    assert both.stdout == "host, meanwhile\n"
+    assert both.stdout == "host, meanwhile\nof the guest\n"
     assert reviewed == {"sub/mine": "added"}
     assert not (workspace / "sub" / "mine").exists()
 

@@ -9,6 +9,7 @@ Where the two readings of something differ, more is meant, not less, because wha
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import unicodedata
@@ -19,6 +20,8 @@ from typing import Self
 from taskvm.errors import UsageError
 
 Path = tuple[bytes, ...]
+# Their paths have at most some kilobytes each.
+_DIRECTORIES_REMEMBERED = 1024
 _ANY = None  # the segment `**`
 
 _POSIX_CLASSES = {
@@ -72,6 +75,8 @@ class Pattern:
         """Say whether a path is meant; each of its names is given in all its spellings."""
         if self.directories_only and not directory:
             return False
+        if self.by_name and (last := self.segments[1]) is not None:  # nearly all patterns
+            return any(map(last.fullmatch, names[-1]))
         reached = {0}  # how many segments the names so far can have used up
         for spellings in names:
             reached = set(self._after(self._skipped(reached), spellings))
@@ -105,32 +110,35 @@ class Patterns:
             raise UsageError(f"hide {lines!r}", "it is one text", "Give a list of patterns")
         parsed = [Pattern.parse(line) for line in lines]
         self.patterns: tuple[Pattern, ...] = tuple(each for each in parsed if each is not None)
+        self.by_name: bool = all(pattern.by_name for pattern in self.patterns)
+        """Whether a path is judged by its names alone, wherever they are: moving its parents changes nothing."""
+        # Each lookup of a guest asks for the directories on the way again.
+        self._takes_along = functools.lru_cache(_DIRECTORIES_REMEMBERED)(self._is_within)
 
     def __repr__(self) -> str:
         return repr([pattern.text for pattern in self.patterns])
 
-    @property
-    def by_name(self) -> bool:
-        """Whether a path is judged by its names alone, wherever they are: moving its parents changes nothing."""
-        return all(pattern.by_name for pattern in self.patterns)
-
     def hides(self, path: Path, *, directory: bool) -> bool:
         """Say whether `path`, or a directory on the way to it, is meant."""
-        folded = [_spellings(name) for name in path]
-        exact: list[tuple[str, ...]] = [(os.fsdecode(name),) for name in path]
-        for depth in range(1, len(path) + 1):
-            is_directory = directory or depth < len(path)
-            for pattern in reversed(self.patterns):
-                names = (exact if pattern.negated else folded)[:depth]
-                if pattern.matches(names, directory=is_directory):
-                    if not pattern.negated:
-                        return True
-                    break
-        return False
+        return self._takes_along(path[:-1]) or self._means(path, directory=directory)
 
     def may_hide(self, path: Path) -> bool:
         """Say whether `path` is hidden as a file, or as a directory: what a new thing of this name may become."""
-        return self.hides(path, directory=False) or self.hides(path, directory=True)
+        return self.hides(path, directory=False) or self._means(path, directory=True)
+
+    def _is_within(self, path: Path) -> bool:
+        """Say whether the directory `path`, or one on the way to it, is meant."""
+        return any(self._means(path[:depth], directory=True) for depth in range(1, len(path) + 1))
+
+    def _means(self, path: Path, *, directory: bool) -> bool:
+        """Say whether `path` itself is meant: the last pattern that matches it decides."""
+        names = path[-1:] if self.by_name else path
+        folded = [_spellings(name) for name in names]
+        exact: list[tuple[str, ...]] = [(os.fsdecode(name),) for name in names]
+        for pattern in reversed(self.patterns):
+            if pattern.matches(exact if pattern.negated else folded, directory=directory):
+                return not pattern.negated
+        return False
 
 
 def _spellings(name: bytes) -> tuple[str, ...]:
