@@ -399,10 +399,12 @@ class Guest:
             await self._quiesce()
             yield
         finally:
-            with contextlib.suppress(SandboxLostError):
-                await self._resume()
-            for port in ports:
-                port.release()
+            try:
+                with contextlib.suppress(SandboxLostError):
+                    await self._resume()
+            finally:  # else all that is asked later would wait for ever
+                for port in ports:
+                    port.release()
 
     async def _quiesce(self) -> None:
         """Control first: it freezes what runs, and what waits for a mount freezes only while that is still served."""
@@ -419,9 +421,13 @@ class Guest:
     async def _resume(self) -> None:
         assert self._net is not None, "only an equipped guest comes to rest"
         assert self._server is not None, "only an equipped guest comes to rest"
-        await asyncio.to_thread(self._server.resume)
-        self._net.resume()
-        self.control.port.resume()
+        try:
+            await asyncio.to_thread(self._server.resume)
+        except TimeoutError as error:  # its mounts would hang: better no guest than half of one
+            self._fail(SandboxLostError("let the mounts go on", str(error)))
+        finally:
+            self._net.resume()
+            self.control.port.resume()
 
     # Ending.
 

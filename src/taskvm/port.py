@@ -33,7 +33,8 @@ from taskvm.wire.frames import (
 WRITE_HIGH_WATER = 512 * 1024
 # A window cannot grow past this (protocol page, Credit).
 MAX_CREDIT = 2**31 - 1
-QUIESCE_TIMEOUT_S = 10.0
+# A guest that is starved of CPU by 50 neighbours answered after 14 s (vm/control.py, PROBE_TIMEOUT_S).
+QUIESCE_TIMEOUT_S = 30.0
 # A guest may send 20,000 empty frames in one read, 60 ms of work: the loop's other sandboxes get a turn in between.
 FRAMES_PER_TURN = 512
 

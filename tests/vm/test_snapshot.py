@@ -9,13 +9,15 @@ import json
 import os
 import subprocess
 import tempfile
-from contextlib import AsyncExitStack, closing
+from contextlib import AsyncExitStack, closing, suppress
 from pathlib import Path
 
 import pytest
 from tests.conftest import GUEST
+from tests.support.waiting import PATIENCE_S
 
-from taskvm import Sandbox
+from taskvm import Sandbox, SandboxLostError
+from taskvm.fs.server import FsServer
 from taskvm.vm.command import disk_beneath
 from taskvm.vm.disk import flatten, read_header
 from taskvm.vm.memory import MemoryCopy
@@ -119,6 +121,24 @@ async def test_a_sandbox_is_saved_to_another_file_system() -> None:
 
     assert said.stdout == "kept\nkept\n"
     assert b"kept\n" in content
+
+
+async def test_a_guest_whose_mounts_do_not_go_on_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file system port takes no frame any more: what is asked of it fails, and waits for nobody."""
+
+    def never(_server: FsServer) -> None:
+        raise TimeoutError("the guest reads nothing")
+
+    async with Sandbox.create(**GUEST) as vm:
+        monkeypatch.setattr(FsServer, "resume", never)
+        with suppress(SandboxLostError):  # it may be saved before the end is there
+            await vm.checkpoint(tmp_path / "saved")
+
+        async with asyncio.timeout(PATIENCE_S):
+            with pytest.raises(SandboxLostError, match="the guest reads nothing"):
+                await vm.exec(["true"])
 
 
 async def test_a_disk_that_is_cut_while_it_is_written_is_a_sound_file_system(

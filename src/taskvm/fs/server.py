@@ -47,7 +47,7 @@ from taskvm.wire.frames import (
 from taskvm.wire.fuse import FuseError
 from taskvm.wire.fuse_replies import encode_error
 
-QUIESCE_TIMEOUT_S = 10.0
+QUIESCE_TIMEOUT_S = 30.0  # as port.py's
 # One read of the socket: what a Unix socket holds by default (net.core.rmem_default) is a little less.
 RECEIVE_SIZE = 256 * 1024
 REST_AFTER_S = 1.0
