@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -23,14 +24,16 @@ paths = ["/public/**"]
 
 
 def repeat(call: Call, ended: bool) -> None:
-    """Answer with what came, in a header, in a body of small frames and in a trailer."""
+    """Answer with what came, in both heads, in a body of small frames and in a trailer, in base64 too."""
     if ended:
         shown = call.seen.get(b"authorization") or b"none"
+        call.head(103, link=shown.decode())
         call.head(200, content_type="text/plain", x_shown=shown.decode())
         for at in range(0, len(shown), 5):
             call.data(shown[at : at + 5])
         call.data(call.seen.body)
-        call.trailers(x_last=shown.decode())
+        encoded = base64.b64encode(b"u:" + shown).decode()
+        call.trailers(x_last=shown.decode(), x_basic=encoded)
 
 
 @asynccontextmanager
@@ -84,7 +87,10 @@ async def test_a_value_goes_into_header_and_frames_and_comes_back_as_the_placeho
     assert plain.headers["x-shown"] == f"Bearer {placeholder}"
     assert plain.body == f"Bearer {placeholder}".encode()
     assert cut.body == placeholder.encode() * 2
-    assert cut.trailers == {"x-last": placeholder}
+    assert cut.trailers["x-last"] == placeholder
+    assert placeholder in cut.trailers["x-basic"]
+    assert plain.informational == [103]
+    assert VALUE not in repr((plain, cut))
 
 
 async def test_a_value_that_comes_in_frames_is_broken_off_and_other_streams_go_on() -> None:
