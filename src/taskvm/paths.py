@@ -10,7 +10,7 @@ import fcntl
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,9 +109,25 @@ def hold(path: Path) -> int:
     raise HostError(operation, "it was removed a moment ago", remedy)
 
 
-def seized(path: Path) -> contextlib.AbstractContextManager[bool]:
-    """Say whether nobody holds the directory `path`. If so, nobody can until the end, when it should be gone."""
-    return lock_if_free(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+@contextlib.contextmanager
+def seized(path: Path) -> Iterator[bool]:
+    """Say whether nobody holds the directory `path`. If so, nobody can until the end, when it should be gone.
+
+    Raises FileNotFoundError.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with lock_if_free(descriptor) as free:
+        # Between the two another may have been put in its place, which somebody may hold.
+        yield free and os.path.samestat(path.stat(), os.fstat(descriptor))
+
+
+def newest_first(paths: Iterable[Path]) -> list[Path]:
+    """Return them by the time of their last change, without those that somebody has removed meanwhile."""
+    times: dict[Path, int] = {}
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            times[path] = path.stat().st_mtime_ns
+    return sorted(times, key=times.__getitem__, reverse=True)
 
 
 @contextlib.contextmanager

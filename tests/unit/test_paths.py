@@ -1,12 +1,14 @@
 """Private directories and files that are replaced in one step (taskvm.paths)."""
 
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
+from taskvm import paths
 from taskvm.errors import HostError
-from taskvm.paths import private_dir, replace_file, state_dir
+from taskvm.paths import newest_first, private_dir, replace_file, seized, state_dir
 
 
 def test_a_directory_is_for_this_user_alone(
@@ -56,3 +58,34 @@ def test_a_directory_of_another_user_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(HostError, match="owner 1234"):
         private_dir(tmp_path / "theirs")
+
+
+def test_what_took_the_place_of_a_seized_directory_is_not_seized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process replaces it between the look and the lock: the new one may be in use."""
+    path = tmp_path / "template"
+    path.mkdir()
+    lock = paths.lock_if_free
+
+    def replaced_then_locked(descriptor: int) -> AbstractContextManager[bool]:
+        path.rename(tmp_path / "old")
+        path.mkdir()
+        return lock(descriptor)
+
+    monkeypatch.setattr(paths, "lock_if_free", replaced_then_locked)
+    with seized(path) as free:
+        assert not free
+    monkeypatch.undo()
+    with seized(path) as free:
+        assert free
+
+
+def test_what_is_removed_during_a_look_is_left_out(tmp_path: Path) -> None:
+    for number, name in enumerate("abc"):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (number, number))
+    found = [*tmp_path.iterdir()]
+    (tmp_path / "b").unlink()
+
+    assert newest_first(found) == [tmp_path / "c", tmp_path / "a"]

@@ -101,7 +101,7 @@ async def test_what_is_lost_is_said_and_the_watch_goes_on(vm: Sandbox) -> None:
     )
     async with vm.files.watch("/tmp/w", recursive=True) as watch:
         make = "import os\nfor n in range(12000): open(f'/tmp/w/{n:0100}', 'w')\nos.mkdir('/tmp/w/sub')"
-        await vm.exec(["python3", "-c", make], user="root", check=True, timeout_s=PATIENCE_S)
+        await vm.exec(["python3", "-c", make], user="root", check=True, timeout_s=2 * PATIENCE_S)
         seen = []
         async with asyncio.timeout(PATIENCE_S):
             async for change in watch:

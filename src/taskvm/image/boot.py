@@ -19,7 +19,7 @@ from pathlib import Path
 
 from taskvm.errors import ImageError
 from taskvm.image.manifest import Image
-from taskvm.paths import replace_file
+from taskvm.paths import newest_first, replace_file
 
 _KEPT_INITRAMFS = (
     16  # of the most recently used; a developer makes one with each build of the agent
@@ -156,8 +156,7 @@ def _write_once(path: Path, content: bytes) -> None:
 
 
 def _remove_old(directory: Path) -> None:
-    archives = sorted(directory.glob("*.cpio"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in archives[_KEPT_INITRAMFS:]:
+    for path in newest_first(directory.glob("*.cpio"))[_KEPT_INITRAMFS:]:
         # Another process may have removed it first; a QEMU that runs has read it already.
         with contextlib.suppress(FileNotFoundError):
             path.unlink()

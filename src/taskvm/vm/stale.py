@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import msgspec
@@ -27,7 +27,9 @@ def remove_templates(base: Path, is_stale: Callable[[str], bool]) -> Iterator[Re
             # A name with a point is a build: of nobody, when the lock is free.
             if not free or not (path.name.startswith(".") or _is_stale(path, is_stale)):
                 continue
-            removed = _remove(path, base / f".{digest}")
+            removed = None
+            with suppress(FileNotFoundError):  # a builder has just removed it as old
+                removed = _remove(path, base / f".{digest}")
         if removed is not None:
             yield removed
 

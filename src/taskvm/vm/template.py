@@ -15,6 +15,7 @@ Rule 3: it is checked before each use; one that does not match its manifest is r
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -28,7 +29,7 @@ import msgspec
 
 from taskvm.errors import HostError, SandboxLostError, UnavailableError
 from taskvm.identity import GuestUser
-from taskvm.paths import cache_dir, private_dir, replace_file, seized
+from taskvm.paths import cache_dir, newest_first, private_dir, replace_file, seized
 from taskvm.vm.boot import quiesce_ports, reach_ready
 from taskvm.vm.command import Boot, Disk, MachineShape
 from taskvm.vm.disk import create_layer
@@ -184,9 +185,10 @@ async def ensure_template(
     inputs = inputs_for(qemu, shape, guest, user)
     base = private_dir(cache_dir() / "templates")
     template = Template.at(base / inputs.digest, qemu, shape, guest, user)
-    if _is_intact(template.path, inputs):
-        os.utime(template.path)
-        return template
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(template.path)  # before the look at it: what is about to be used is not old
+        if _is_intact(template.path, inputs):
+            return template
     async with _locked(base / f"{inputs.digest}.lock", progress):
         if not _is_intact(template.path, inputs):
             progress(f"booting a {shape.memory_mib} MiB guest once, to start from its memory later")
@@ -253,11 +255,14 @@ async def _boot_and_save(template: Template, staging: Path) -> None:
 
 
 def _remove_old(base: Path) -> None:
-    used = [(path.stat().st_mtime_ns, path) for path in base.glob("*/") if path.name[0] != "."]
-    for _, path in sorted(used)[:-KEPT_TEMPLATES]:
-        with seized(path) as free:
-            if free:
+    for path in _old(base):
+        with contextlib.suppress(FileNotFoundError), seized(path) as free:  # others remove as well
+            if free and path in _old(base):  # nobody has begun to use it since
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _old(base: Path) -> list[Path]:
+    return newest_first(path for path in base.glob("*/") if path.name[0] != ".")[KEPT_TEMPLATES:]
 
 
 def reserve_memory(memory: Path, memory_mib: int) -> None:
