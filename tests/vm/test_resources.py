@@ -42,7 +42,8 @@ async def test_a_command_that_is_killed_at_its_time_limit_has_a_bill_too(vm: San
 
     assert result.timed_out
     assert result.usage is not None
-    assert result.usage.user_s > 0.1
+    # Where the host is busy its shell may still be starting, in the kernel.
+    assert result.usage.user_s + result.usage.system_s > 0.1
 
 
 async def test_memory_beyond_the_limit_is_refused_and_told(vm: Sandbox) -> None:
