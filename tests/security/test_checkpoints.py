@@ -26,7 +26,7 @@ def saved_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An honest disk checkpoint."""
     path = tmp_path_factory.mktemp("saved") / "disk.qcow2"
     with sync.Sandbox.create(**GUEST) as vm:
-        vm.exec("echo honest > /opt/honest", check=True)
+        vm.exec("echo honest > /var/tmp/honest", check=True)
         vm.checkpoint(path)
     return path
 
@@ -115,7 +115,7 @@ async def test_a_disk_that_is_changed_after_it_was_believed_is_not_believed_agai
     path = tmp_path / "later.qcow2"
     shutil.copyfile(saved_disk, path)
     async with Checkpoint.load(path).resume() as vm:
-        assert (await vm.exec("cat /opt/honest")).stdout == "honest\n"
+        assert (await vm.exec("cat /var/tmp/honest")).stdout == "honest\n"
     before = path.stat()
     with path.open("r+b") as file:
         file.seek(read_checkpoint(path).facts.disk_bytes - 100)

@@ -65,10 +65,12 @@ async def test_a_disk_is_kept_and_everything_else_is_fresh(tmp_path: Path) -> No
     secret = Secret("API_TOKEN", value="value-7f21c0", hosts=["api.test"])
     path = tmp_path / "dev-base.qcow2"
     async with Sandbox.create(**GUEST, **NET, secrets=[secret], env={"MODE": "base"}) as vm:
-        await vm.exec("echo tools > /opt/tools; echo temporary > /dev/shm/temporary", check=True)
+        await vm.exec(
+            "echo tools > /var/tmp/tools; echo temporary > /dev/shm/temporary", check=True
+        )
         running = await vm.spawn(COUNT)
         checkpoint = await vm.checkpoint(path)
-        await vm.exec("echo later > /opt/later", check=True)
+        await vm.exec("echo later > /var/tmp/later", check=True)
         await running.kill_all()
         source = (await vm.exec(UNIQUE)).stdout, vm.placeholders["API_TOKEN"]
 
@@ -76,12 +78,12 @@ async def test_a_disk_is_kept_and_everything_else_is_fresh(tmp_path: Path) -> No
         checkpoint.resume(**NET, secrets=[secret]) as one,
         Checkpoint.load(path).resume(mounts={"/workspace": HostDir(tmp_path, mode="ro")}) as two,
     ):
-        kept = await one.exec("ls /opt /dev/shm; echo [$MODE]; pgrep -f count")
+        kept = await one.exec("ls /var/tmp /dev/shm; echo [$MODE]; pgrep -f count")
         seen = [(await sandbox.exec(UNIQUE)).stdout for sandbox in (one, two)]
         placeholders = [one.placeholders["API_TOKEN"], *two.placeholders.values()]
         mounted = await two.exec("ls /workspace")
 
-    assert kept.stdout == "/dev/shm:\n\n/opt:\ntools\n[]\n"
+    assert kept.stdout == "/dev/shm:\n\n/var/tmp:\ntools\n[]\n"
     lines = [text.splitlines() for text in (source[0], *seen)]
     assert all(len(set(column)) == 3 for column in zip(*lines, strict=True))
     assert len({*placeholders, source[1]}) == 2
@@ -93,16 +95,16 @@ async def test_a_disk_is_kept_and_everything_else_is_fresh(tmp_path: Path) -> No
 async def test_a_checkpoint_of_a_checkpoint_holds_both(tmp_path: Path) -> None:
     """It is one file above the image, and needs no other."""
     async with Sandbox.create(**GUEST) as vm:
-        await vm.exec("echo one > /opt/one", check=True)
+        await vm.exec("echo one > /var/tmp/one", check=True)
         first = await vm.checkpoint(tmp_path / "first.qcow2", stop=True)
         assert vm.state == "closed"
     async with first.resume() as vm:
-        await vm.exec("rm /opt/one; echo two > /opt/two; mkdir /opt/dir", check=True)
+        await vm.exec("rm /var/tmp/one; echo two > /var/tmp/two; mkdir /var/tmp/dir", check=True)
         second = await vm.checkpoint(tmp_path / "second.qcow2")
     first.delete()
 
     async with Sandbox.create(checkpoint=second, warm=False, **GUEST) as vm:
-        listing = await vm.exec("ls /opt")
+        listing = await vm.exec("ls /var/tmp")
 
     assert listing.stdout == "dir\ntwo\n"
 

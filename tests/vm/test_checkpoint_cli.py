@@ -20,15 +20,15 @@ def taskvm(*arguments: str, status: int = 0) -> str:
 def test_a_sandbox_is_saved_listed_carried_and_started_from(tmp_path: Path) -> None:
     """The whole life of a checkpoint, with memory and without."""
     taskvm("start", *SMALL, "--name", "source")
-    taskvm("exec", "source", "--", "sh", "-c", "echo tool > /opt/tool; echo x > /dev/shm/x")
+    taskvm("exec", "source", "--", "sh", "-c", "echo tool > /var/tmp/tool; echo x > /dev/shm/x")
     try:
         taskvm("checkpoint", "create", "source", "base")
         path = taskvm("checkpoint", "create", "--memory", "--stop", "source", "whole").strip()
         listed = taskvm("checkpoint", "list")
         json_listed = taskvm("checkpoint", "list", "--json")
         shown = json.loads(taskvm("checkpoint", "show", "whole"))
-        ran = taskvm("run", *SMALL, "--checkpoint", "base", "--", "cat", "/opt/tool")
-        whole = taskvm("run", "--checkpoint", "whole", "--", "cat", "/opt/tool", "/dev/shm/x")
+        ran = taskvm("run", *SMALL, "--checkpoint", "base", "--", "cat", "/var/tmp/tool")
+        whole = taskvm("run", "--checkpoint", "whole", "--", "cat", "/var/tmp/tool", "/dev/shm/x")
         taskvm("checkpoint", "export", "base", str(tmp_path / "base.qcow2"))
         taskvm("checkpoint", "import", str(tmp_path / "base.qcow2"), "again")
         refused = taskvm("checkpoint", "export", "whole", str(tmp_path / "w"), status=125)

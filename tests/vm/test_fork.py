@@ -34,28 +34,32 @@ COUNT = "i=0; while :; do i=$((i+1)); echo $i > /dev/shm/next; mv /dev/shm/next 
 async def test_copies_go_their_own_ways() -> None:
     """Memory, disk and running programs are copied; what one copy, or the original, does the others do not see."""
     async with Sandbox.create(**GUEST) as vm:
-        await vm.exec("echo base > /opt/base; echo base > /dev/shm/base", check=True)
+        await vm.exec("echo base > /var/tmp/base; echo base > /dev/shm/base", check=True)
         await vm.spawn(COUNT)
         await vm.exec("until test -s /dev/shm/count; do sleep 0.01; done")
         one, two = [each for each in await vm.fork_many(2) if isinstance(each, Sandbox)]
         async with one, two:
             everyone = (vm, one, two)
             for sandbox in everyone:
-                await sandbox.exec(f"echo {sandbox.id} | tee /opt/mine > /dev/shm/mine", check=True)
-            await two.exec("rm /opt/base")
+                await sandbox.exec(
+                    f"echo {sandbox.id} | tee /var/tmp/mine > /dev/shm/mine", check=True
+                )
+            await two.exec("rm /var/tmp/base")
             first = [(await each.exec("cat /dev/shm/count")).stdout for each in everyone]
             said = [
                 (
-                    await each.exec("cat /opt/mine /dev/shm/mine; ls /opt /dev/shm | grep -v next")
+                    await each.exec(
+                        "cat /var/tmp/mine /dev/shm/mine; ls /var/tmp /dev/shm | grep -v next"
+                    )
                 ).stdout
                 for each in everyone
             ]
             unique = [(await each.exec(UNIQUE)).stdout.splitlines() for each in everyone]
             later = [(await each.exec("cat /dev/shm/count")).stdout for each in everyone]
             await vm.close()
-            alone = await one.exec("cat /opt/base /opt/mine; sync; ls /usr/bin | wc -l")
+            alone = await one.exec("cat /var/tmp/base /var/tmp/mine; sync; ls /usr/bin | wc -l")
 
-    base = "/dev/shm:\nbase\ncount\nmine\n\n/opt:\n{}mine\n"
+    base = "/dev/shm:\nbase\ncount\nmine\n\n/var/tmp:\n{}mine\n"
     assert said == [
         f"{each.id}\n" * 2 + base.format("" if each is two else "base\n") for each in everyone
     ]
@@ -263,13 +267,13 @@ async def test_a_copy_is_copied_and_saved_like_any_other(tmp_path: Path) -> None
     """Forks of forks, and a checkpoint of one, after the original and its copy have gone."""
     vm = await Sandbox.create(**GUEST)
     for number in range(3):
-        await vm.exec(f"echo {number} >> /opt/log", check=True)
+        await vm.exec(f"echo {number} >> /var/tmp/log", check=True)
         child = await vm.fork()
         await vm.close()
         vm = child
     checkpoint = await vm.checkpoint(tmp_path / "line.qcow2", stop=True)
     async with Sandbox.create(checkpoint=checkpoint, **GUEST, warm=False) as resumed:
-        said = await resumed.exec("cat /opt/log")
+        said = await resumed.exec("cat /var/tmp/log")
 
     assert said.stdout == "0\n1\n2\n"
 
@@ -281,7 +285,7 @@ async def test_the_line_of_forks_has_an_end(monkeypatch: pytest.MonkeyPatch) -> 
         async with vm.fork():
             with pytest.raises(SandboxStateError, match="Make a checkpoint, and resume that"):
                 await vm.fork()
-        alive = await vm.exec("echo alive; touch /opt/x")
+        alive = await vm.exec("echo alive; touch /var/tmp/x")
 
     assert MAX_LAYERS > 3
     assert alive.ok
@@ -296,9 +300,9 @@ async def test_a_fork_that_is_cancelled_leaves_the_original_running() -> None:
                     for child in await vm.fork_many(4):
                         assert isinstance(child, Sandbox)
                         await child.close()
-        await vm.exec("echo written > /opt/written", check=True)
+        await vm.exec("echo written > /var/tmp/written", check=True)
         async with vm.fork() as child:
-            said = await child.exec("cat /opt/written")
+            said = await child.exec("cat /var/tmp/written")
 
     assert said.stdout == "written\n"
 

@@ -32,12 +32,14 @@ async def test_a_disk_is_cut_and_its_layers_merged_again(tmp_path: Path) -> None
         guest = vm._guest
         before = guest.layers.disk
         for number in range(3):
-            await vm.exec(f"echo {number} >> /root/log")
+            await vm.exec(f"echo {number} >> /var/tmp/log")
             async with guest.watch.kept_awake():
                 cut = await save_disk(guest.machine, guest.layers, guest.at_rest)
                 flatten(cut.disk, tmp_path / f"{number}.qcow2")
                 await guest.layers.merge()
-        log = await vm.exec("cat /root/log; sync; echo 3 > /proc/sys/vm/drop_caches; cat /root/log")
+        log = await vm.exec(
+            "cat /var/tmp/log; sync; echo 3 > /proc/sys/vm/drop_caches; cat /var/tmp/log"
+        )
 
     assert log.stdout == "0\n1\n2\n" * 2
     assert guest.layers.disk == before
@@ -112,11 +114,11 @@ async def test_a_sandbox_is_saved_to_another_file_system() -> None:
     """Where nothing can be shared with the cache's: with memory, and its disk alone."""
     async with Sandbox.create(**GUEST) as vm:
         with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
-            await vm.exec("echo kept | tee /root/kept > /dev/shm/kept", check=True)
+            await vm.exec("echo kept | tee /var/tmp/kept > /dev/shm/kept", check=True)
             disk = await vm.checkpoint(f"{name}/disk")
             memory = await vm.checkpoint(f"{name}/memory", memory=True)
             async with memory.resume() as resumed:
-                said = await resumed.exec("cat /root/kept /dev/shm/kept")
+                said = await resumed.exec("cat /var/tmp/kept /dev/shm/kept")
             content = disk.path.read_bytes()
 
     assert said.stdout == "kept\nkept\n"
@@ -145,7 +147,7 @@ async def test_a_disk_that_is_cut_while_it_is_written_is_a_sound_file_system(
     tmp_path: Path,
 ) -> None:
     """It has no journal: what programs had written when they were frozen is written back before the cut."""
-    churn = "while :; do cp -r /etc /opt/$RANDOM; rm -rf /opt/1*; done"
+    churn = "while :; do cp -r /etc /var/tmp/$RANDOM; rm -rf /var/tmp/1*; done"
     async with Sandbox.create(**GUEST) as vm:
         guest = vm._guest
         churning = await vm.spawn(churn)

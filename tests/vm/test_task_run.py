@@ -305,7 +305,7 @@ def _own_guests() -> int:
 async def test_a_task_starts_from_a_checkpoint_of_the_store(workspace: Path, memory: bool) -> None:
     """What was set up once is there, with the task's own workspace."""
     async with Sandbox.create() as vm:
-        await vm.exec("echo set up > /opt/tool", check=True)
+        await vm.exec("echo set up > /var/tmp/tool", check=True)
         checkpoint = await vm.checkpoint(f"tools-{memory}", memory=memory)
 
     try:
@@ -314,7 +314,7 @@ async def test_a_task_starts_from_a_checkpoint_of_the_store(workspace: Path, mem
             """
 - tools:
     - tool: bash
-      arguments: {command: cat /opt/tool | tee here.txt}
+      arguments: {command: cat /var/tmp/tool | tee here.txt}
       expect: {contains: [set up]}
 """,
             SandboxConfig(enabled=True, checkpoint_path=checkpoint.name),

@@ -59,6 +59,7 @@ async def test_a_fork_never_writes_to_its_template() -> None:
         await vm.exec(
             "head -c 60M /dev/urandom > /root/fill; dd if=/dev/zero of=/dev/shm/fill bs=1M count=60; "
             "rm -rf /usr/share; sync; echo 3 > /proc/sys/vm/drop_caches",
+            user="root",
             timeout_s=120,
         )
         async with Sandbox.create(**GUEST) as other:
