@@ -26,7 +26,7 @@
 #define AGENT_VERSION "0"
 #endif
 
-enum { MAX_FILE_OPERATIONS = 32, MAX_WATCHES = 16, BUCKETS = 256 };
+enum { MAX_FILE_OPERATIONS = 32, MAX_MOUNT_OPERATIONS = 4, MAX_WATCHES = 16, BUCKETS = 256 };
 /* A process that waits in the kernel for a file system freezes only when that answers. It runs nothing of the user's before it is
  * thawed, so after this time the guest is as good as at rest. */
 enum { FREEZE_SECONDS = 2 };
@@ -37,7 +37,7 @@ struct port control_port;
 struct loop control_loop;
 
 static struct stream *streams[BUCKETS];
-static struct pool file_pool, identity_pool, sync_pool, watch_pool;
+static struct pool file_pool, mount_pool, identity_pool, sync_pool, watch_pool;
 static struct source freeze_source, deadline_source;
 static int freeze_events = -1, deadline = -1;
 static bool freezing;
@@ -133,8 +133,9 @@ static void turn_off(struct transfer *transfer)
 	power_off();
 }
 
-/* Pools of their own: file operations may all wait for the port, which is held while `identity` and `sync` are answered; and a
- * watch lasts, and would keep a place that file operations wait for. */
+/* Pools of their own: file operations may all wait for the port, which is held while `identity` and `sync` are answered; a watch
+ * lasts, and would keep a place that file operations wait for; and file operations on a mount whose provider hangs keep their
+ * places until the host gives it up, while other mounts come and go and the guest ends. */
 static const struct operation {
 	const char *name;
 	void (*run)(struct transfer *transfer);
@@ -151,11 +152,11 @@ static const struct operation {
 	{"chmod", files_chmod, &file_pool, false},
 	{"symlink", files_symlink, &file_pool, false},
 	{"readlink", files_readlink, &file_pool, false},
-	{"mount", fusepump_mount, &file_pool, false},
-	{"unmount", fusepump_unmount, &file_pool, false},
-	{"renew", fusepump_renew, &file_pool, false},
-	{"settle", review_settle, &file_pool, false},
-	{"poweroff", turn_off, &file_pool, false},
+	{"mount", fusepump_mount, &mount_pool, false},
+	{"unmount", fusepump_unmount, &mount_pool, false},
+	{"renew", fusepump_renew, &mount_pool, false},
+	{"settle", review_settle, &mount_pool, false},
+	{"poweroff", turn_off, &identity_pool, false},
 	{"watch", watch_run, &watch_pool, false},
 	{"grow", grow_root, &file_pool, false},
 	{"sync", sync_disks, &sync_pool, true},
@@ -295,6 +296,7 @@ _Noreturn void control_run(int fd, const char *kernel)
 	port_init(&control_port, PORT_CONTROL, fd, MAX_MAP);
 	pool_deliver_to(&control_loop);
 	pool_init(&file_pool, MAX_FILE_OPERATIONS);
+	pool_init(&mount_pool, MAX_MOUNT_OPERATIONS);
 	pool_init(&identity_pool, 1);
 	pool_init(&sync_pool, 1);
 	pool_init(&watch_pool, MAX_WATCHES);

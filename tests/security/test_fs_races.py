@@ -128,7 +128,7 @@ def test_a_directory_that_becomes_a_link_leads_nowhere(
     nodes, outcomes = [2], Counter[int]()
 
     with swapping(share / "shown", share / "trap"):
-        while outcomes[0] < 600 or outcomes[errno.ESTALE] < 200:
+        while outcomes[0] < 300 or outcomes[errno.ESTALE] < 100:
             if outcomes.total() % 25 == 0:
                 nodes = [*nodes[-20:], *known(kernel)]
             opcode, node, body = request(chance, nodes)
@@ -149,7 +149,7 @@ def test_a_file_that_becomes_a_link_leads_nowhere(kernel: HostileKernel, share: 
     before, outcomes = fingerprint(outside), Counter[int]()
 
     with swapping(share / "shown" / "inner", share / "link"):
-        while outcomes[0] < 100 or outcomes[errno.ESTALE] < 20:
+        while outcomes[0] < 60 or outcomes[errno.ESTALE] < 12:
             shown = kernel.lookup(ROOT, b"shown")
             node = kernel.lookup(shown, b"inner")
             for opcode, body in (

@@ -44,7 +44,7 @@ _NAME_ONLY = Lifetime(entry_ns=LONG_NS, attr_ns=SHORT_NS)
 _LONG = Lifetime(entry_ns=LONG_NS, attr_ns=LONG_NS)
 
 # linux/magic.h: file systems that only this kernel changes: ext4, XFS, btrfs, tmpfs, F2FS, bcachefs, ZFS, overlayfs.
-_LOCAL = frozenset(
+LOCAL = frozenset(
     {
         0xEF53,
         0x58465342,
@@ -73,7 +73,7 @@ class Coherence:
         self._absent = 0
         self._told: dict[Change, None] = {}  # by one reading: each once, in order
         self._inotify: Inotify | None = None
-        if live and tree.filesystem in _LOCAL:
+        if live and tree.filesystem in LOCAL:
             with suppress(OSError):
                 self._inotify = Inotify()
         self._budget = _budget() if self._inotify is not None else 0

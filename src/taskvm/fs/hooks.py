@@ -4,8 +4,8 @@
 return the operation with other `data` (as long as before, for a write) or another `mode`. `after` gets what was done
 and, for what returns bytes, the bytes: it may return others in their place, or refuse to hand them out.
 
-Both run on the mount's thread and hold up this mount. An exception that is no OSError is a bug: the guest gets EIO.
-What the guest's kernel has in its caches is not asked for again, so nothing is called for it.
+Both run on a thread of the mount's own and hold up this mount only. An exception that is no OSError is a bug: the
+guest gets EIO. What the guest's kernel has in its caches is not asked for again, so nothing is called for it.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ import msgspec
 
 from taskvm.errors import UsageError
 from taskvm.fs import inotify, syscalls
-from taskvm.fs.coherence import Coherence
+from taskvm.fs.coherence import LOCAL, Coherence
 from taskvm.fs.hostattributes import (
     MODE,
     read_umask,
@@ -81,6 +81,9 @@ class HostDir(Provider):
         self._umask = read_umask()
         self._coherence = Coherence(self._tree, lambda change: self.changes(change), live=live)
         self.lasting = self._coherence.fd is not None
+        self.prompt = (
+            self._tree.filesystem in LOCAL
+        )  # a server that is gone would hold up all mounts
 
     def __repr__(self) -> str:
         return f"HostDir({str(self.path)!r}, mode={self.mode!r})"

@@ -56,6 +56,7 @@ class HostFile(Provider):
         self._directory.changes = self._heard
         self.readonly = directory.readonly
         self.xattrs = directory.xattrs
+        self.prompt = directory.prompt
         self._name = os.fsencode(self.path.name)
         self._node: Node | None = None  # what has the name, with one reference
         self._doubted = False

@@ -87,6 +87,7 @@ class Lower(Provider):
         self._places: dict[Node, Place] = {ROOT: root}
         self._by_inner: dict[Node, set[Node]] = {ROOT: {ROOT}}
         self.lasting = inner.lasting
+        self.prompt = inner.prompt
         self.xattrs = inner.xattrs
         inner.changes = self._tell
 

@@ -46,6 +46,7 @@ class Memory(Provider):
     """Serves each mount with a new, empty tree of at most `limit_bytes`, owned by the user of this process."""
 
     lasting = True
+    prompt = True
 
     def __init__(self, *, limit_bytes: int = DEFAULT_LIMIT) -> None:
         self._limit = limit_bytes

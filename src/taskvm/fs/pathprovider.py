@@ -2,9 +2,9 @@
 
 Derive from PathProvider and define `stat`, `list` and `read_file`; with `write_file` it can be written to as well, and
 with each of the other methods it can do more. All of them may be coroutines: they run on an event loop of this mount's
-own, one at a time, each for at most `deadline_s` (then the guest gets ETIMEDOUT), while the other mounts of this
-sandbox wait. Paths are absolute, `/` is the root, and no part of one is empty, `.` or `..`; what is not there is
-FileNotFoundError.
+own, one at a time, each for at most `deadline_s` (then the guest gets ETIMEDOUT), and a request, which may take
+several, for at most `request_deadline_s`; the other mounts of this sandbox do not wait. Paths are absolute, `/` is the
+root, and no part of one is empty, `.` or `..`; what is not there is FileNotFoundError.
 
 There are no links, permissions, times or attributes to set, and a file that is removed is gone for who has it open.
 """

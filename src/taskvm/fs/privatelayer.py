@@ -66,6 +66,8 @@ class PrivateLayer(Provider):
             Counter()
         )  # private nodes, and how often the guest was told each
         self.lasting = shadow.lasting
+        self.prompt = shadow.prompt
+        self.request_deadline_s = shadow.request_deadline_s
         self.xattrs = shadow.xattrs or private.xattrs
 
     def close(self) -> None:

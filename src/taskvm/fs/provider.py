@@ -4,7 +4,8 @@ A provider is a tree of nodes. A node is an int that the provider chose, never u
 The names that reach a provider are single components, checked by the decoder (wire/fuse_requests.py): never empty, `.`
 or `..`, no slash, no NUL.
 
-1. Calls come one at a time, from the server's thread. A call that blocks stops this sandbox's file system only.
+1. Calls come one at a time. Those to a provider that is not `prompt` come from a thread of this mount's own, and one
+   that blocks stops this mount only; after `request_deadline_s` the guest gets ETIMEDOUT.
 2. A refusal is an OSError with the errno that the guest shall see. An unknown node is ESTALE. Anything else that is
    raised is a bug: the guest sees EIO.
 3. Every Entry that is returned is one reference to its node, until `forget`. A node without references may be
@@ -94,6 +95,11 @@ class Provider:
     along (a second `grep -r` over 5000 files in 100 directories: 5001 requests against 408)."""
     xattrs: bool = True
     """Whether there are extended attributes. A guest asks each file that is written first for one."""
+    prompt: bool = False
+    """Whether no call waits for more than this host's own memory and disks: no network, nothing of the user's. What is
+    prompt is served in the thread that all mounts share, which spares each request a change of threads."""
+    request_deadline_s: float = 60.0
+    """How long one request may take, for what is not prompt. The call is not ended by it, for nothing can do that."""
     changes: Callable[[Change], None] = staticmethod(_ignore)
     """Set by the server; see rule 6."""
 

@@ -41,6 +41,10 @@ class Quota(Tracked):
         self._limits = (limit_bytes, limit_files)
         super().__init__(inner)
 
+    @property
+    def prompt(self) -> bool:  # type: ignore[override]  # as in the base class
+        return self.inner.prompt
+
     def begin(self) -> None:
         super().begin()
         self.used_bytes: int = 0

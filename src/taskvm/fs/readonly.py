@@ -13,6 +13,10 @@ class ReadOnly(Wrapper):
     """Serves `inner` and refuses every change with EROFS."""
 
     @property
+    def prompt(self) -> bool:  # type: ignore[override]  # as in the base class
+        return self.inner.prompt
+
+    @property
     def readonly(self) -> bool:  # type: ignore[override]  # as in the base class
         return True
 

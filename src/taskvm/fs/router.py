@@ -157,6 +157,14 @@ class Router(Provider):
         return all(provider.lasting for provider in self._providers)
 
     @property
+    def prompt(self) -> bool:  # type: ignore[override]  # as above
+        return all(provider.prompt for provider in self._providers)
+
+    @property
+    def request_deadline_s(self) -> float:  # type: ignore[override]  # as above
+        return max(provider.request_deadline_s for provider in self._providers)
+
+    @property
     def xattrs(self) -> bool:  # type: ignore[override]  # as above
         return any(provider.xattrs for provider in self._providers)
 

@@ -1,22 +1,26 @@
 """The host's end of the port `taskvm.fs`: FUSE messages in, answers out (docs/protocol-control.md, The fs port).
 
-One daemon thread serves all mounts of one guest with blocking calls, so that neither the user's event loop nor a slow
-disk waits for the other. Requests are served in the order of their arrival, and what a request needs is only held
-until its answer is sent: a guest that does not read its answers stops its own thread and nothing else.
+One daemon thread reads the port and serves the mounts whose providers are `prompt`, with blocking calls, so that the
+user's event loop does not wait for a disk; each other mount has a thread of its own (fs/lane.py), so that neither does
+anybody else. Requests of a mount are served in the order of their arrival, and what a request needs is only held until
+its answer is sent: a guest that does not read its answers stops its own threads and nothing else.
 
 At rest (from `quiesce` or a mount that is taken up again, until `resume`) nothing is sent that was not asked for: what
 providers have to tell is kept, and their sources are not watched.
 
-Locks, in this order: `_serving` while a request or a source is served, so that a mount is never removed under one;
-`_sending` while bytes go to the socket, so that frames of different threads do not mix. The server's own thread sends
-without `_serving`, so who waits for it waits for a provider and never for the guest.
+Locks, in this order: `_serving` while the port's own thread serves a request or a source, so that a mount is never
+removed under one, and while the table of mounts changes; those of a lane; `_sending` while bytes go to the socket, so
+that frames of different threads do not mix. The server's own thread sends without `_serving`, so who waits for it waits
+for a provider and never for the guest.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import logging
+import math
 import socket
 import struct
 import termios
@@ -33,6 +37,7 @@ from taskvm.errors import (
     UsageError,
 )
 from taskvm.fs.attention import Attention
+from taskvm.fs.lane import Lane
 from taskvm.fs.provider import Provider, Source
 from taskvm.fs.session import Reply, Session
 from taskvm.wire.frames import (
@@ -51,6 +56,8 @@ QUIESCE_TIMEOUT_S = 30.0  # as port.py's
 # One read of the socket: what a Unix socket holds by default (net.core.rmem_default) is a little less.
 RECEIVE_SIZE = 256 * 1024
 REST_AFTER_S = 1.0
+# How long the end of a mount waits for a provider that is being called.
+CLOSE_PATIENCE_S = 2.0
 # Answers are sent when this much is ready; at most one answer (1 MiB) comes on top of it.
 SEND_SIZE = 256 * 1024
 # A short answer is cheaper to copy behind its header than to name to sendmsg.
@@ -58,6 +65,8 @@ _COPY_BELOW = 4096
 _MAX_IOVECS = 512  # IOV_MAX is 1024; each answer adds at most two
 # fuse_in_header: what an answer to a mount that is gone needs to know.
 _UNIQUE = struct.Struct("<8xQ")
+
+_NO_RETURN = "bring the guest's port taskvm.fs to rest: a provider does not return"
 
 _log = logging.getLogger("taskvm.fs")
 
@@ -79,7 +88,8 @@ class FsServer:
         self.frames: int = 0  # that have moved, in either direction
         self._sock = sock
         self._sock.setblocking(True)
-        self._mounts: dict[int, Session] = {}
+        self._mounts: dict[int, Session] = {}  # that the port's thread serves
+        self._lanes: dict[int, Lane] = {}  # the others
         self._names: dict[int, str] = {}  # what errors call them
         self._serving = threading.Lock()
         self._sending = threading.Lock()
@@ -109,30 +119,61 @@ class FsServer:
         with self._serving:
             if self._closed:
                 raise SandboxStateError(f"add the mount {mount_id}", "the file server is closed")
-            if mount_id in self._mounts:
+            if mount_id in self._names:
                 raise UsageError(f"add the mount {mount_id}", "the id is taken", "Remove it first")
-            opened = provider.opened()
-
-            def tell(message: bytes) -> None:
-                self._tell(mount_id, message)
-
-            opened.changes = lambda change: tell(Session.notification(change))
-            session = Session(opened, self._report, tell)
-            if state is not None:
-                self._rest()
-                _take_up(name or str(mount_id), session, state)
-            self._mounts[mount_id] = session
             self._names[mount_id] = name or str(mount_id)
-            self._watch(session)
+        try:
+            session = self._open(mount_id, provider, state)
+        except BaseException:
+            del self._names[mount_id]
+            raise
+        with self._serving:
+            self._add(mount_id, session)
+
+    def _open(self, mount_id: int, provider: Provider, state: bytes | None) -> Session:
+        """Open a provider: without a lock, because it may wait for whatever serves it."""
+        opened = provider.opened()
+
+        def tell(message: bytes) -> None:
+            self._tell(mount_id, message)
+
+        opened.changes = lambda change: tell(Session.notification(change))
+        session = Session(opened, self._report, tell)
+        if state is not None:
+            with self._serving:
+                self._rest()
+            _take_up(self._names[mount_id], session, state)
+        return session
+
+    def _add(self, mount_id: int, session: Session) -> None:
+        if self._closed:
+            session.close()
+            raise SandboxStateError(f"add the mount {mount_id}", "the file server was closed")
+        if session.provider.prompt:
+            self._mounts[mount_id] = session
+        else:
+            self._lanes[mount_id] = Lane(
+                session,
+                self._names[mount_id],
+                answer=functools.partial(self._answer, mount_id),
+                fail=self._end,
+                rest_after_s=REST_AFTER_S,
+            )
+        if self._held is None:
+            self._watch(mount_id)
 
     def remove_mount(self, mount_id: int) -> None:
         """Stop serving a mount and close its provider; the guest gets ENODEV from then on. Idempotent."""
         with self._serving:
+            self._unwatch(mount_id)
             session = self._mounts.pop(mount_id, None)
+            lane = self._lanes.pop(mount_id, None)
             self._names.pop(mount_id, None)
             if session is not None:
-                self._unwatch(session)
-                session.provider.close()
+                session.close()
+        if lane is not None:
+            lane.close()
+            lane.join(CLOSE_PATIENCE_S)
 
     def export_mounts(self) -> dict[int, bytes]:
         """Return what `add_mount` of another server needs to serve on what the guest has mounted; only at rest.
@@ -141,7 +182,11 @@ class FsServer:
         """
         with self._serving:
             names = self._names
-            return {number: _export(names[number], one) for number, one in self._mounts.items()}
+            states = {number: _export(names[number], one) for number, one in self._mounts.items()}
+        for number, lane in list(self._lanes.items()):
+            with lane.serving:
+                states[number] = _export(names[number], lane.session)
+        return states
 
     def quiesce(self) -> None:
         """Return when the guest's side is at rest and has taken all answers; nothing is told until `resume`.
@@ -150,10 +195,9 @@ class FsServer:
         """
         deadline = time.monotonic() + QUIESCE_TIMEOUT_S
         self._quiesced.clear()
-        if not self._serving.acquire(timeout=QUIESCE_TIMEOUT_S):
-            raise TimeoutError(
-                "bring the guest's port taskvm.fs to rest: a provider does not return"
-            )
+        late = any(lane.is_late for lane in self._lanes.values())
+        if late or not self._serving.acquire(timeout=QUIESCE_TIMEOUT_S):
+            raise TimeoutError(_NO_RETURN)
         try:
             self._rest()
         finally:
@@ -163,6 +207,9 @@ class FsServer:
             raise TimeoutError("bring the guest's port taskvm.fs to rest: no answer to QUIESCE")
         if self._ended.is_set():
             raise SandboxLostError("bring the guest's port taskvm.fs to rest", "it was closed")
+        for lane in list(self._lanes.values()):
+            if not lane.wait_idle(deadline - time.monotonic()):
+                raise TimeoutError(_NO_RETURN)
         while _unread(self._sock):
             if time.monotonic() > deadline:
                 raise TimeoutError("bring the guest's port taskvm.fs to rest: answers are not read")
@@ -175,11 +222,14 @@ class FsServer:
             held, self._held = self._held or [], None
         self._send(b"".join(held))
         with self._serving:
-            for session in self._mounts.values():
-                self._watch(session)
+            for number in [*self._mounts, *self._lanes]:
+                self._watch(number)
 
     def close(self) -> None:
-        """End the thread and close the socket and every provider. Idempotent."""
+        """End the thread and close the socket and every provider. Idempotent.
+
+        A provider that does not return is left behind after CLOSE_PATIENCE_S, and closed when it does.
+        """
         self._closed = True
         with suppress(OSError):  # the other side may have been faster
             self._sock.shutdown(socket.SHUT_RDWR)  # wakes the thread from recv and sendmsg
@@ -188,39 +238,47 @@ class FsServer:
         with self._serving:
             while self._mounts:
                 _id, session = self._mounts.popitem()
-                session.provider.close()
+                session.close()
+            lanes, self._lanes = list(self._lanes.values()), {}
+        for lane in lanes:
+            lane.close()
+        deadline = time.monotonic() + CLOSE_PATIENCE_S
+        for lane in lanes:
+            lane.join(deadline - time.monotonic())
         self._attention.close()
         self._sock.close()
 
     # What the providers watch. Under `_serving`.
 
-    def _watch(self, session: Session) -> None:
-        if self._held is None:
-            self._attention.watch(session.provider.sources())
+    def _watch(self, mount_id: int) -> None:
+        if mount_id in self._lanes:
+            self._lanes[mount_id].watch()
+        else:
+            self._attention.watch(self._mounts[mount_id].provider.sources())
 
-    def _unwatch(self, session: Session) -> None:
-        self._attention.unwatch(session.provider.sources())
+    def _unwatch(self, mount_id: int) -> None:
+        if mount_id in self._lanes:
+            self._lanes[mount_id].unwatch()
+        elif mount_id in self._mounts:
+            self._attention.unwatch(self._mounts[mount_id].provider.sources())
 
     def _rest(self) -> None:
         with self._sending:
             if self._held is None:
                 self._held = []
-        for session in self._mounts.values():
-            self._unwatch(session)
+        for number in [*self._mounts, *self._lanes]:
+            self._unwatch(number)
 
     # The thread.
 
     def _run(self) -> None:
         try:
             self._serve()
-        except (FrameError, FuseError) as error:
-            self._fail(GuestProtocolError(PORT_FS, str(error)))
         except OSError as error:
             if not self._closed:
                 _log.info("the guest's file system port ended: %s", error)
         except Exception as error:  # noqa: BLE001 - a guest whose files nobody serves would wait for ever
-            self._report("the file server", error)
-            self._fail(SandboxLostError("serve the guest's files", "a bug ended the file server"))
+            self._end(error)
         finally:
             self._ended.set()
             self._quiesced.set()
@@ -239,7 +297,8 @@ class FsServer:
         """Wait for bytes of the port, and serve the sources meanwhile: what they tell comes before the next answer."""
         timeout: float | None = REST_AFTER_S
         while True:
-            readable, sources = self._attention.wait(timeout)
+            readable, sources = self._attention.wait(self._until(timeout))
+            self._expire()
             if sources:
                 begun = time.monotonic()
                 for source in sources:
@@ -267,6 +326,21 @@ class FsServer:
                 self._attention.unwatch([source])
         self._flush()
 
+    def _until(self, timeout_s: float | None) -> float | None:
+        """Return for how long the thread may wait before a lane has to be looked at."""
+        due = min((lane.due for lane in list(self._lanes.values())), default=math.inf)
+        if due == math.inf:
+            return timeout_s
+        until = max(0.0, due - time.monotonic())
+        return until if timeout_s is None else min(until, timeout_s)
+
+    def _expire(self) -> None:
+        """Answer for the providers that take too long."""
+        for number, lane in list(self._lanes.items()):
+            for reply in lane.expire():
+                self._queue(number, reply)
+        self._flush()
+
     def _handle(self, frame: Frame) -> None:
         if frame.type is FrameType.QUIESCED and frame.stream == 0:
             self._flush()
@@ -275,12 +349,18 @@ class FsServer:
         if frame.type is not FrameType.FUSE:
             raise FrameError(f"a {frame.type.name} frame has no business on this port")
         self.frames += 1
-        message = memoryview(frame.payload)
-        with self._serving:
-            session = self._mounts.get(frame.stream)
-            reply = session.handle(message) if session is not None else _gone(message)
+        lane = self._lanes.get(frame.stream)
+        if lane is not None:
+            reply = lane.submit(bytes(frame.payload))
+        else:
+            reply = self._serve_at_once(frame.stream, memoryview(frame.payload))
         if reply is not None:
             self._queue(frame.stream, reply)
+
+    def _serve_at_once(self, mount_id: int, message: memoryview) -> Reply | None:
+        with self._serving:
+            session = self._mounts.get(mount_id)
+            return session.handle(message) if session is not None else _gone(message)
 
     def _queue(self, mount_id: int, reply: Reply) -> None:
         head, body = reply if isinstance(reply, tuple) else (reply, b"")
@@ -291,11 +371,25 @@ class FsServer:
             self._outgoing += (header + head, body)
         self._outgoing_size += len(head) + len(body)
 
+    def _answer(self, mount_id: int, reply: Reply) -> None:
+        head, body = reply if isinstance(reply, tuple) else (reply, b"")
+        header = encode_header(FrameType.FUSE, 0, mount_id, len(head) + len(body))
+        # A port that ended has nobody left who waits for it.
+        with self._sending, suppress(OSError):
+            _send_all(self._sock, [header + head, body])
+
     def _flush(self) -> None:
         if self._outgoing:
             outgoing, self._outgoing, self._outgoing_size = self._outgoing, [], 0
             with self._sending:
                 _send_all(self._sock, outgoing)
+
+    def _end(self, error: Exception) -> None:
+        if isinstance(error, FrameError | FuseError):
+            self._fail(GuestProtocolError(PORT_FS, str(error)))
+            return
+        self._report("the file server", error)
+        self._fail(SandboxLostError("serve the guest's files", "a bug ended the file server"))
 
     def _fail(self, error: TaskvmError) -> None:
         if not self._closed:

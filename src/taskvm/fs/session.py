@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import msgspec
 
 from taskvm.fs.ahead import Ahead
-from taskvm.fs.provider import Absent, Change, DirEntry, Provider, refuse
+from taskvm.fs.provider import Absent, Change, DirEntry, Entry, Provider, Source, refuse
 from taskvm.wire.fuse import (
     WRITE_CACHE,
     Allocate,
@@ -114,7 +114,7 @@ _XATTR = frozenset({Opcode.GETXATTR, Opcode.SETXATTR, Opcode.LISTXATTR, Opcode.R
 _BUGS = (Exception, asyncio.CancelledError)
 _MAX_TARGET = 4095  # PATH_MAX with its NUL: the kernel takes a page at most
 # Requests that get no reply, whatever happens.
-_SILENT = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT, Opcode.NOTIFY_REPLY})
+SILENT = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT, Opcode.NOTIFY_REPLY})
 
 
 class SessionState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -141,6 +141,9 @@ class Session:
         self._tell = tell
         self._ahead = Ahead() if provider.readonly else None
         self._started = False
+        self._given: list[
+            int
+        ] = []  # by the last request: nodes that the guest has a reference more to
         self._handlers: dict[int, Handler] = {
             Opcode.INIT: self._init,
             Opcode.LOOKUP: self._lookup,
@@ -177,11 +180,12 @@ class Session:
 
     def handle(self, message: memoryview) -> Reply | None:
         """Serve one request; None when it gets no reply. Raises FuseError."""
+        self._given.clear()
         request = decode_request(message)
         opcode = request.opcode
         if self._started is (opcode == Opcode.INIT):
             raise FuseError("INIT is not the first request, or not the only one of its kind")
-        if opcode in _SILENT:
+        if opcode in SILENT:
             self._forget(request.arguments)
             return None
         handler = self._handlers.get(opcode)
@@ -202,12 +206,35 @@ class Session:
             self._report(Opcode(opcode).name, error)
             return encode_error(request.unique, errno.EIO)
 
+    def take_back(self) -> None:
+        """Drop the references that the last request gave: the guest does not hear of them."""
+        with self._reporting("FORGET"):
+            for node in self._given:
+                self.provider.forget(node, 1)
+
     def rest(self) -> None:
         """Let the provider let go of what it only keeps for speed."""
-        try:
+        with self._reporting("rest"):
             self.provider.rest()
+
+    def attend(self, source: Source) -> bool:
+        """Let the provider look at what it watches; tell whether that went well."""
+        with self._reporting("the source of a provider"):
+            source.ready()
+            return True
+        return False
+
+    def close(self) -> None:
+        """Close the provider."""
+        with self._reporting("close"):
+            self.provider.close()
+
+    @contextmanager
+    def _reporting(self, operation: str) -> Iterator[None]:
+        try:
+            yield
         except _BUGS as error:
-            self._report("rest", error)
+            self._report(operation, error)
 
     @staticmethod
     def notification(change: Change) -> bytes:
@@ -245,11 +272,9 @@ class Session:
 
     def _forget(self, arguments: object) -> None:
         if isinstance(arguments, Forget):
-            try:
+            with self._reporting("FORGET"):
                 for node, count in arguments.nodes:
                     self.provider.forget(node, count)
-            except _BUGS as error:
-                self._report("FORGET", error)
 
     # Names.
 
@@ -258,7 +283,11 @@ class Session:
             entry = self.provider.lookup(request.node, lookup.name)
         except Absent as error:
             return encode_negative_entry(request.unique, error.lifetime_ns)
-        return encode_entry(request.unique, entry.node, entry.attr, entry.lifetime)
+        return self._entry(request, entry)
+
+    def _entry(self, request: Request, entry: Entry, more: bytes = b"") -> Reply:
+        self._given.append(entry.node)
+        return encode_entry(request.unique, entry.node, entry.attr, entry.lifetime, more)
 
     def _opendir(self, request: Request, _arguments: None) -> Reply:
         if self.provider.lasting:
@@ -298,6 +327,7 @@ class Session:
         except OSError:  # it went away, or may not be looked at: its name is still told
             reply.add_plus_nothing()
         else:
+            self._given.append(child.node)
             reply.add_plus(child.node, child.attr, child.lifetime)
             if self._ahead is not None:
                 self._ahead.listed(parent, child.node, child.attr)
@@ -305,23 +335,23 @@ class Session:
     def _create(self, request: Request, create: MakeNode) -> Reply:
         entry = self.provider.create(request.node, create.name, create.mode, create.flags)
         more = encode_open(0, 0)
-        return encode_entry(request.unique, entry.node, entry.attr, entry.lifetime, more)
+        return self._entry(request, entry, more)
 
     def _mknod(self, request: Request, make: MakeNode) -> Reply:
         entry = self.provider.mknod(request.node, make.name, make.mode)
-        return encode_entry(request.unique, entry.node, entry.attr, entry.lifetime)
+        return self._entry(request, entry)
 
     def _mkdir(self, request: Request, make: MakeNode) -> Reply:
         entry = self.provider.mkdir(request.node, make.name, make.mode)
-        return encode_entry(request.unique, entry.node, entry.attr, entry.lifetime)
+        return self._entry(request, entry)
 
     def _symlink(self, request: Request, link: Symlink) -> Reply:
         entry = self.provider.symlink(request.node, link.name, link.target)
-        return encode_entry(request.unique, entry.node, entry.attr, entry.lifetime)
+        return self._entry(request, entry)
 
     def _link(self, request: Request, link: Link) -> Reply:
         entry = self.provider.link(link.target, request.node, link.name)
-        return encode_entry(request.unique, entry.node, entry.attr, entry.lifetime)
+        return self._entry(request, entry)
 
     def _unlink(self, request: Request, unlink: Name) -> Reply:
         self.provider.unlink(request.node, unlink.name)

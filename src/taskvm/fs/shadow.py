@@ -63,6 +63,10 @@ class Shadow(Tracked):
         return PrivateLayer(served, self.private.opened())
 
     @property
+    def prompt(self) -> bool:  # type: ignore[override]  # as in the base class
+        return self.inner.prompt
+
+    @property
     def readonly(self) -> bool:  # type: ignore[override]  # as in the base class
         return self.private is None and self.inner.readonly
 

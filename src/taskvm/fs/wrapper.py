@@ -66,6 +66,15 @@ class Wrapper(Provider):
         return self.inner.xattrs
 
     @property
+    def prompt(self) -> bool:  # type: ignore[override]  # as above
+        # Not the inner provider's: a wrapper of the user's may take its time. Those of ours that do not, say so.
+        return False
+
+    @property
+    def request_deadline_s(self) -> float:  # type: ignore[override]  # as above
+        return self.inner.request_deadline_s
+
+    @property
     def changes(self) -> Callable[[Change], None]:
         return self.inner.changes
 

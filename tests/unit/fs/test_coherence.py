@@ -231,7 +231,7 @@ def test_without_a_watch_nothing_lasts(
     if reason == "limit":
         monkeypatch.setattr(coherence_module, "_budget", lambda: 1)
     elif reason == "filesystem":
-        monkeypatch.setattr(coherence_module, "_LOCAL", frozenset())
+        monkeypatch.setattr(coherence_module, "LOCAL", frozenset())
     else:
         monkeypatch.setattr(coherence_module.Inotify, "__init__", none)
     provider = HostDir(host).opened()

@@ -202,7 +202,7 @@ def test_a_file_that_nobody_watches_is_found_anew(
     host: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on NFS: the guest asks again after a second, and is told to drop what it has read."""
-    monkeypatch.setattr("taskvm.fs.coherence._LOCAL", frozenset())
+    monkeypatch.setattr("taskvm.fs.coherence.LOCAL", frozenset())
     provider, told = HostFile(file).opened(), list[Change]()
     provider.changes = told.append
     provider.read(ROOT, 0, 10)

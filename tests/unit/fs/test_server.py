@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from tests.support.port_end import INIT, Guest, port_end
 from tests.support.waiting import PATIENCE_S
 
 from taskvm.errors import GuestProtocolError, SandboxLostError, SandboxStateError, UsageError
@@ -21,61 +20,16 @@ from taskvm.fs import server as server_module
 from taskvm.fs.hostdir import HostDir
 from taskvm.fs.memory import Memory
 from taskvm.fs.provider import Change, Entry, Provider
-from taskvm.fs.server import FsServer
 from taskvm.fs.session import Session
-from taskvm.wire.frames import Frame, FrameDecoder, FrameType, encode_frame, encode_header
+from taskvm.wire.frames import FrameType, encode_frame, encode_header
 from taskvm.wire.fuse import WRITE_CACHE, Opcode
 from taskvm.wire.fuse_replies import StatFs
-
-INIT = struct.pack("<IIII", 7, 37, 131072, 0xFFFF_FFFF) + bytes(48)
-
-
-@dataclass
-class Guest:
-    """The agent's end of the port."""
-
-    sock: socket.socket
-    server: FsServer
-    failures: list[Exception]
-    failed: threading.Event
-    decoder: FrameDecoder = field(default_factory=FrameDecoder)
-    frames: list[Frame] = field(default_factory=list)
-
-    def send(self, opcode: int, node: int, body: bytes = b"", *, mount: int = 1) -> None:
-        request = struct.pack("<IIQQIIIHH", 40 + len(body), opcode, 8, node, 0, 0, 0, 0, 0) + body
-        self.sock.sendall(encode_frame(FrameType.FUSE, 0, mount, request))
-
-    def receive(self) -> Frame:
-        while not self.frames:
-            data = self.sock.recv(1 << 20)
-            if not data:
-                raise ConnectionError("closed")
-            self.frames += self.decoder.feed(data)
-        return self.frames.pop(0)
-
-    def ask(self, opcode: int, node: int, body: bytes = b"", *, mount: int = 1) -> int:
-        """Return the errno of the answer."""
-        self.send(opcode, node, body, mount=mount)
-        frame = self.receive()
-        assert (frame.type, frame.stream) == (FrameType.FUSE, mount)
-        return -int(struct.unpack_from("<IiQ", frame.payload)[1])
 
 
 @pytest.fixture
 def guest() -> Iterator[Guest]:
-    ours, theirs = socket.socketpair()
-    ours.settimeout(PATIENCE_S)
-    failures: list[Exception] = []
-    failed = threading.Event()
-
-    def on_failure(error: Exception) -> None:
-        failures.append(error)
-        failed.set()
-
-    server = FsServer(theirs, on_failure=on_failure)
-    yield Guest(ours, server, failures, failed)
-    server.close()
-    ours.close()
+    with port_end() as guest:
+        yield guest
 
 
 def served(guest: Guest) -> Provider:
@@ -290,7 +244,7 @@ def test_what_the_kernel_does_by_itself_is_left_to_it(
 def test_listings_are_kept_only_while_what_is_told_lasts(
     guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coherence_module, "_LOCAL", frozenset())
+    monkeypatch.setattr(coherence_module, "LOCAL", frozenset())
     guest.server.add_mount(1, HostDir(tmp_path))
     guest.ask(Opcode.INIT, 0, INIT)
 
