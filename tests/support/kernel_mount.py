@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
 import queue
 import socket
 import stat
 import struct
+import subprocess
+import sys
 import threading
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from tests.support.waiting import PATIENCE_S
+from tests.support import fuse_pump
+from tests.support.waiting import PATIENCE_S, wait_until
 
 from taskvm.fs.provider import Provider
 from taskvm.fs.server import FsServer
 from taskvm.wire.frames import Frame, FrameDecoder, FrameType, encode_header
 from taskvm.wire.fuse import Opcode
 
-MS_NOSUID, MS_NODEV, MS_PRIVATE, MS_REC = 2, 4, 1 << 18, 1 << 14
+MS_PRIVATE, MS_REC = 1 << 18, 1 << 14
 MNT_DETACH = 2
 CLONE_NEWNS = 0x20000
 MOUNT_ID = 7
@@ -43,7 +47,11 @@ def need_private_mounts() -> None:
 
 
 class KernelMount:
-    """`requests` counts what the kernel asked, `messages` are what it did not ask for, `refused` what it takes not."""
+    """`requests` counts what the kernel asked, `messages` are what it did not ask for, `refused` what it takes not.
+
+    The mount ends with this process, however that ends: fuse_pump.py holds it, and is killed when the thread ends that
+    started it, whatever the others wait for.
+    """
 
     def __init__(self, provider: Provider, path: Path) -> None:
         need_private_mounts()
@@ -52,15 +60,14 @@ class KernelMount:
         self.messages: list[bytes] = []
         self.refused: list[tuple[int, bytes]] = []
         self.failures: list[Exception] = []
+        self._taken = 0  # of the messages
         self._sending = threading.Lock()  # held while at rest
-        self._notifications: queue.Queue[bytes | None] = queue.Queue()
-        self._fuse = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
         self._threads: list[threading.Thread] = []
+        self._pump, theirs = socket.socketpair()
         self._connect()
         self.server.add_mount(MOUNT_ID, provider)
-        self._mount(file=provider.is_file)
+        self._mount(theirs, file=provider.is_file)
         self._start(self._up)
-        self._start(self._notify)
 
     @property
     def told(self) -> int:
@@ -71,15 +78,16 @@ class KernelMount:
         """Unmount."""
         libc.umount2(os.fsencode(self.path), MNT_DETACH)
         self.server.close()
-        self._notifications.put(None)
+        with suppress(OSError):  # the kernel was faster
+            self._pump.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join(PATIENCE_S)
         self._sock.close()
-        os.close(self._fuse)
+        self._pump.close()
 
     def settle(self) -> None:
-        """Wait until the kernel has taken what it was told, which comes before the answers to its requests."""
-        self._notifications.join()
+        """Return when the kernel has taken all that it was not asked for."""
+        wait_until(lambda: self._taken == len(self.messages))
 
     def save(self) -> bytes:
         """Bring everything to rest, end the server, and return the mount's state."""
@@ -100,39 +108,50 @@ class KernelMount:
         self.server = FsServer(theirs, on_failure=self.failures.append)
         self._start(self._down)
 
-    def _mount(self, *, file: bool) -> None:
+    def _mount(self, theirs: socket.socket, *, file: bool) -> None:
         if file:
             self.path.touch()
         else:
             self.path.mkdir(exist_ok=True)
-        rootmode = stat.S_IFREG if file else stat.S_IFDIR
-        options = f"fd={self._fuse},rootmode={rootmode:o},user_id=0,group_id=0,allow_other,default_permissions"
-        flags = MS_NOSUID | MS_NODEV
-        if libc.mount(b"taskvm", os.fsencode(self.path), b"fuse", flags, options.encode()):
-            pytest.skip(f"cannot mount FUSE: {os.strerror(ctypes.get_errno())}: NOT run")
+        said: queue.SimpleQueue[str] = queue.SimpleQueue()
+        mode = stat.S_IFREG if file else stat.S_IFDIR
+        self._start(lambda: self._hold(theirs, said, f"{mode:o}"))
+        outcome = said.get(timeout=PATIENCE_S)
+        if outcome != "mounted":
+            pytest.skip(f"cannot mount FUSE: {outcome}: NOT run")
 
-    def _start(self, run: object) -> None:
-        assert callable(run)
+    def _hold(self, theirs: socket.socket, said: queue.SimpleQueue[str], mode: str) -> None:
+        """Run the pump for as long as it lives."""
+        arguments = [str(self.path), mode, str(os.getpid())]
+        program = [sys.executable, "-I", "-S", fuse_pump.__file__, *arguments]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(program, stdin=theirs, stdout=pipe, text=True) as pump:
+            theirs.close()
+            assert pump.stdout is not None
+            said.put(pump.stdout.readline().strip())
+            for line in pump.stdout:
+                number, _, message = line.strip().partition(" ")
+                if number == "told":
+                    self._taken += 1
+                else:
+                    self.refused.append((int(number), bytes.fromhex(message)))
+
+    def _start(self, run: Callable[[], None]) -> None:
         self._threads.append(threading.Thread(target=run, daemon=True))
         self._threads[-1].start()
 
     def _up(self) -> None:
-        buffer = bytearray((1 << 20) + 65536)
-        while True:
-            try:
-                count = os.readv(self._fuse, [buffer])
-            except OSError as error:
-                if error.errno in (errno.ENOENT, errno.EINTR):
-                    continue
-                return  # ENODEV: unmounted
-            opcode = struct.unpack_from("<4xI", buffer)[0]
-            self.requests[_NAMES.get(opcode, str(opcode))] += 1
-            try:
-                with self._sending:
-                    self._sock.sendmsg([encode_header(FrameType.FUSE, 0, MOUNT_ID, count)])
-                    self._sock.sendall(memoryview(buffer)[:count])
-            except OSError:
-                return
+        with self._pump.makefile("rb") as messages:
+            while head := messages.read(8):
+                length, opcode = struct.unpack("<II", head)
+                message = head + messages.read(length - 8)
+                self.requests[_NAMES.get(opcode, str(opcode))] += 1
+                try:
+                    with self._sending:
+                        self._sock.sendmsg([encode_header(FrameType.FUSE, 0, MOUNT_ID, length)])
+                        self._sock.sendall(message)
+                except OSError:
+                    return
 
     def _down(self) -> None:
         decoder, sock = FrameDecoder(), self._sock
@@ -147,20 +166,8 @@ class KernelMount:
         elif frame.type is FrameType.RESUME:
             if self._sending.locked():
                 self._sending.release()
-        elif not struct.unpack_from("<8xQ", frame.payload)[0]:
-            self.messages.append(bytes(frame.payload))
-            self._notifications.put(bytes(frame.payload))
         else:
-            self._write(frame.payload)
-
-    def _notify(self) -> None:
-        while (message := self._notifications.get()) is not None:
-            self._write(message)
-            self._notifications.task_done()
-
-    def _write(self, message: bytes) -> None:
-        try:
-            os.write(self._fuse, message)
-        except OSError as error:
-            if error.errno != errno.ENOENT:
-                self.refused.append((error.errno or 0, bytes(message[:64])))
+            if not struct.unpack_from("<8xQ", frame.payload)[0]:
+                self.messages.append(bytes(frame.payload))
+            with suppress(OSError):  # unmounted
+                self._pump.sendall(frame.payload)
