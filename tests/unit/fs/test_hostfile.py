@@ -12,6 +12,7 @@ from tests.support.kernel_mount import KernelMount
 from tests.unit.fs.test_coherence import eventually
 
 from taskvm.errors import UsageError
+from taskvm.fs.hostdir import HostDir
 from taskvm.fs.hostfile import HostFile
 from taskvm.fs.provider import ROOT, Change, Provider
 from taskvm.fs.router import Router
@@ -252,6 +253,23 @@ def test_a_router_can_have_a_file_among_its_routes(kernel_mount: Mount, file: Pa
     ]
     assert file.read_text() == "two\n"
     assert failure((mounted / "etc" / "app.conf").unlink) == errno.EBUSY
+
+
+def test_a_route_stays_where_the_host_replaces_what_it_covers(
+    kernel_mount: Mount, host: Path, file: Path
+) -> None:
+    """Unlike a mount on a file of another mount, which ends with that file."""
+    (host / "covered").mkdir()
+    (host / "covered" / "app.conf").write_text("below\n")
+    routed = Router({"/": HostDir(host / "covered"), "/app.conf": HostFile(file)})
+    mounted = kernel_mount(routed).path
+    (mounted / "app.conf").read_text()
+
+    replace(host / "covered" / "app.conf", "replaced below\n")
+    (host / "covered" / "later").write_text("")
+
+    assert eventually(lambda: (mounted / "later").exists())
+    assert (mounted / "app.conf").read_text() == "one\n"
 
 
 @pytest.mark.parametrize("path", ["/", "/a"])
