@@ -38,11 +38,12 @@ BASE_PACKAGES = (
 # packages gives the same bytes.
 SOURCE_DATE_EPOCH = 1704067200
 
-# Documentation is a quarter of the files; licences stay.
+# Documentation is a quarter of the files; licences stay, and so do the manual's directories: openjdk and postgresql
+# link into /usr/share/man/man1 when they set themselves up, and fail without it.
 _DPKG_OPTIONS = (
     "path-exclude=/usr/share/doc/*",
     "path-include=/usr/share/doc/*/copyright",
-    "path-exclude=/usr/share/man/*",
+    "path-exclude=/usr/share/man/*/*",
     "path-exclude=/usr/share/info/*",
     "path-exclude=/usr/share/locale/*",
     "path-exclude=/usr/share/lintian/*",

@@ -19,7 +19,7 @@ from taskvm.errors import UsageError
 MANIFEST_FORMAT = 1
 # Raised when the same ImageSpec gives a different guest, such as by another kernel module: what an older recipe made
 # is then built anew.
-RECIPE = 2
+RECIPE = 3
 # Begins the names that the store gives to what it has built for a specification other than the default.
 SPEC_PREFIX = "spec-"
 DEFAULT_SUITE = "bookworm"
