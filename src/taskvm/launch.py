@@ -19,6 +19,7 @@ from taskvm.limits import Limits
 from taskvm.options import SandboxOptions
 from taskvm.paths import cache_dir
 from taskvm.room import room_for_one
+from taskvm.turns import turn_to_start
 from taskvm.vm.command import Disk
 from taskvm.vm.rundir import RunDir, run_base
 from taskvm.vm.template import GuestFiles, Template, inputs_for
@@ -34,10 +35,15 @@ async def launch(options: SandboxOptions) -> Guest:
     if options.checkpoint is not None and options.checkpoint.memory is not None:
         return await _go_on(options, bound, options.checkpoint, options.checkpoint.memory)
     wanted = await _find(options)
-    guest = await _start(options, wanted)
-    async with _closed_on_failure(guest):
-        await guest.equip(options, bound, resumed=options.warm)
-    return guest
+    if not options.warm:
+        async with turn_to_start():
+            return await _equip(await _boot(wanted, options.limits), options, bound)
+    template = await prepare(wanted)
+    ready = await _take_ready(options, template)
+    if ready is not None:
+        return await _equip(ready, options, bound)
+    async with turn_to_start():
+        return await _equip(await fork(template, options.limits), options, bound)
 
 
 async def _find(options: SandboxOptions) -> Wanted:
@@ -68,17 +74,17 @@ async def _find(options: SandboxOptions) -> Wanted:
     return replace(wanted, guest=saved.above(wanted.guest)) if saved.memory is None else wanted
 
 
-async def _start(options: SandboxOptions, wanted: Wanted) -> Guest:
-    if not options.warm:
-        return await _boot(wanted, options.limits)
-    template = await prepare(wanted)
-    limits = options.limits
-    # A pool's guests were started with the default limit of their disk.
-    if options.pool is not None and limits.disk_limit_bytes == Limits().disk_limit_bytes:
-        taken = await options.pool.take(template)
-        if taken is not None:
-            return taken
-    return await fork(template, limits)
+async def _take_ready(options: SandboxOptions, template: Template) -> Guest | None:
+    """Return a guest of the pool, if there is one. They were started with the default limit of their disk."""
+    if options.pool is None or options.limits.disk_limit_bytes != Limits().disk_limit_bytes:
+        return None
+    return await options.pool.take(template)
+
+
+async def _equip(guest: Guest, options: SandboxOptions, bound: Sequence[BoundSecret]) -> Guest:
+    async with _closed_on_failure(guest):
+        await guest.equip(options, bound, resumed=options.warm)
+    return guest
 
 
 async def _go_on(
@@ -99,10 +105,11 @@ async def resume(
     are not the saved guest's.
     """
     carried.check_mounts(options.mounts)
-    guest = await fork(template, options.limits, carried)
-    async with _closed_on_failure(guest):
-        await guest.equip(options, carried.bind(bound), resumed=True)
-    return guest
+    async with turn_to_start():
+        guest = await fork(template, options.limits, carried)
+        async with _closed_on_failure(guest):
+            await guest.equip(options, carried.bind(bound), resumed=True)
+        return guest
 
 
 async def fork(

@@ -20,6 +20,7 @@ from taskvm.guest import Guest
 from taskvm.launch import fork
 from taskvm.options import DEFAULT_CPUS, DEFAULT_MEMORY_MIB
 from taskvm.progress import ignore_progress
+from taskvm.turns import turn_to_start
 from taskvm.vm.template import Progress, Template
 from taskvm.vm.warm import AcceleratorChoice, prepare
 from taskvm.wanted import find_wanted
@@ -111,7 +112,8 @@ class WarmPool:
 
     async def _add(self, template: Template) -> None:
         try:
-            guest = await fork(template)
+            async with turn_to_start():
+                guest = await fork(template)
             try:
                 await guest.doze()
             except BaseException:

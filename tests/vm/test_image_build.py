@@ -23,8 +23,8 @@ from taskvm.image.store import ImageStore
 
 ImageStore(Path(sys.argv[1])).build(ImageSpec(), lambda line: print(line, flush=True))
 """
-# As progress names them: packages are being fetched, are being set up, and the file system has been made.
-POINTS = ("20 of ", "setting the guest up", "computing digests")
+# As progress names them: packages are being fetched, and the new root is being changed.
+POINTS = ("20 of ", "setting the guest up")
 
 
 def kill_build(root: Path, point: str) -> int:
@@ -59,8 +59,10 @@ def test_a_build_after_killed_ones_is_whole_and_nothing_of_them_stays(image: Ima
 
 
 def test_the_same_packages_give_the_same_digest(image: Image, tmp_path: Path) -> None:
-    """Built elsewhere, at another time."""
-    again = ImageStore(tmp_path / "cache").build(ImageSpec(), print)
+    """Built elsewhere, at another time: in this user's store, unless the archive has newer packages since."""
+    other = ImageStore().ensure(ImageSpec(), print)
+    if other.manifest.packages != image.manifest.packages:
+        other = ImageStore(tmp_path / "cache").build(ImageSpec(), print)
 
-    assert again.manifest.packages == image.manifest.packages
-    assert again.digest == image.digest
+    assert other.manifest.packages == image.manifest.packages
+    assert other.digest == image.digest
