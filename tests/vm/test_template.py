@@ -1,8 +1,12 @@
 """Warm templates: forks are fast to get, apart from each other, fresh in what must be fresh, and never write back."""
 
 import asyncio
+import contextlib
 import hashlib
+import os
+import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,14 +18,30 @@ from taskvm.paths import cache_dir
 pytestmark = pytest.mark.vm
 
 
-def templates() -> dict[str, str]:
-    """The digest of every file of every template."""
-    base = cache_dir() / "templates"
-    return {
-        str(path.relative_to(base)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(base.glob("[!.]*/*"))  # one with a dot is being built
-        if path.name != "manifest.json"
-    }
+@pytest.fixture
+def own_layout(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """A number that only this test's templates carry: other tests remove and replace those that all share."""
+    layout = 900_000_000 + os.getpid()
+    monkeypatch.setattr("taskvm.vm.template.LAYOUT", layout)
+    yield layout
+    for folder in folders_of(layout):
+        shutil.rmtree(folder)
+
+
+def folders_of(layout: int) -> list[Path]:
+    """The finished templates of one layout; one whose name has a dot is being built."""
+    found = []
+    for manifest in (cache_dir() / "templates").glob("[!.]*/manifest.json"):
+        with contextlib.suppress(FileNotFoundError):  # another test's, removed since it was listed
+            if b'"layout":%d,' % layout in manifest.read_bytes():
+                found.append(manifest.parent)
+    return found
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file that guests are forked from."""
+    names = ("disk.qcow2", "ram", "state")
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
 
 
 async def test_two_forks_share_nothing_that_must_be_unique() -> None:
@@ -49,11 +69,12 @@ async def test_the_clock_is_the_hosts() -> None:
     )  # behind by as long as its first command took to get there
 
 
-async def test_a_fork_never_writes_to_its_template() -> None:
+async def test_a_fork_never_writes_to_its_template(own_layout: int) -> None:
     """A guest that dirties its memory and its disk leaves every file of the template as it was."""
     async with Sandbox.create(**GUEST):
         pass
-    before = templates()
+    (folder,) = folders_of(own_layout)
+    before = digests(folder)
 
     async with Sandbox.create(**GUEST) as vm:
         await vm.exec(
@@ -66,8 +87,7 @@ async def test_a_fork_never_writes_to_its_template() -> None:
             beside = await other.exec("ls -d /usr/share")
 
     assert beside.stdout == "/usr/share\n"
-    after = templates()  # other tests may have made more
-    assert {name: after.get(name) for name in before} == before
+    assert digests(folder) == before
 
 
 async def test_starts_at_the_same_time_share_one_template() -> None:
@@ -79,27 +99,18 @@ async def test_starts_at_the_same_time_share_one_template() -> None:
     assert len({answer.stdout for answer in answers}) == 4
 
 
-async def test_a_damaged_template_is_rebuilt(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_damaged_template_is_rebuilt(own_layout: int) -> None:
     """A template whose files do not match its manifest is not started from."""
     said: list[str] = []
-    monkeypatch.setattr("taskvm.vm.template.LAYOUT", 999_001)  # a template of this test's own
     async with Sandbox.create(**GUEST):
         pass
-    (state,) = [
-        path
-        for path in (cache_dir() / "templates").glob("*/state")
-        if b"999001" in (path.parent / "manifest.json").read_bytes()
-    ]
+    (folder,) = folders_of(own_layout)
+    state = folder / "state"
     state.chmod(0o600)
     state.write_bytes(b"not a state")
 
     async with Sandbox.create(**GUEST, on_progress=said.append) as vm:
         answer = await vm.exec(["echo", "fine"])
-    for path in state.parent.iterdir():
-        path.unlink()
-    state.parent.rmdir()
 
     assert answer.stdout == "fine\n"
     assert any("booting" in line for line in said)

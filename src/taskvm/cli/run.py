@@ -36,7 +36,7 @@ from taskvm.terminal import DEFAULT_SIZE, Terminal
         "taskvm run -- python3 -c 'print(6 * 7)'",
         "taskvm run --mount .:/workspace -- make test                this folder, read and written",
         "taskvm run --mount .:/workspace:review -t -- bash           its changes are shown, then applied",
-        "taskvm run --allow pypi.org --allow files.pythonhosted.org -- pip download six",
+        "taskvm run --allow index.example.org -- pip download -i https://index.example.org/simple six",
         "taskvm run --allow api.github.com --secret GH_TOKEN@api.github.com -- ./report",
         "taskvm run --detach --name tests --mount .:/workspace -- make test; taskvm logs -f tests",
     ),

@@ -1,6 +1,6 @@
 """The file form of a policy, TOML or JSON: its keys and types, and the line where a key stands.
 
-    allow = ["pypi.org", "*.pythonhosted.org"]
+    allow = ["index.example.org", "*.files.example.org"]
 
     [[rules]]
     name = "read the repository"

@@ -41,7 +41,7 @@ INTENT = st.builds(
     target=PATH.map(str.encode),
 )
 FILE = """
-allow = ["pypi.org"]
+allow = ["index.example.org"]
 allow_addresses = ["127.0.0.1:8443"]
 
 [[rules]]
@@ -169,7 +169,11 @@ def test_no_special_address_passes_without_rules(ip: ipaddress.IPv4Address, port
         ("GET", "https://api.test/repos/%2578/issues", False),
         ("OPTIONS", "https://a.api.test:8443/anything", True),
         ("GET", "https://a.api.test/anything", False),
-        ("DELETE", "https://pypi.org//odd/../path", True),  # no path rule: the path decides nothing
+        (
+            "DELETE",
+            "https://index.example.org//odd/../path",
+            True,
+        ),  # no path rule: the path decides nothing
     ],
 )
 def test_the_first_rule_that_names_a_request_decides(method: str, url: str, allowed: bool) -> None:
@@ -190,7 +194,7 @@ def test_a_header_that_overrides_the_method_is_refused_where_methods_decide() ->
     policy = Policy.from_text(FILE)
 
     assert not ask(policy, "GET", "https://api.test/repos/x/issues", overrides=True)
-    assert ask(policy, "GET", "https://pypi.org/x", overrides=True)
+    assert ask(policy, "GET", "https://index.example.org/x", overrides=True)
 
 
 def test_a_denied_method_is_denied_in_small_letters_too() -> None:
@@ -204,9 +208,9 @@ def test_a_denied_method_is_denied_in_small_letters_too() -> None:
 
 
 def test_a_denied_host_does_not_exist_and_a_denied_path_does() -> None:
-    policy = Policy.from_text(FILE).denying("pypi.org", "b.api.test:8443")
+    policy = Policy.from_text(FILE).denying("index.example.org", "b.api.test:8443")
 
-    assert not decide_name(policy, "pypi.org", None).allowed
+    assert not decide_name(policy, "index.example.org", None).allowed
     assert decide_name(policy, "b.api.test", None).allowed  # another port might be allowed
     assert not decide_name(policy, "b.api.test", 8443).allowed
     assert decide_name(policy, "api.test", 443).allowed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import shutil
 import ssl
 import subprocess
 from pathlib import Path
@@ -77,7 +76,6 @@ def test_the_certificate_is_an_authority_that_signs_no_other() -> None:
     assert not usage.value.digital_signature
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command")
 def test_the_openssl_command_verifies_strictly(tmp_path: Path) -> None:
     ca = CertificateAuthority.create()
     client = handshake(ca, "api.test", ca.certificate_pem)

@@ -4,7 +4,6 @@ taskfactory.agents.searchtools) on this host's files.
 
 import asyncio
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from taskfactory.agents.place import host_place, host_roots
 from taskfactory.agents.tools import FileLocks, Tool, ToolContext, ToolOutput, builtin_tools
 from taskfactory.errors import ToolError
 
-needs_ripgrep = pytest.mark.skipif(shutil.which("rg") is None, reason="ripgrep is not installed")
 TOOLS = {tool.name: tool for tool in builtin_tools()}
 
 
@@ -233,7 +231,6 @@ async def test_watchers_of_an_endless_output_hear_its_beginning_only(bench: Benc
 # grep and find...
 
 
-@needs_ripgrep
 async def test_grep_shows_file_line_and_text(bench: Bench) -> None:
     (bench.root / "a.py").write_text("x = 1\nprint(x)\n")
     (bench.root / "b:1.txt").write_text("print\n")
@@ -251,14 +248,12 @@ async def test_grep_shows_file_line_and_text(bench: Bench) -> None:
     assert await bench.text("grep", pattern="nowhere") == "No matches"
 
 
-@needs_ripgrep
 async def test_grep_of_one_file_names_it(bench: Bench) -> None:
     (bench.root / "a").write_text("hit\n")
 
     assert await bench.text("grep", pattern="hit", path="a") == f"{bench.root}/a:1: hit"
 
 
-@needs_ripgrep
 async def test_grep_stops_at_100_matches_and_500_characters(bench: Bench) -> None:
     (bench.root / "a").write_text("".join(f"hit {n}\n" for n in range(300)))
     (bench.root / "b").write_text("long " + "x" * 100_000 + "\n")
@@ -272,7 +267,6 @@ async def test_grep_stops_at_100_matches_and_500_characters(bench: Bench) -> Non
     assert "cut at 500 characters" in long
 
 
-@needs_ripgrep
 async def test_a_match_that_is_not_shown_leaves_no_context_behind(bench: Bench) -> None:
     (bench.root / "a").write_text("hit\n1\n2\n3\n4\nhit\n")
 
@@ -281,7 +275,6 @@ async def test_a_match_that_is_not_shown_leaves_no_context_behind(bench: Bench) 
     assert text.split("\n\n")[0] == "a:1: hit\na-2- 1"
 
 
-@needs_ripgrep
 async def test_what_cannot_be_read_hides_nothing_else(bench: Bench) -> None:
     (bench.root / "a").write_text("hit\n")
     (bench.root / "dangling").symlink_to("nowhere")
@@ -291,7 +284,6 @@ async def test_what_cannot_be_read_hides_nothing_else(bench: Bench) -> None:
     assert await bench.text("find", pattern="a") == "a"
 
 
-@needs_ripgrep
 @pytest.mark.parametrize("pattern", ["--files", "-e", "--pre=touch evil"])
 async def test_a_pattern_is_never_an_option(bench: Bench, pattern: str) -> None:
     (bench.root / "a").write_text("x")
@@ -300,7 +292,6 @@ async def test_a_pattern_is_never_an_option(bench: Bench, pattern: str) -> None:
     assert sorted(path.name for path in bench.root.iterdir()) == ["a"]
 
 
-@needs_ripgrep
 async def test_a_broken_pattern_is_told(bench: Bench) -> None:
     assert "regex parse error" in await bench.error("grep", pattern="(")
 
@@ -318,7 +309,6 @@ async def test_a_place_without_ripgrep_says_so(
         await TOOLS["grep"].run({"pattern": "x"}, context)
 
 
-@needs_ripgrep
 async def test_find_lists_files_and_directories(bench: Bench) -> None:
     for name in ("src/a.py", "src/deep/b.py", "c.txt", ".env", ".git/config", "new\nline.py"):
         path = bench.root / name
@@ -334,7 +324,6 @@ async def test_find_lists_files_and_directories(bench: Bench) -> None:
     assert await bench.text("find", pattern="config") == "No files found"
 
 
-@needs_ripgrep
 async def test_find_respects_gitignore_and_stops_at_its_limit(bench: Bench) -> None:
     (bench.root / ".git").mkdir()
     (bench.root / ".gitignore").write_text("skipped\n")
