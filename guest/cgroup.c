@@ -5,6 +5,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -25,7 +26,17 @@ enum {
 	AGENT_THREADS = 256,   /* pools, mounts, ports, and the kernel's own threads */
 };
 
+/* A leaf has a number of its own as its name, so that one can lie ready for whichever exec comes first. */
+struct leaf {
+	uint32_t name, stream;
+	struct leaf *next;
+};
+
 static int execs = -1;
+/* Execs start in threads of a pool, end in the control thread, and are asked for by the egress thread. */
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static struct leaf *used, *spare;
+static uint32_t last_name;
 
 bool cgroup_write(int group, const char *file, const char *text)
 {
@@ -88,18 +99,79 @@ void cgroup_init(void)
 		fatal("open %s/exec: %s", ROOT, strerror(errno));
 }
 
-static void leaf_name(char name[16], uint32_t stream)
+static void leaf_path(char path[16], uint32_t name)
 {
-	snprintf(name, 16, "%u", stream);
+	snprintf(path, 16, "%u", name);
+}
+
+static struct leaf *make_leaf(void)
+{
+	char path[16];
+	struct leaf *leaf = calloc(1, sizeof(*leaf));
+	if (!leaf)
+		return NULL;
+	pthread_mutex_lock(&lock);
+	leaf->name = ++last_name;
+	pthread_mutex_unlock(&lock);
+	leaf_path(path, leaf->name);
+	if (mkdirat(execs, path, 0755) < 0) {
+		int error = errno;
+		free(leaf);
+		errno = error;
+		return NULL;
+	}
+	return leaf;
+}
+
+void cgroup_prepare(void)
+{
+	if (spare)
+		return;
+	struct leaf *leaf = make_leaf();
+	pthread_mutex_lock(&lock);
+	spare = leaf;
+	pthread_mutex_unlock(&lock);
+}
+
+static struct leaf *take_spare(void)
+{
+	pthread_mutex_lock(&lock);
+	struct leaf *leaf = spare;
+	spare = NULL;
+	pthread_mutex_unlock(&lock);
+	return leaf;
 }
 
 int cgroup_make(uint32_t stream)
 {
-	char name[16];
-	leaf_name(name, stream);
-	if (mkdirat(execs, name, 0755) < 0)
+	char path[16];
+	struct leaf *leaf = take_spare();
+	if (!leaf)
+		leaf = make_leaf();
+	if (!leaf)
 		return -1;
-	return openat(execs, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	leaf->stream = stream;
+	leaf_path(path, leaf->name);
+	pthread_mutex_lock(&lock);
+	leaf->next = used;
+	used = leaf;
+	pthread_mutex_unlock(&lock);
+	int group = openat(execs, path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (group < 0) {
+		int error = errno;
+		cgroup_remove(stream);
+		errno = error;
+	}
+	return group;
+}
+
+/* The link to the first used leaf whose stream, or else whose name, is this one. Call it with the lock. */
+static struct leaf **find_used(uint32_t stream, uint32_t name)
+{
+	struct leaf **link = &used;
+	while (*link && (stream ? (*link)->stream != stream : (*link)->name != name))
+		link = &(*link)->next;
+	return link;
 }
 
 uint32_t cgroup_owner(uint64_t id)
@@ -113,12 +185,18 @@ uint32_t cgroup_owner(uint64_t id)
 	int group = open_by_handle_at(execs, &name.handle, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	if (group < 0)
 		return 0;
-	char link[32], path[64]; /* longer ones are cut behind the exec's number */
+	char link[32], path[64]; /* longer ones are cut behind the leaf's name */
 	snprintf(link, sizeof(link), "/proc/self/fd/%d", group);
 	ssize_t length = readlink(link, path, sizeof(path) - 1);
 	close(group);
 	path[length > 0 ? length : 0] = 0;
-	return strncmp(path, ABOVE, sizeof(ABOVE) - 1) ? 0 : (uint32_t)strtoul(path + sizeof(ABOVE) - 1, NULL, 10);
+	if (strncmp(path, ABOVE, sizeof(ABOVE) - 1))
+		return 0;
+	pthread_mutex_lock(&lock);
+	const struct leaf *leaf = *find_used(0, (uint32_t)strtoul(path + sizeof(ABOVE) - 1, NULL, 10));
+	uint32_t stream = leaf ? leaf->stream : 0;
+	pthread_mutex_unlock(&lock);
+	return stream;
 }
 
 static void remove_below(int directory, int depth)
@@ -143,16 +221,32 @@ static void remove_below(int directory, int depth)
 	closedir(entries);
 }
 
+static bool remove_leaf(uint32_t name)
+{
+	char path[16];
+	leaf_path(path, name);
+	if (unlinkat(execs, path, AT_REMOVEDIR) == 0 || errno == ENOENT)
+		return true;
+	int directory = openat(execs, path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (directory >= 0)
+		remove_below(directory, 0);
+	return unlinkat(execs, path, AT_REMOVEDIR) == 0 || errno == ENOENT;
+}
+
 bool cgroup_remove(uint32_t stream)
 {
-	char name[16];
-	leaf_name(name, stream);
-	if (unlinkat(execs, name, AT_REMOVEDIR) == 0 || errno == ENOENT)
+	pthread_mutex_lock(&lock);
+	struct leaf *leaf = *find_used(stream, 0);
+	pthread_mutex_unlock(&lock);
+	if (!leaf)
 		return true;
-	int leaf = openat(execs, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	if (leaf >= 0)
-		remove_below(leaf, 0);
-	return unlinkat(execs, name, AT_REMOVEDIR) == 0 || errno == ENOENT;
+	if (!remove_leaf(leaf->name))
+		return false;
+	pthread_mutex_lock(&lock);
+	*find_used(stream, 0) = leaf->next;
+	pthread_mutex_unlock(&lock);
+	free(leaf);
+	return true;
 }
 
 void cgroup_kill(int group)

@@ -235,6 +235,7 @@ static void come_to_rest(void)
 	const struct itimerspec soon = {.it_value.tv_sec = FREEZE_SECONDS};
 	freezing = true;
 	timerfd_settime(deadline, 0, &soon, NULL);
+	cgroup_prepare();
 	cgroup_freeze_all(true);
 	freeze_ready(NULL, 0);
 }

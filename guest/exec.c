@@ -147,10 +147,11 @@ static void finish(struct exec *exec)
 	write_exit(exec);
 	output_limit(&exec->out);
 	output_limit(&exec->err);
+	advance(exec); /* the host learns of the end before its cgroup is removed, which takes longer than all else here */
 	remove_group(exec);
-	advance(exec);
 	if (!exec->alone)
 		watch_group(exec);
+	retire(exec);
 }
 
 static void children_ready(struct source *source, uint32_t events)

@@ -99,9 +99,13 @@ static bool write_file(const struct request *file, struct failure *failure)
 		return false;
 	if (!request_find(file, "data", &data) || data.type != MSGPACK_BYTES)
 		return fail_call(failure, EINVAL, "data");
-	if (!tree_make_parents(path, (struct owner){0, 0}, failure))
-		return false;
-	int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NONBLOCK | (append ? O_APPEND : O_TRUNC), 0600);
+	const int flags = O_RDWR | O_CREAT | O_CLOEXEC | O_NONBLOCK | (append ? O_APPEND : O_TRUNC);
+	int fd = open(path, flags, 0600);
+	if (fd < 0 && errno == ENOENT) {
+		if (!tree_make_parents(path, (struct owner){0, 0}, failure))
+			return false;
+		fd = open(path, flags, 0600);
+	}
 	if (fd < 0)
 		return fail_call(failure, errno, "open");
 	bool good = write_data(fd, append, &data, failure);
@@ -125,10 +129,8 @@ static bool write_files(const struct request *request, struct failure *failure)
 		const uint8_t *start = reader.next;
 		if (!msgpack_read_whole(&reader, &item) || item.type != MSGPACK_MAP)
 			return fail_call(failure, EINVAL, "files");
-		struct request *file = request_part(start, (size_t)(reader.next - start));
-		bool good = file ? write_file(file, failure) : fail_call(failure, ENOMEM, "malloc");
-		free(file);
-		if (!good)
+		const struct request file = {.length = (size_t)(reader.next - start), .map = start};
+		if (!write_file(&file, failure))
 			return false;
 	}
 	return true;

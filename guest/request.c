@@ -5,22 +5,14 @@
 #include <stdlib.h>
 #include <string.h>
 
-struct request *request_part(const uint8_t *map, size_t length)
-{
-	struct request *request = malloc(sizeof(*request) + length);
-	if (!request)
-		return NULL;
-	request->stream = 0;
-	request->length = length;
-	memcpy(request->map, map, length);
-	return request;
-}
-
 struct request *request_copy(const struct frame *frame)
 {
-	struct request *request = request_part(frame->payload, frame->length);
-	if (request)
-		request->stream = frame->stream;
+	struct request *request = malloc(sizeof(*request) + frame->length);
+	if (!request)
+		return NULL;
+	uint8_t *map = (uint8_t *)(request + 1);
+	memcpy(map, frame->payload, frame->length);
+	*request = (struct request){.stream = frame->stream, .length = frame->length, .map = map};
 	return request;
 }
 

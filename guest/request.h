@@ -13,7 +13,7 @@
 struct request {
 	uint32_t stream;
 	size_t length;
-	uint8_t map[];
+	const uint8_t *map; /* of the caller's, or behind the struct (request_copy) */
 };
 
 /* Why an operation failed: `call` is the system call or the field, and NULL when it did not fail. */
@@ -24,8 +24,6 @@ struct failure {
 
 /* A copy that the caller frees, or NULL when memory is out. The map must be valid (msgpack_valid). */
 struct request *request_copy(const struct frame *frame);
-/* The same of a map inside another. */
-struct request *request_part(const uint8_t *map, size_t length);
 bool request_find(const struct request *request, const char *key, struct msgpack_value *value);
 /* A map among the fields, to be read with msgpack_find; NULL when it is missing, nil or something else. */
 const uint8_t *request_map(const struct request *request, const char *key, size_t *length);

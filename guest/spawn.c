@@ -9,7 +9,9 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <signal.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
@@ -27,6 +29,8 @@ enum { MAX_GROUPS = 64, CHILD_STACK = 32 * 1024 };
 
 #define DEFAULT_PATH "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
+enum { STRINGS_ROOM = 16 * 1024 };
+
 /* What the child reads and, where it fails, writes. */
 struct child {
 	char **argv, **env, cwd[PATH_MAX];
@@ -35,13 +39,56 @@ struct child {
 	int in, out, err;
 	bool tty;
 	struct failure failure;
+	size_t used; /* of `room`, for the strings of most programs; those of others come from the heap */
+	_Alignas(16) char room[STRINGS_ROOM];
 	_Alignas(16) char stack[CHILD_STACK];
 };
+
+/* One is kept for the next program. From the heap, which libc maps and unmaps for so much memory, it was a tenth of all the code
+ * that a fork runs until its first command has answered; and without KVM each piece of that is translated anew. */
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static struct child *kept;
+
+static struct child *take_child(void)
+{
+	pthread_mutex_lock(&lock);
+	struct child *child = kept;
+	kept = NULL;
+	pthread_mutex_unlock(&lock);
+	return child ? child : malloc(sizeof(*child));
+}
+
+static void *take_room(struct child *child, size_t size)
+{
+	const size_t place = (child->used + _Alignof(max_align_t) - 1) & ~(_Alignof(max_align_t) - 1);
+	if (size > sizeof(child->room) || place > sizeof(child->room) - size)
+		return malloc(size);
+	child->used = place + size;
+	return child->room + place;
+}
+
+static void free_room(struct child *child, char **strings)
+{
+	const uintptr_t place = (uintptr_t)strings, room = (uintptr_t)child->room;
+	if (place < room || place >= room + sizeof(child->room))
+		free(strings);
+}
+
+static void keep_child(struct child *child)
+{
+	free_room(child, child->argv);
+	free_room(child, child->env);
+	pthread_mutex_lock(&lock);
+	struct child *other = kept;
+	kept = child;
+	pthread_mutex_unlock(&lock);
+	free(other);
+}
 
 /* Arguments. */
 
 /* An array of byte strings as one block: the pointers, NULL, and the strings behind. */
-static char **copy_strings(const struct request *request, const char *key, struct failure *failure)
+static char **copy_strings(const struct request *request, const char *key, struct child *child, struct failure *failure)
 {
 	struct msgpack_value list, item;
 	if (!request_find(request, key, &list) || list.type != MSGPACK_ARRAY) {
@@ -49,7 +96,7 @@ static char **copy_strings(const struct request *request, const char *key, struc
 		return NULL;
 	}
 	/* Each string takes at least its tag in the map, so the map's length bounds text and terminators. */
-	char **strings = malloc((list.length + 1) * sizeof(char *) + request->length);
+	char **strings = take_room(child, (list.length + 1) * sizeof(char *) + request->length);
 	if (!strings) {
 		fail_call(failure, ENOMEM, key);
 		return NULL;
@@ -59,7 +106,7 @@ static char **copy_strings(const struct request *request, const char *key, struc
 	for (size_t i = 0; i < list.length; i++) {
 		if (!msgpack_read_whole(&reader, &item) || item.type != MSGPACK_BYTES || memchr(item.bytes, 0, item.length)) {
 			fail_call(failure, EINVAL, key);
-			free(strings);
+			free_room(child, strings);
 			return NULL;
 		}
 		strings[i] = text;
@@ -103,12 +150,12 @@ static bool read_program(const struct request *request, struct child *child, str
 {
 	if (!request_path(request, "cwd", child->cwd, failure) || !read_identity(request, child, failure))
 		return false;
-	child->argv = copy_strings(request, "argv", failure);
+	child->argv = copy_strings(request, "argv", child, failure);
 	if (!child->argv)
 		return false;
 	if (!child->argv[0] || !child->argv[0][0])
 		return fail_call(failure, EINVAL, "argv");
-	child->env = copy_strings(request, "env", failure);
+	child->env = copy_strings(request, "env", child, failure);
 	return child->env != NULL;
 }
 
@@ -321,12 +368,12 @@ static bool run(struct spawn *spawn, struct child *child)
 static void run_job(struct job *job)
 {
 	struct spawn *spawn = container_of(job, struct spawn, job);
-	struct child *child = malloc(sizeof(*child));
+	struct child *child = take_child();
 	if (!child) {
 		fail_call(&spawn->failure, ENOMEM, "malloc");
 		return;
 	}
-	memset(child, 0, offsetof(struct child, stack));
+	memset(child, 0, offsetof(struct child, room));
 	child->in = child->out = child->err = -1;
 	if (!run(spawn, child)) {
 		close_all((int *const[]){&spawn->in, &spawn->out, &spawn->err}, 3);
@@ -335,9 +382,7 @@ static void run_job(struct job *job)
 		close_all((int *const[]){&spawn->cgroup}, 1);
 	}
 	close_all((int *const[]){&child->in, &child->out, &child->err}, 3);
-	free(child->argv);
-	free(child->env);
-	free(child);
+	keep_child(child);
 }
 
 void spawn_init(struct spawn *spawn, struct request *request)

@@ -12,7 +12,7 @@ from taskvm.identity import ENTROPY_BYTES, GuestUser, account_request
 from taskvm.port import FramePort
 from taskvm.vm.control import Control
 from taskvm.vm.machine import Machine
-from taskvm.wire.control import Done, ExecRequest, MkdirRequest, Started
+from taskvm.wire.control import Done, ExecRequest, MkdirRequest, Started, SyncRequest
 from taskvm.wire.frames import PORT_FS, PORT_NET
 
 # A cold boot takes 4-6 s without KVM on a quiet machine, several times that on one that builds images beside it.
@@ -57,6 +57,8 @@ async def reach_ready(machine: Machine, user: GuestUser) -> Ports:
         await wait_hello(machine, ports.control)
         await add_account(ports.control, user)
         await _warm(ports.control)
+        # Else each fork writes back what the boot has left to be written, seconds after its start.
+        await ports.control.request(SyncRequest(), Done, "write the guest's files back")
     except BaseException:
         ports.close()
         raise
