@@ -63,7 +63,11 @@ class SandboxSecret(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 class SandboxConfig(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """What one task's sandbox may do. `image_path` and `checkpoint_path` are store names or the user's own paths."""
+    """What one task's sandbox may do.
+
+    `image_path` is a name or digest of the image store, never a path; `checkpoint_path` a name of the checkpoint
+    store, or the user's own absolute path.
+    """
 
     enabled: bool = False
     allowed_hosts: tuple[str, ...] = ()
@@ -143,7 +147,7 @@ def _read_workspace(reader: _Reader, *, env_default: bool) -> SandboxConfig:
         enabled=env_default if enabled is None else enabled,
         allowed_hosts=reader.hosts("allowedHosts"),
         secrets=_workspace_secrets(reader),
-        image_path=reader.text("imagePath"),
+        image_path=_store_name(reader, "imagePath"),
         checkpoint_path=reader.text("checkpointPath"),
         task_may_allow=reader.hosts("taskMayAllow"),
         on_unavailable=_on_unavailable(reader),
@@ -241,14 +245,22 @@ def _apply_task(reader: _Reader, ceiling: SandboxConfig) -> SandboxConfig:
         reader.problem(
             ("enabled",), "the workspace is for review, which needs a sandbox: set it to true"
         )
-    allowed = _task_hosts(reader, ceiling)
+    image, checkpoint = _store_name(reader, "imagePath"), _store_name(reader, "checkpointPath")
+    if image and not checkpoint and ceiling.checkpoint_path:
+        reader.problem(
+            ("imagePath",),
+            f"the workspace starts from the checkpoint {ceiling.checkpoint_path}, which has an image"
+            " of its own: leave it out, or name a checkpointPath",
+        )
     return msgspec.structs.replace(
         ceiling,
         enabled=ceiling.enabled or enabled is True,
-        allowed_hosts=allowed,
+        allowed_hosts=_task_hosts(reader, ceiling),
         secrets=_task_secrets(reader, ceiling),
-        image_path=_store_name(reader, "imagePath") or ceiling.image_path,
-        checkpoint_path=_store_name(reader, "checkpointPath") or ceiling.checkpoint_path,
+        image_path=image or ceiling.image_path,
+        checkpoint_path=checkpoint or ceiling.checkpoint_path,
+        # Whoever chose what cannot start must not get the host for it.
+        on_unavailable="refuse" if image or checkpoint else ceiling.on_unavailable,
     )
 
 
@@ -296,7 +308,7 @@ def _store_name(reader: _Reader, key: str) -> str | None:
     name = reader.text(key)
     if name is not None and not _STORE_NAME.match(name):
         reader.problem(
-            (key,), f"{name!r} is not a name of the user's store; a task cannot give a path"
+            (key,), f"{name!r} is not a name of the user's store; a path cannot stand here"
         )
     return name
 

@@ -2,7 +2,8 @@
 
 Rule 1: with the sandbox off, taskvm is never imported.
 Rule 2: a sandbox that cannot start refuses the task. The host takes its place only where the user's
-        own sandbox.json says `"onUnavailable": "host"`, and never for a mistake in the settings.
+        own sandbox.json says `"onUnavailable": "host"`, only because a part of the sandbox is not
+        installed, and never when the task chose what to start from.
 Rule 3: nothing of the host's environment reaches the guest, and nothing that an agent can write
         decides about it.
 """
@@ -78,7 +79,7 @@ class _Wish:
 
 
 async def _enter(wish: _Wish, stack: AsyncExitStack) -> Place:
-    from taskvm.errors import CheckpointError, HostError, TaskvmError
+    from taskvm.errors import TaskvmError
 
     try:
         vm = await stack.enter_async_context(_sandbox(wish))
@@ -86,16 +87,25 @@ async def _enter(wish: _Wish, stack: AsyncExitStack) -> Place:
             # On every path, before the sandbox goes.
             stack.push_async_callback(_keep_changes, vm, wish)
         return await _sandbox_place(vm, wish)
-    except HostError as error:
-        # A host that lacks QEMU is one thing; a checkpoint that is damaged or forged is no reason to go without, nor is
-        # work that was to be reviewed before it is done.
-        never = wish.config.workspace_mode == "review" or isinstance(error, CheckpointError)
-        if never or wish.config.on_unavailable != "host":
+    except TaskvmError as error:
+        if not _host_takes_over(wish.config, error):
             raise EnvironmentUnavailable(_refusal(error)) from error
         wish.say(f"NO SANDBOX: {error}. The workspace's file allows the host: the task runs there")
         return host_place(wish.workspace)
-    except TaskvmError as error:
-        raise EnvironmentUnavailable(_refusal(error)) from error
+
+
+def _host_takes_over(config: SandboxConfig, error: Exception) -> bool:
+    """Whether the user's `"onUnavailable": "host"` means this failure: a part of the sandbox is not installed.
+
+    Everything else refuses, since an agent may have brought it about: an earlier guest fills the disk or the memory,
+    a task's file names an image that is not there. A part that is missing has no cause besides; a QEMU that was
+    started and failed has one. What was to be reviewed before it is done is not done without.
+    """
+    from taskvm.errors import UnavailableError
+
+    chosen = config.on_unavailable == "host" and config.workspace_mode != "review"
+    missing = isinstance(error, UnavailableError) and error.__cause__ is None
+    return chosen and missing
 
 
 def _refusal(error: Exception) -> str:

@@ -51,7 +51,7 @@ def open_workspace(path: Path, home: Path, config_path: Path | None = None) -> W
     entry = _registered(root, home)
     if config_path is None and entry is not None:
         candidate = home / "workspaces" / entry[0] / "sandbox.json"
-        config_path = candidate if candidate.exists() else None
+        config_path = candidate if _may_say(candidate) else None
     if config_path is not None:
         refuse_inside(root, config_path, "sandbox file")
     workspace_id, name = entry or (None, root.name)
@@ -86,9 +86,24 @@ def _way(path: Path) -> Iterator[Path]:
             rest += [part for part in reversed(target.parts) if part != "/"]
 
 
+def _may_say(path: Path) -> bool:
+    """Whether the user may have a file at `path`: only one that is certainly missing says nothing.
+
+    A link that leads nowhere (a disk that is not mounted) or a directory that may not be entered hides what it says,
+    perhaps that a sandbox is demanded. Reading it is an error then.
+    """
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return any(place.is_symlink() and not place.exists() for place in _way(path))
+    except OSError:
+        return True
+    return True
+
+
 def _registered(root: Path, home: Path) -> tuple[str, str] | None:
     registry = home / "workspaces.json"
-    if not registry.exists():
+    if not _may_say(registry):
         return None
     document = read_document(registry)
     if not isinstance(document.data, list):

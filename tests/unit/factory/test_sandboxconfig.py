@@ -298,3 +298,28 @@ def test_a_files_own_path_is_in_its_problems(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match=rf"{path}:2: enabled: "):
         merge_sandbox(workspace=read_document(path).source(), task=None, env_default=False)
+
+
+# What to start from...
+
+
+@pytest.mark.parametrize("key", ["imagePath", "checkpointPath"])
+def test_a_task_that_chooses_what_to_start_from_never_gets_the_host(key: str) -> None:
+    """What it names may not be there, or be of a processor whose QEMU is missing."""
+    workspace = '{"enabled": true, "onUnavailable": "host"}'
+
+    assert merge(workspace).on_unavailable == "host"
+    assert merge(workspace, f"{key}: mine").on_unavailable == "refuse"
+
+
+def test_a_tasks_image_beside_its_workspaces_checkpoint_is_a_conflict() -> None:
+    """The checkpoint has its own: the task's would be ignored in silence."""
+    workspace = '{"enabled": true, "checkpointPath": "dev-base"}'
+
+    [problem] = problems(workspace, "imagePath: py")
+    assert problem.startswith("task.yaml:1: imagePath: the workspace starts from the checkpoint")
+    assert merge('{"imagePath": "py"}', "checkpointPath: dev-base").checkpoint_path == "dev-base"
+
+
+def test_a_workspaces_image_is_a_name_of_the_store() -> None:
+    assert "sandbox.json:1: imagePath: " in problems('{"imagePath": "/var/images/mine"}')[0]

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,15 @@ from taskfactory.agents.place import Refusal
 from taskfactory.errors import EnvironmentUnavailable, UnsafePathError
 from taskfactory.sandboxconfig import SandboxConfig, SandboxSecret
 from taskfactory.sandboxing import open_place, read_refusals
+from taskvm import Sandbox
+from taskvm.errors import (
+    CheckpointError,
+    HostError,
+    ImageError,
+    SandboxLostError,
+    TaskvmError,
+    UnavailableError,
+)
 
 RUN_WITHOUT = """
 import asyncio, sys
@@ -87,6 +98,56 @@ async def test_without_qemu_the_users_own_file_may_choose_the_host(
     monkeypatch.setenv("PATH", str(tmp_path))
 
     assert not await enter(SandboxConfig(enabled=True, on_unavailable="host"), tmp_path)
+
+
+@pytest.mark.parametrize("image", ["nosuch", "another/path"])
+async def test_an_image_that_cannot_be_used_never_leads_to_the_host(
+    tmp_path: Path, image: str
+) -> None:
+    config = SandboxConfig(enabled=True, image_path=image, on_unavailable="host")
+
+    with pytest.raises(EnvironmentUnavailable, match="find "):
+        await enter(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        HostError("make the memory file ram", "512 MiB are needed and 0 MiB are free"),
+        ImageError("build an image", "the archive does not answer"),
+        CheckpointError("use the checkpoint x", "its disk was changed"),
+        SandboxLostError("start a guest", "the virtual machine ended"),
+    ],
+)
+async def test_what_an_earlier_guest_may_have_brought_about_never_leads_to_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: TaskvmError
+) -> None:
+    """A full disk, for one: a guest can fill it through its mount."""
+    monkeypatch.setattr("taskvm.Sandbox.create", failing(failure))
+
+    with pytest.raises(EnvironmentUnavailable, match="Nothing was run on the host"):
+        await enter(SandboxConfig(enabled=True, on_unavailable="host"), tmp_path)
+
+
+async def test_a_qemu_that_was_started_and_failed_never_leads_to_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a host that guests keep busy, or whose memory they fill, it does not come up."""
+    failure = UnavailableError("start qemu", "QEMU did not come up (no answer)")
+    failure.__cause__ = TimeoutError()
+    monkeypatch.setattr("taskvm.Sandbox.create", failing(failure))
+
+    with pytest.raises(EnvironmentUnavailable, match="did not come up"):
+        await enter(SandboxConfig(enabled=True, on_unavailable="host"), tmp_path)
+
+
+def failing(error: TaskvmError) -> Callable[..., AbstractAsyncContextManager[Sandbox]]:
+    @asynccontextmanager
+    async def create(**options: object) -> AsyncIterator[Sandbox]:
+        raise error
+        yield
+
+    return create
 
 
 async def test_a_mistake_in_the_settings_never_leads_to_the_host(tmp_path: Path) -> None:

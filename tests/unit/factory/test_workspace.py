@@ -70,6 +70,23 @@ def test_a_named_file_replaces_the_registered_one(home: Path, project: Path) -> 
     assert open_workspace(project, home, other).config_path == other
 
 
+@pytest.mark.parametrize(
+    "broken", ["workspaces.json", "workspaces", "workspaces/uuid-1/sandbox.json"]
+)
+@pytest.mark.parametrize("target", ["nowhere", "itself"])
+def test_a_file_that_cannot_be_found_out_about_is_no_missing_file(
+    home: Path, project: Path, broken: str, target: str
+) -> None:
+    """A link to a disk that is not mounted: what it says may be that a sandbox is demanded."""
+    register(home, project)
+    path = home / broken
+    path.rename(home / "elsewhere")
+    path.symlink_to(path if target == "itself" else "/mnt/not-mounted/file")
+
+    with pytest.raises((ConfigError, UnsafePathError), match="cannot be read|links lead to it"):
+        open_workspace(project, home).sandbox_source()
+
+
 def test_a_file_in_the_workspace_is_refused(home: Path, project: Path) -> None:
     inside = project / "sandbox.json"
     inside.write_text("{}")
