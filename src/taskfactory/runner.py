@@ -96,9 +96,11 @@ class _Run:
             raise
         finally:
             event = SessionShutdown(outcome=outcome)
-            self.emit(event)
-            for failure in await hooks.session_shutdown(event):
-                self.emit(Status(text=str(failure)))
+            try:
+                self.emit(event)
+            finally:  # the output may be gone, and the record's disk full
+                for failure in await hooks.session_shutdown(event):
+                    self.emit(Status(text=str(failure)))
 
     def summary(self, outcome: str, error: str = "") -> Summary:
         return Summary(

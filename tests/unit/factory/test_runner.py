@@ -147,6 +147,28 @@ async def test_every_shutdown_handler_runs_though_one_fails(run: Run) -> None:
     assert any(isinstance(event, Status) and "oops" in event.text for event in run.events)
 
 
+@pytest.mark.parametrize("at", [SessionStart, SessionShutdown])
+async def test_every_shutdown_handler_runs_though_nothing_can_be_written(
+    run: Run, at: type[AnyEvent]
+) -> None:
+    """`| head -1`, or a full disk: from some event on, each one fails."""
+    broken = False
+
+    def emit(event: AnyEvent) -> None:
+        nonlocal broken
+        broken = broken or isinstance(event, at)
+        if broken:
+            raise OSError("no reader")
+
+    model = ScriptedModel.from_document(parse_document(WORKS, "s"))
+    with pytest.raises(OSError, match="no reader"):
+        await run_task(TASK, run.place(), model, run.hooks, emit)
+
+    assert run.happened[0] == "acquired"
+    assert run.happened[-2] == "released"
+    assert run.happened[-1] in ("error", "success")
+
+
 async def test_the_summary_has_what_was_refused_by_then(run: Run) -> None:
     refusals: list[Refusal] = []
 

@@ -37,6 +37,32 @@ def test_an_argument_means_a_path_of_the_place(given_path: str, meant: str) -> N
     assert PATHS.resolve(given_path) == meant
 
 
+# A workspace that lies on the host where a guest has its own: /workspace/src holds src/main.py.
+BELOW = PathMap(host_roots=("/workspace/src",), root="/workspace", home="/root")
+
+
+@pytest.mark.parametrize(
+    ("given_path", "meant"),
+    [
+        ("src/main.py", "/workspace/src/main.py"),
+        ("/workspace/src/main.py", "/workspace/src/main.py"),
+        ("/workspace/main.py", "/workspace/main.py"),
+    ],
+)
+def test_what_lies_under_the_guests_root_is_the_guests(given_path: str, meant: str) -> None:
+    assert BELOW.resolve(given_path) == meant
+    assert BELOW.map_text(f"cat {given_path}") == f"cat {given_path}"
+
+
+def test_only_an_absolute_argument_may_be_the_hosts() -> None:
+    """The guest's home is not the host's, though both are called so."""
+    paths = PathMap(host_roots=("/root/app", "/home"), root="/workspace", home="/root")
+
+    assert paths.resolve("~/app/x") == "/root/app/x"
+    assert paths.resolve("../home/x") == "/home/x"
+    assert paths.resolve("/root/app/x") == "/workspace/x"
+
+
 def test_a_nul_is_refused() -> None:
     with pytest.raises(ValueError, match="NUL"):
         PATHS.resolve("a\0b")
@@ -48,7 +74,7 @@ def test_a_meant_path_is_absolute_and_normal(text: str) -> None:
 
     assert path.startswith("/")
     assert ".." not in path.split("/")
-    assert not path.startswith("/home/me/app/")
+    assert not (text.removeprefix("@").startswith("/") and path.startswith("/home/me/app/"))
 
 
 @pytest.mark.parametrize(
