@@ -21,6 +21,9 @@ _BOM = "\ufeff"
 # Between the first and the last changed line; a diff of more takes longer than anyone would read it.
 MAX_DIFF_LINES = 2000
 _CONTEXT = 3  # lines around a change
+_LINE_END = re.compile(r"[^\S\n]*(?:\n|\Z)")
+_LAST_BLANKS = re.compile(r"[^\S\n]+\Z")
+_END = "\0"  # no blank: what stands before it is not at the end of a line
 _HUNK = re.compile(r"\A@@ -(\d+)(,\d+|) \+(\d+)(,\d+|) @@\Z")
 # Quotes, and hyphens, dashes and the minus sign, by code point.
 _LOOKALIKES = (
@@ -109,10 +112,8 @@ def _find(text: str, old: str, label: str) -> tuple[int, int]:
     wanted = _to_lf(old.removeprefix(_BOM))
     if not wanted:
         raise ToolError(f"{label}: oldText is empty; give the text to replace, or use write")
-    for normalise in (_exactly, _alike):
-        view = _View(text, normalise)
-        needle = _View(wanted, normalise).text
-        hits = view.find_all(needle) if needle.strip() or normalise is _exactly else []
+    for search in (_find_exactly, _find_alike):
+        hits = search(text, wanted)
         if len(hits) == 1:
             return hits[0]
         if hits:
@@ -122,6 +123,23 @@ def _find(text: str, old: str, label: str) -> tuple[int, int]:
                 " add lines around it until it is unique"
             )
     raise ToolError(f"{label}: oldText is not in the file; read the file again and copy it exactly")
+
+
+def _find_exactly(text: str, wanted: str) -> list[tuple[int, int]]:
+    return _View(text, _exactly).find_all(_View(wanted, _exactly).text)
+
+
+def _find_alike(text: str, wanted: str) -> list[tuple[int, int]]:
+    view = _View(text, _alike)
+    whole = _View(wanted + _END, _alike).text[: -len(_END)]
+    bare = _LAST_BLANKS.sub("", whole)
+    if not bare.strip():
+        return []
+    hits = view.find_all(whole)
+    if bare != whole:
+        # Blanks that end the wanted text are those at the end of a line, or they are meant.
+        hits += [hit for hit in view.find_all(bare) if _LINE_END.match(text, hit[1])]
+    return hits
 
 
 class _View:

@@ -81,6 +81,37 @@ def test_a_look_alike_match_changes_only_what_it_matched() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "old"),
+    [
+        ("x = 10", "x = 1 "),
+        ("x = 1 + 1", "x = 1  "),
+        ("a\nbc", "a\nb\t"),
+        ("\u201ca\u201db", '"a" '),
+    ],
+)
+def test_blanks_that_end_the_old_text_are_no_letters(text: str, old: str) -> None:
+    """They may stand for none at the end of a line, never in the middle of a word."""
+    with pytest.raises(ToolError, match="not in the file"):
+        edit(text, (old, "NEW"))
+
+
+@pytest.mark.parametrize(
+    ("text", "old", "edited"),
+    [
+        ("x = 1\ny", "x = 1 ", "NEW\ny"),
+        ("x = 1\t\ny", "x = 1  ", "NEW\t\ny"),
+        ("x = 10\nx = 1", "x = 1 ", "x = 10\nNEW"),
+        ("it\u2019s here", "it's ", "NEWhere"),
+        ("a\u2014\n    b", "a-\n  ", "NEW  b"),
+    ],
+)
+def test_blanks_that_end_the_old_text_match_blanks_or_a_lines_end(
+    text: str, old: str, edited: str
+) -> None:
+    assert edit(text, (old, "NEW")) == edited
+
+
 def test_half_a_ligature_is_no_match() -> None:
     with pytest.raises(ToolError, match="not in the file"):
         edit("\ufb01le", ("ile", "x"))
