@@ -1,12 +1,13 @@
 """The command line: `taskfactory run` runs one task with a scripted agent.
 
 Exit codes: 0 the task was done, 1 it failed or was refused, 2 wrong usage or a wrong file, 130 ended
-by Ctrl-C or SIGTERM, 141 ended because nobody reads the output any more.
+by Ctrl-C, SIGTERM or SIGHUP, 141 ended because nobody reads the output any more.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -85,7 +86,8 @@ def run(
         click.echo(escape_block(str(error)), err=True)
         sys.exit(2)
     except (KeyboardInterrupt, asyncio.CancelledError):
-        click.echo("Ended on request; whatever the task had started is gone.", err=True)
+        with contextlib.suppress(OSError):  # the terminal may be what has gone
+            click.echo("Ended on request; whatever the task had started is gone.", err=True)
         sys.exit(_INTERRUPTED)
     except _WritingFailed as failure:
         sys.exit(_say_why(failure))
@@ -145,10 +147,18 @@ def _hooks(request: _Request) -> Hooks:
 
 
 async def _until_signal(work: Coroutine[Any, Any, Summary]) -> Summary:
-    """Do the work; SIGTERM cancels it as Ctrl-C does, so that the sandbox is released."""
+    """Do the work; SIGTERM and SIGHUP cancel it as Ctrl-C does, so that the sandbox is released and changes kept."""
     task = asyncio.current_task()
     assert task is not None, "this is a coroutine of asyncio.run"
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+
+    def stop() -> None:
+        # Once: a terminal that closes sends SIGHUP, and its shell sends another one into the tidying up.
+        if not task.cancelling():
+            task.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # `nohup`
+            asyncio.get_running_loop().add_signal_handler(number, stop)
     return await work
 
 
@@ -185,7 +195,8 @@ def _say_why(failure: _WritingFailed) -> int:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if isinstance(failure.error, BrokenPipeError):
         return _NO_READER
-    click.echo(escape(f"{failure}. Free space or permissions"), err=True)
+    with contextlib.suppress(OSError):
+        click.echo(escape(f"{failure}. Free space or permissions"), err=True)
     return 1
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from taskfactory.agents.paths import PathMap
 from taskfactory.agents.place import Place, Refusal, host_place, host_roots
 from taskfactory.errors import EnvironmentLost, EnvironmentUnavailable, OperationError
 from taskfactory.sandboxconfig import SandboxConfig
+from taskfactory.taskfile import replace_file
 from taskfactory.workspace import refuse_inside
 
 if TYPE_CHECKING:
@@ -140,10 +142,31 @@ async def _keep_changes(vm: Sandbox, wish: _Wish) -> None:
     """Write what the task changed as a patch beside the record: nobody is there to be asked."""
     with await vm.changes(GUEST_ROOT) as changes:
         if len(changes):
-            patch = wish.audit_path.with_name("changes.patch")
             text = await asyncio.to_thread(changes.diff, binary=True)
-            patch.write_bytes(text.encode("utf-8", "surrogateescape"))
+            data = text.encode("utf-8", "surrogateescape")
+            patch = await asyncio.to_thread(keep_patch, data, wish.audit_path.parent)
             wish.say(f"{len(changes)} changes wait for review: read {patch}, then `git apply` it")
+
+
+def keep_patch(data: bytes, record: Path) -> Path:
+    """Write a patch beside a run's record, or below /tmp when that is not possible, and return where it is.
+
+    The sandbox that the changes lie in is about to go. Raises EnvironmentLost.
+    """
+    failures = []
+    for elsewhere in (False, True):
+        try:
+            directory = tempfile.mkdtemp(prefix="taskfactory-changes-") if elsewhere else record
+            patch = Path(directory) / "changes.patch"
+            replace_file(patch, data, mode=0o600)
+        except OSError as error:
+            failures.append(f"{error.filename or record}: {error.strerror or error}")
+        else:
+            return patch
+    raise EnvironmentLost(
+        f"keep the task's changes: they cannot be written ({'; '.join(failures)}), and are lost."
+        " Free disk space and run the task again"
+    )
 
 
 def _shadowed(config: SandboxConfig, workspace: HostDir) -> Provider:

@@ -86,10 +86,13 @@ def create(path: Path, task: Task) -> TaskFile:
     return load(path)
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Replace a file's content in one step, durably. A reader sees the old content or the new."""
+def replace_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+    """Replace a file's content in one step, durably. A reader sees the old content or the new.
+
+    `mode` is that of a new file; one that exists keeps its own.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-    mode = path.stat().st_mode & 0o7777 if path.exists() else 0o644
+    mode = path.stat().st_mode & 0o7777 if path.exists() else mode
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.write(data)

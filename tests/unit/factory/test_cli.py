@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -177,7 +178,7 @@ def test_output_of_an_agent_cannot_act_on_the_terminal(shell: Shell) -> None:
     assert "\\e]0;pwned" in done.stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_run_cleanly(shell: Shell, number: signal.Signals) -> None:
     shell.script.write_text(
         "- tools: [{tool: bash, arguments: {command: 'touch up; sleep 60; touch late'}}]\n"
@@ -199,6 +200,21 @@ def test_a_signal_ends_the_run_cleanly(shell: Shell, number: signal.Signals) -> 
     assert process.returncode == 130
     assert "session  over: cancelled" in output
     assert "Traceback" not in errors
+
+
+def test_a_run_under_nohup_outlives_its_terminal(shell: Shell) -> None:
+    shell.script.write_text("- tools: [{tool: bash, arguments: {command: 'kill -HUP $PPID'}}]\n")
+    command = shlex.join(shell.command())
+
+    done = subprocess.run(
+        ["bash", "-c", f"trap '' HUP; {command}"],
+        capture_output=True,
+        text=True,
+        env=shell.environment,
+        timeout=PATIENCE_S,
+    )
+
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_reader_that_leaves_ends_the_run_quietly(shell: Shell) -> None:

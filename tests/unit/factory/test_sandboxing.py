@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -10,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from taskfactory.agents.place import Refusal
-from taskfactory.errors import EnvironmentUnavailable, UnsafePathError
+from taskfactory.errors import EnvironmentLost, EnvironmentUnavailable, UnsafePathError
 from taskfactory.sandboxconfig import SandboxConfig, SandboxSecret
-from taskfactory.sandboxing import open_place, read_refusals
+from taskfactory.sandboxing import keep_patch, open_place, read_refusals
 from taskvm import Sandbox
 from taskvm.errors import (
     CheckpointError,
@@ -177,6 +178,29 @@ async def test_a_checkpoint_that_an_agent_can_write_is_not_started_from(tmp_path
 
     with pytest.raises(UnsafePathError, match="checkpoint"):
         await enter(config, tmp_path)
+
+
+def test_a_patch_that_cannot_lie_beside_its_record_is_kept_below_tmp(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sandbox that the changes lie in is about to go."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert keep_patch(b"diff", tmp_path) == tmp_path / "changes.patch"
+
+    kept = keep_patch(b"diff", tmp_path / "gone")
+
+    assert kept.read_bytes() == b"diff"
+    assert kept.stat().st_mode & 0o777 == 0o600
+    assert kept.is_relative_to(tmp_path)
+
+
+def test_a_patch_that_can_be_kept_nowhere_is_an_error_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+
+    with pytest.raises(EnvironmentLost, match="are lost. Free disk space"):
+        keep_patch(b"diff", tmp_path / "gone")
 
 
 def test_refusals_are_read_once_each_and_a_broken_line_is_skipped(tmp_path: Path) -> None:
