@@ -44,7 +44,7 @@ async def _read(arguments: ReadArguments, context: ToolContext) -> ToolOutput:
         raise ToolError(f"read {arguments.path}: offset {first + 1} is past its {len(lines)} lines")
     wanted = lines[first:]
     if arguments.limit is not None:
-        wanted = wanted[: max(arguments.limit, 0)]
+        wanted = wanted[: max(arguments.limit, 1)]
     cut = cut_head("\n".join(wanted))
     if cut.by == "bytes" and cut.lines == 0:
         return ToolOutput(_too_long(arguments.path, first + 1, wanted[0]))

@@ -56,12 +56,16 @@ async def _grep(arguments: GrepArguments, context: ToolContext) -> ToolOutput:
         return ToolOutput("No matches")
     cut = cut_head("\n".join(matches.lines), max_lines=len(matches.lines))
     notes = []
-    if ending.stopped:
-        notes.append(
-            f"{matches.limit} matches shown, there are more: narrow the pattern or set limit"
-        )
     if cut.by:
-        notes.append(f"{size_text(MAX_BYTES)} at most")
+        shown_matches = sum(number < cut.lines for number in matches.at)
+        notes.append(
+            f"{shown_matches} matches shown, there are more ({size_text(MAX_BYTES)} at most):"
+            " narrow the pattern"
+        )
+    elif ending.stopped:
+        notes.append(
+            f"{matches.count} matches shown, there are more: narrow the pattern or set limit"
+        )
     if matches.cut_lines:
         notes.append(f"lines cut at {MAX_LINE_CHARS} characters: use read to see all")
     return ToolOutput(f"{cut.text}\n\n[{'. '.join(notes)}.]" if notes else cut.text)
@@ -86,12 +90,16 @@ class _Matches:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.count = 0
+        self.at: list[int] = []  # which of `lines` are matches
         self.lines: list[str] = []
         self.cut_lines = False
         self._next_group: int | None = None  # where the context of a match to come begins
         self._kept_bytes = 0
         self._pending = b""
+
+    @property
+    def count(self) -> int:
+        return len(self.at)
 
     def take(self, data: bytes) -> bool:
         *lines, self._pending = (self._pending + data).split(b"\n")
@@ -119,7 +127,7 @@ class _Matches:
             if self.count == self.limit:
                 del self.lines[self._next_group or len(self.lines) :]
                 return False
-            self.count += 1
+            self.at.append(len(self.lines))
             self._next_group = None
         if len(text) > MAX_LINE_CHARS:
             text, self.cut_lines = text[:MAX_LINE_CHARS] + "…", True

@@ -106,6 +106,14 @@ async def test_read_cuts_at_50_kilobytes(bench: Bench) -> None:
     assert text.endswith("[Lines 1-50 of 100, 50.0 KB at most. Go on with offset=51.]")
 
 
+async def test_read_with_a_limit_of_nothing_reads_a_line(bench: Bench) -> None:
+    (bench.root / "a").write_text("1\n2\n3\n")
+
+    assert await bench.text("read", path="a", limit=0) == (
+        "1\n\n[Lines 1-1 of 3. Go on with offset=2.]"
+    )
+
+
 async def test_read_with_a_limit_tells_the_next_offset(bench: Bench) -> None:
     (bench.root / "a").write_text("a\nb\nc\n")
 
@@ -229,6 +237,20 @@ async def test_watchers_of_an_endless_output_hear_its_beginning_only(bench: Benc
 
 
 # grep and find...
+
+
+async def test_grep_counts_the_matches_that_it_shows(bench: Bench) -> None:
+    """50 KB are reached long before so many long lines."""
+    (bench.root / "a").write_text(("hit " + "x" * 489 + "\n") * 3000)
+
+    text = await bench.text("grep", pattern="hit", limit=2500)
+
+    shown, _, note = text.rpartition("\n\n")
+    count = shown.count("hit")
+    assert 80 < count < 120
+    assert note == (
+        f"[{count} matches shown, there are more (50.0 KB at most): narrow the pattern.]"
+    )
 
 
 async def test_grep_shows_file_line_and_text(bench: Bench) -> None:
