@@ -42,6 +42,7 @@ from taskfactory.workspace import open_workspace, refuse_inside
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
+_SCRIPT_SUFFIX = ".script.yaml"
 _INTERRUPTED = 128 + signal.SIGINT
 _NO_READER = 128 + signal.SIGPIPE
 
@@ -58,7 +59,9 @@ def main() -> None:
     "--workspace", type=_DIRECTORY, required=True, help="The directory the agent works in."
 )
 @click.option(
-    "--agent", type=_FILE, required=True, help="The script the agent follows (YAML or JSON)."
+    "--agent",
+    type=_FILE,
+    help="The script the agent follows (YAML or JSON). Default: TASK.script.yaml beside TASK_FILE.",
 )
 @click.option("--sandbox-config", type=_FILE, help="A sandbox.json instead of the registered one.")
 @click.option(
@@ -72,7 +75,7 @@ def main() -> None:
 def run(
     task_file: Path,
     workspace: Path,
-    agent: Path,
+    agent: Path | None,
     sandbox_config: Path | None,
     extensions: tuple[Path, ...],
     *,
@@ -100,7 +103,7 @@ class _Request:
 
     task_file: Path
     workspace: Path
-    agent: Path
+    agent: Path | None
     sandbox_config: Path | None
     extensions: tuple[Path, ...]
     as_json: bool
@@ -135,8 +138,14 @@ def _run(request: _Request) -> int:
 
 
 def _agent(request: _Request) -> ScriptedModel:
-    refuse_inside(request.workspace, request.agent, "agent's script")
-    return ScriptedModel.from_document(read_document(request.agent))
+    script = request.agent or request.task_file.with_suffix(_SCRIPT_SUFFIX)
+    refuse_inside(request.workspace, script, "agent's script")
+    if request.agent is None and not script.is_file():
+        raise click.UsageError(
+            f"run the task {request.task_file}: it has no agent. Write the agent's script to {script},"
+            " or name one with --agent"
+        )
+    return ScriptedModel.from_document(read_document(script))
 
 
 def _hooks(request: _Request) -> Hooks:

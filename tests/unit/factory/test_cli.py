@@ -28,10 +28,12 @@ class Shell:
         self.environment.pop("PI_FACTORY_SANDBOX", None)
 
     def command(self, *options: str) -> list[str]:
+        return [*self.bare(), "--agent", str(self.script), *options]
+
+    def bare(self) -> list[str]:
         return [
             *(sys.executable, "-c", "from taskfactory.cli import main; main()", "run"),
-            *(str(self.task), "--workspace", str(self.workspace), "--agent", str(self.script)),
-            *options,
+            *(str(self.task), "--workspace", str(self.workspace)),
         ]
 
     def run(self, *options: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -58,6 +60,33 @@ def test_a_task_is_done_and_the_summary_says_where(shell: Shell) -> None:
     assert "place    on the host, NOT sandboxed" in done.stdout
     assert "task     A-1: success" in done.stdout
     assert "tools    1 calls, 0 errors" in done.stdout
+
+
+def test_a_task_has_its_script_beside_it(shell: Shell) -> None:
+    shell.script.rename(shell.root / "task.script.yaml")
+
+    done = subprocess.run(shell.bare(), capture_output=True, text=True, env=shell.environment)
+
+    assert done.returncode == 0, done.stderr
+    assert (shell.workspace / "a").read_text() == "x"
+
+
+def test_a_task_without_an_agent_is_refused_with_what_to_do(shell: Shell) -> None:
+    done = subprocess.run(shell.bare(), capture_output=True, text=True, env=shell.environment)
+
+    assert done.returncode == 2
+    assert f"Write the agent's script to {shell.root}/task.script.yaml" in done.stderr
+
+
+def test_a_script_beside_a_task_in_the_workspace_is_refused(shell: Shell) -> None:
+    """An agent could have written it."""
+    shell.task = shell.task.rename(shell.workspace / "task.yaml")
+    shell.script.rename(shell.workspace / "task.script.yaml")
+
+    done = subprocess.run(shell.bare(), capture_output=True, text=True, env=shell.environment)
+
+    assert done.returncode == 2
+    assert "it lies in the workspace" in done.stderr
 
 
 def test_json_lines_are_events_and_the_summary(shell: Shell) -> None:
