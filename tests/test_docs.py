@@ -14,16 +14,26 @@ import pytest
 
 import taskfactory.cli
 import taskvm.cli.commands
-from taskfactory.agents.scripted import Expectation, ScriptedCall, ScriptedTurn
+from taskfactory.agents.scripted import Expectation, ScriptedCall, ScriptedCommand, ScriptedTurn
 from taskfactory.agents.tools import AnyTool, builtin_tools
-from taskfactory.events import AnyEvent
+from taskfactory.events import (
+    AnyEvent,
+    SessionShutdown,
+    SessionStart,
+    ToolCall,
+    ToolResult,
+    UserBash,
+)
+from taskfactory.extensions import Hooks, load_extension
 from taskfactory.runner import Summary
 from taskfactory.sandboxconfig import SWITCH_VARIABLE, SandboxConfig, SandboxSecret
 from taskfactory.settings import HOME_VARIABLE
 from taskvm.egress.audit import AuditEvent
 from taskvm.supervisor.place import RUNTIME_VARIABLE
 
-PAGE = (Path(__file__).parent.parent / "docs" / "configuration.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = (DOCS / "configuration.md").read_text(encoding="utf-8")
+EXTENSIONS = (DOCS / "extensions.md").read_text(encoding="utf-8")
 # "## Heading" to its text.
 SECTIONS: dict[str, str] = dict(re.findall(r"^## (.+)\n((?:(?!## ).*\n)*)", PAGE, re.MULTILINE))
 
@@ -82,7 +92,7 @@ def test_the_defaults_of_a_sandbox_are_those_of_the_page() -> None:
 def test_every_key_of_a_script_is_named() -> None:
     section = _code(_section("The agent's script"))
 
-    assert _keys(ScriptedTurn, ScriptedCall, Expectation) <= section
+    assert _keys(ScriptedTurn, ScriptedCall, ScriptedCommand, Expectation) <= section
 
 
 @pytest.mark.parametrize("tool", builtin_tools(), ids=lambda tool: tool.name)
@@ -113,6 +123,31 @@ def test_every_variable_is_named() -> None:
     assert {HOME_VARIABLE, SWITCH_VARIABLE, RUNTIME_VARIABLE, "TASKVM_CACHE"} <= _code(
         _section("Environment")
     )
+
+
+def test_everything_that_an_extension_can_register_is_named_with_its_fields() -> None:
+    names = {name for name in vars(Hooks) if name.startswith(("on_", "replace_"))}
+    rows = [line.split("|")[1] for line in EXTENSIONS.splitlines() if line.startswith("| `")]
+    events = (SessionStart, ToolCall, ToolResult, UserBash, SessionShutdown)
+    fields = {field.name for event in events for field in msgspec.structs.fields(event)}
+
+    assert names <= {name for row in rows for name in _code(row)}
+    assert fields <= _code(EXTENSIONS)
+
+
+async def test_the_pages_extension_keeps_the_tests(tmp_path: Path) -> None:
+    """As it stands there."""
+    (text,) = re.findall(r"```python\n(.*?)```", EXTENSIONS, re.DOTALL)
+    (tmp_path / "guard.py").write_text(text)
+    hooks = Hooks()
+
+    load_extension(tmp_path / "guard.py", hooks, tmp_path / "workspace")
+    call = ToolCall(call_id="1", tool="write", arguments={"path": "tests/test_a.py"})
+
+    block = await hooks.tool_call(call)
+    assert block is not None
+    assert "stay as they are" in block.reason
+    assert await hooks.tool_call(msgspec.structs.replace(call, tool="read")) is None
 
 
 @pytest.mark.vm

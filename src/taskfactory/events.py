@@ -74,9 +74,18 @@ class ToolResult(Event, frozen=True, tag="tool_result"):
 
 
 class UserBash(Event, frozen=True, tag="user_bash"):
-    """The user, not the model, runs a command where the agent's tools act."""
+    """The user, not the model, runs a command where the agent's tools act; `cwd` is a directory there."""
 
     command: str
+    cwd: str
+
+
+class UserBashResult(Event, frozen=True, tag="user_bash_result"):
+    """A command of the user's has ended. The model reads it before its next turn."""
+
+    command: str
+    text: str
+    exit_code: int
 
 
 class Status(Event, frozen=True, tag="status"):
@@ -99,6 +108,7 @@ AnyEvent = (
     | ToolUpdate
     | ToolResult
     | UserBash
+    | UserBashResult
     | Status
     | SessionShutdown
 )
@@ -153,6 +163,8 @@ def _text(event: AnyEvent) -> str:
             return f"{'  error' if event.is_error else '  ok':<8} {event.text.strip()}"
         case UserBash():
             return f"!        {event.command}"
+        case UserBashResult():
+            return f"  exit {event.exit_code:<2}{event.text.strip()}"
         case Status():
             return f"status   {event.text}"
         case SessionShutdown():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import msgspec
@@ -21,6 +21,7 @@ from taskfactory.extensions import Hooks
 from taskfactory.task import Task, render_prompt
 
 OpenPlace = AbstractAsyncContextManager[Place]
+OnSession = Callable[[AgentSession], None]
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="summary"):
@@ -42,10 +43,22 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag=
         return self.outcome == "success"
 
 
+def _unattended(session: AgentSession) -> None:
+    """No person takes part."""
+
+
 async def run_task(
-    task: Task, opening: OpenPlace, model: Model, hooks: Hooks, emit: Emit
+    task: Task,
+    opening: OpenPlace,
+    model: Model,
+    hooks: Hooks,
+    emit: Emit,
+    on_session: OnSession = _unattended,
 ) -> Summary:
-    """Run a task to its end and say how it went. Only cancellation, and bugs, raise."""
+    """Run a task to its end and say how it went. Only cancellation, and bugs, raise.
+
+    `on_session` gets the session before the agent's first prompt: a person's commands go to its `user_bash`.
+    """
     run = _Run(task, emit)
     try:
         async with run.announced(hooks), opening as place:
@@ -58,7 +71,9 @@ async def run_task(
             )
             run.emit(start)
             await hooks.session_start(start)
-            await AgentSession(place, hooks, run.emit).run(model, render_prompt(task))
+            session = AgentSession(place, hooks, run.emit)
+            on_session(session)
+            await session.run(model, render_prompt(task))
     except TaskfactoryError as error:
         return run.summary(_outcome(error), str(error))
     return run.summary("success")

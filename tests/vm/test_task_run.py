@@ -15,8 +15,8 @@ from taskfactory.agents.place import Place
 from taskfactory.agents.scripted import ScriptedModel
 from taskfactory.document import parse_document
 from taskfactory.errors import EnvironmentLost, OperationError
-from taskfactory.events import AnyEvent, ToolCall, ToolResult
-from taskfactory.extensions import Hooks
+from taskfactory.events import AnyEvent, ToolCall, ToolResult, UserBash
+from taskfactory.extensions import Hooks, UserBashReply
 from taskfactory.runner import Summary, run_task
 from taskfactory.sandboxconfig import SandboxConfig
 from taskfactory.sandboxing import open_place
@@ -80,6 +80,38 @@ async def test_the_seven_tools_act_in_the_guest_on_the_hosts_workspace(workspace
     assert (workspace / "new" / "dir" / "note.txt").read_text() == "written in the guest"
     assert summary.sandboxed
     assert summary.tool_errors == 0
+
+
+async def test_a_persons_command_runs_in_the_guest_too(workspace: Path) -> None:
+    """`!command`, from a script and through the session that whoever runs the task is handed."""
+    sessions: list[AgentSession] = []
+    events: list[AnyEvent] = []
+    replies: list[UserBashReply] = []
+
+    def emit(event: AnyEvent) -> None:
+        events.append(event)
+
+    async def ask(event: ToolCall) -> None:
+        replies.append(await sessions[0].user_bash(f"cat /etc/hostname {workspace}/a"))
+
+    hooks = Hooks()
+    hooks.on_tool_call(ask)
+    (workspace / "a").write_text("the workspace's file")
+    opening = open_place(
+        ON, workspace, audit_path=workspace.parent / "audit.jsonl", say=lambda text: None
+    )
+    model = script("""
+- user_bash:
+    - {command: "pwd; cat /etc/hostname; touch made", expect: {matches: '^/workspace\\nsandbox-'}}
+  tools: [{tool: ls, expect: {contains: [made]}}]
+""")
+    summary = await run_task(Task(id="A-1"), opening, model, hooks, emit, sessions.append)
+
+    assert summary.ok, summary.error
+    assert (workspace / "made").exists()
+    assert replies[0].output.startswith("sandbox-")
+    assert replies[0].output.endswith("the workspace's file")
+    assert {event.cwd for event in events if isinstance(event, UserBash)} == {"/workspace"}
 
 
 async def test_the_hosts_path_of_the_workspace_means_the_guests(workspace: Path) -> None:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from taskfactory.agents.bashtool import OutputBuffer
+from taskfactory.agents.operations import Operations
 from taskfactory.agents.place import Place
 from taskfactory.agents.prompt import build_system_prompt
 from taskfactory.agents.tools import AnyTool, FileLocks, ToolContext, ToolOutput, builtin_tools
-from taskfactory.errors import TaskFailed, ToolError
+from taskfactory.errors import OperationError, TaskFailed, ToolError
 from taskfactory.events import (
     AgentText,
     AnyEvent,
@@ -26,6 +27,7 @@ from taskfactory.events import (
     ToolResult,
     ToolUpdate,
     UserBash,
+    UserBashResult,
 )
 from taskfactory.extensions import Hooks, UserBashReply
 
@@ -33,6 +35,8 @@ from taskfactory.extensions import Hooks, UserBashReply
 MAX_TURNS = 500
 # What a model may ask for at once.
 MAX_CALLS_PER_TURN = 64
+# A shell's exit code for a command that could not be started.
+CANNOT_RUN = 126
 
 Emit = Callable[[AnyEvent], None]
 
@@ -56,10 +60,14 @@ class ToolRequest:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What the model says, and the tools it wants."""
+    """What the model says, and the tools it wants.
+
+    `user_bash` has commands that a person runs before these tools; only a script has any, which is a whole session's.
+    """
 
     text: str = ""
     calls: tuple[ToolRequest, ...] = ()
+    user_bash: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +77,15 @@ class Results:
     results: tuple[ToolResult, ...]
 
 
-Message = Prompt | Turn | Results
+@dataclass(frozen=True, slots=True)
+class UserCommand:
+    """A command that a person ran, and what came of it."""
+
+    command: str
+    reply: UserBashReply
+
+
+Message = Prompt | Turn | Results | UserCommand
 
 
 class Model(Protocol):
@@ -91,38 +107,53 @@ class AgentSession:
         self._emit = emit
         self._tools = {tool.name: tool for tool in (builtin_tools() if tools is None else tools)}
         self._locks = FileLocks()
+        self._unread: list[UserCommand] = []
 
     async def run(self, model: Model, task_text: str) -> None:
         """Let the model work on the task until it is done. Raises TaskFailed, EnvironmentLost."""
         conversation: list[Message] = [await self._prompt(task_text)]
         for _ in range(MAX_TURNS):
+            conversation += self._unread
+            self._unread.clear()
             turn = await model.next(tuple(conversation))
             if turn is None:
                 return
             conversation.append(turn)
             if turn.text:
                 self._emit(AgentText(text=turn.text))
+            for command in turn.user_bash:
+                await self.user_bash(command)
             if turn.calls:
                 conversation.append(Results(await self._call_all(turn.calls)))
         raise TaskFailed(f"the agent was not done after {MAX_TURNS} turns")
 
     async def user_bash(self, command: str) -> UserBashReply:
-        """Run a person's command where the tools act. Raises ExtensionError when a handler fails."""
-        event = UserBash(command=command)
+        """Run a person's command (`!command`) where the tools act; the model reads of it before its next turn.
+
+        Raises ExtensionError when a handler fails: nothing is run then. Raises EnvironmentLost.
+        """
+        event = UserBash(command=command, cwd=self._place.paths.root)
         self._emit(event)
         answer = await self._hooks.user_bash(event)
-        if isinstance(answer, UserBashReply):
-            return answer
-        operations = self._place.operations if answer is None else answer
+        if not isinstance(answer, UserBashReply):
+            answer = await self._run_for_user(answer or self._place.operations, event)
+        self._unread.append(UserCommand(command, answer))
+        self._emit(UserBashResult(command=command, text=answer.output, exit_code=answer.exit_code))
+        return answer
+
+    async def _run_for_user(self, operations: Operations, event: UserBash) -> UserBashReply:
         output = OutputBuffer()
 
         def on_output(data: bytes) -> bool:
             output.add(data)
             return True
 
-        ending = await operations.exec(
-            self._place.paths.map_text(command), cwd=self._place.paths.root, on_output=on_output
-        )
+        try:
+            ending = await operations.exec(
+                self._place.paths.map_text(event.command), cwd=event.cwd, on_output=on_output
+            )
+        except OperationError as error:
+            return UserBashReply(str(error), CANNOT_RUN)
         return UserBashReply(output.end().text, ending.exit_code)
 
     async def _prompt(self, task_text: str) -> Prompt:

@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from taskfactory.agents.loop import Message, Results, ToolRequest, Turn
+from taskfactory.agents.loop import Message, Results, ToolRequest, Turn, UserCommand
 from taskfactory.document import Document
 from taskfactory.errors import ConfigError, Problem, TaskFailed
-from taskfactory.events import ToolResult, escape, escape_block
+from taskfactory.events import escape, escape_block
 
 _SHOWN = 2000  # characters of a result in a failure's text
 
@@ -38,17 +39,17 @@ class Expectation(_Value, frozen=True):
     is_error: bool = False
     matches: str | None = None
 
-    def unmet(self, result: ToolResult) -> list[str]:
+    def unmet(self, answer: _Answer) -> list[str]:
         """Return what does not hold, in words."""
-        found = [f"+ contains {text!r}" for text in self.contains if text not in result.text]
+        found = [f"+ contains {text!r}" for text in self.contains if text not in answer.text]
         found += [
-            f"- must not contain {text!r}" for text in self.not_contains if text in result.text
+            f"- must not contain {text!r}" for text in self.not_contains if text in answer.text
         ]
-        if self.matches is not None and not re.search(self.matches, result.text, re.MULTILINE):
+        if self.matches is not None and not re.search(self.matches, answer.text, re.MULTILINE):
             found.append(f"+ matches /{self.matches}/")
-        if result.is_error != self.is_error:
+        if answer.is_error != self.is_error:
             words = ("a success", "an error")
-            found.append(f"+ {words[self.is_error]}\n- {words[result.is_error]}")
+            found.append(f"+ {words[self.is_error]}\n- {words[answer.is_error]}")
         return found
 
 
@@ -60,10 +61,18 @@ class ScriptedCall(_Value, frozen=True):
     expect: Expectation | None = None
 
 
+class ScriptedCommand(_Value, frozen=True):
+    """A command that a person runs. Its result is an error when its exit code is not 0."""
+
+    command: str
+    expect: Expectation | None = None
+
+
 class ScriptedTurn(_Value, frozen=True):
-    """One turn. The calls of a turn run side by side."""
+    """One turn: a person's commands, one after the other, then the agent's calls, side by side."""
 
     text: str = ""
+    user_bash: tuple[ScriptedCommand, ...] = ()
     tools: tuple[ScriptedCall, ...] = ()
 
 
@@ -92,13 +101,15 @@ class ScriptedModel:
 
     async def next(self, conversation: Sequence[Message]) -> Turn | None:
         """Check the results of the last turn, then return the next one."""
-        played = sum(isinstance(message, Turn) for message in conversation)
-        if played and isinstance(conversation[-1], Results):
-            _check(played, self._turns[played - 1], conversation[-1])
+        turns = [at for at, message in enumerate(conversation) if isinstance(message, Turn)]
+        played = len(turns)
+        if turns:
+            _check(played, self._turns[played - 1], conversation[turns[-1] + 1 :])
         if played == len(self._turns):
             return None
         turn = self._turns[played]
-        return Turn(turn.text, tuple(_requests(played + 1, turn)))
+        commands = tuple(each.command for each in turn.user_bash)
+        return Turn(turn.text, tuple(_requests(played + 1, turn)), commands)
 
 
 def _requests(number: int, turn: ScriptedTurn) -> list[ToolRequest]:
@@ -108,26 +119,44 @@ def _requests(number: int, turn: ScriptedTurn) -> list[ToolRequest]:
     ]
 
 
-def _check(number: int, turn: ScriptedTurn, answered: Results) -> None:
-    for call, result in zip(turn.tools, answered.results, strict=True):
-        unmet = call.expect.unmet(result) if call.expect is not None else []
-        if unmet:
-            raise TaskFailed(_difference(number, call, result, unmet))
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What came of a call or a command."""
+
+    text: str
+    is_error: bool
 
 
-def _difference(number: int, call: ScriptedCall, result: ToolResult, unmet: list[str]) -> str:
-    shown = result.text[:_SHOWN] + ("…" if len(result.text) > _SHOWN else "")
+def _check(number: int, turn: ScriptedTurn, answered: Sequence[Message]) -> None:
+    replies = [each.reply for each in answered if isinstance(each, UserCommand)]
+    for command, reply in zip(turn.user_bash, replies, strict=False):
+        answer = _Answer(reply.output, reply.exit_code != 0)
+        _hold(number, f"! {escape(command.command)}", command.expect, answer)
+    results = [result for each in answered if isinstance(each, Results) for result in each.results]
+    for call, result in zip(turn.tools, results, strict=True):
+        arguments = escape(msgspec.json.encode(call.arguments).decode())
+        answer = _Answer(result.text, result.is_error)
+        _hold(number, f"{call.tool} {arguments}", call.expect, answer)
+
+
+def _hold(number: int, what: str, expect: Expectation | None, answer: _Answer) -> None:
+    unmet = expect.unmet(answer) if expect is not None else []
+    if unmet:
+        raise TaskFailed(_difference(number, what, answer, unmet))
+
+
+def _difference(number: int, what: str, answer: _Answer, unmet: list[str]) -> str:
+    shown = answer.text[:_SHOWN] + ("…" if len(answer.text) > _SHOWN else "")
     lines = "\n".join(f"  | {escape(line)}" for line in shown.split("\n"))
-    arguments = escape(msgspec.json.encode(call.arguments).decode())
     expected = "\n".join(f"  {line}" for text in unmet for line in escape_block(text).split("\n"))
-    kind = "error" if result.is_error else "result"
+    kind = "error" if answer.is_error else "result"
     return (
-        f"turn {number}: {call.tool} {arguments} did not answer what the script expects\n"
+        f"turn {number}: {what} did not answer what the script expects\n"
         f"expected:\n{expected}\n{kind}:\n{lines}"
     )
 
 
 def _check_patterns(turn: ScriptedTurn) -> None:
-    for call in turn.tools:
-        if call.expect is not None and call.expect.matches is not None:
-            re.compile(call.expect.matches)
+    for expect in [each.expect for each in turn.user_bash] + [each.expect for each in turn.tools]:
+        if expect is not None and expect.matches is not None:
+            re.compile(expect.matches)

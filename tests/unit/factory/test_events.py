@@ -17,6 +17,7 @@ from taskfactory.events import (
     ToolResult,
     ToolUpdate,
     UserBash,
+    UserBashResult,
     escape,
     escape_block,
     render_line,
@@ -30,7 +31,8 @@ EVENTS: list[AnyEvent] = [
     ToolCall(call_id="1", tool="bash", arguments={"command": "ls"}),
     ToolUpdate(call_id="1", text="x"),
     ToolResult(call_id="1", tool="bash", text="out", is_error=True),
-    UserBash(command="ls"),
+    UserBash(command="ls", cwd="/workspace"),
+    UserBashResult(command="ls", text="a", exit_code=1),
     Status(text="booting"),
     SessionShutdown(outcome="success"),
 ]

@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 
-from taskfactory.agents.loop import AgentSession, Message, Prompt, Results, ToolRequest, Turn
+from taskfactory.agents.loop import (
+    AgentSession,
+    Message,
+    Prompt,
+    Results,
+    ToolRequest,
+    Turn,
+    UserCommand,
+)
 from taskfactory.agents.operations import Ending, OutputSink
 from taskfactory.agents.paths import PathMap
 from taskfactory.agents.place import Place, host_place
@@ -16,7 +24,14 @@ from taskfactory.agents.scripted import ScriptedModel
 from taskfactory.agents.tools import builtin_tools
 from taskfactory.document import parse_document
 from taskfactory.errors import ConfigError, EnvironmentLost, ExtensionError, TaskFailed
-from taskfactory.events import AnyEvent, BeforeAgentStart, ToolCall, ToolResult, UserBash
+from taskfactory.events import (
+    AnyEvent,
+    BeforeAgentStart,
+    ToolCall,
+    ToolResult,
+    UserBash,
+    UserBashResult,
+)
 from taskfactory.extensions import Block, Hooks, UserBashReply
 
 
@@ -285,7 +300,54 @@ async def test_a_persons_command_runs_where_the_tools_act(session: Session, tmp_
     reply = await session.open().user_bash("pwd; exit 3")
 
     assert reply == UserBashReply(str(tmp_path), 3)
-    assert session.events == [UserBash(command="pwd; exit 3")]
+    assert session.events == [
+        UserBash(command="pwd; exit 3", cwd=str(tmp_path)),
+        UserBashResult(command="pwd; exit 3", text=str(tmp_path), exit_code=3),
+    ]
+
+
+async def test_a_script_has_a_persons_commands_which_the_model_reads_of(session: Session) -> None:
+    text = """
+- text: What is here?
+  user_bash:
+    - {command: echo mine > a; cat a, expect: {contains: [mine]}}
+    - {command: exit 4, expect: {is_error: true}}
+  tools: [{tool: ls, expect: {contains: [a]}}]
+- {}
+"""
+    seen: list[Message] = []
+
+    class Watched:
+        async def next(self, conversation: Sequence[Message]) -> Turn | None:
+            seen[:] = conversation
+            return await model.next(conversation)
+
+    model = script(text)
+    await session.open().run(Watched(), "do it")
+
+    commands = [message for message in seen if isinstance(message, UserCommand)]
+    assert [(each.command, each.reply.exit_code) for each in commands] == [
+        ("echo mine > a; cat a", 0),
+        ("exit 4", 4),
+    ]
+
+
+async def test_a_persons_command_that_answers_otherwise_fails_the_script(session: Session) -> None:
+    with pytest.raises(TaskFailed, match=r"turn 1: ! echo x did not answer"):
+        await session.run("- user_bash: [{command: echo x, expect: {contains: [y]}}]")
+
+
+async def test_a_persons_command_that_cannot_be_started_is_answered(
+    session: Session, tmp_path: Path
+) -> None:
+    (tmp_path / "gone").mkdir()
+    place = host_place(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+
+    reply = await AgentSession(place, session.hooks, session.events.append).user_bash("true")
+
+    assert reply.exit_code == 126
+    assert "No such file" in reply.output
 
 
 async def test_an_extension_answers_a_persons_command(session: Session, tmp_path: Path) -> None:
