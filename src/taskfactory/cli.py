@@ -17,18 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import click
-import msgspec
 
 from taskfactory.agents.scripted import ScriptedModel
+from taskfactory.display import TextDisplay
 from taskfactory.document import read_document
 from taskfactory.errors import ConfigError, ExtensionError, UnsafePathError
 from taskfactory.events import (
     AnyEvent,
     Status,
-    ToolUpdate,
     escape,
     escape_block,
-    render_line,
+    json_line,
     to_json,
 )
 from taskfactory.extensions import Hooks, load_extension
@@ -120,7 +119,7 @@ def _run(request: _Request) -> int:
     )
     model, hooks = _agent(request), _hooks(request)
     with _open_log(settings.home, file.task.id) as log:
-        show = _show_json if request.as_json else _show_line
+        show = _show_json if request.as_json else TextDisplay(click.echo).show
 
         def emit(event: AnyEvent) -> None:
             _written(f"the record {log.directory}", lambda: log.write(event))
@@ -212,18 +211,13 @@ def _say_why(failure: _WritingFailed) -> int:
 # Showing...
 
 
-def _show_line(event: AnyEvent) -> None:
-    if not isinstance(event, ToolUpdate):  # the result repeats it
-        click.echo(render_line(event))
-
-
 def _show_json(event: AnyEvent) -> None:
     click.echo(to_json(event))
 
 
 def _show_summary(summary: Summary, log: SessionLog, *, as_json: bool) -> None:
     if as_json:
-        click.echo(msgspec.json.encode(summary))
+        click.echo(json_line(summary))
         return
     if summary.error:
         click.echo(escape_block(summary.error), err=True)

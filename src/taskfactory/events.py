@@ -1,6 +1,6 @@
 """What happens in an agent's session, as values, and as one line of a terminal.
 
-Rule: text of a model or a tool is hostile. It reaches a terminal only through `escape`, which leaves
+Rule: text of a model or a tool is hostile. It reaches a terminal only through `escape` or as JSON, which leave
 no control byte, no bidirectional override and no line break in it.
 """
 
@@ -20,6 +20,13 @@ _UNSAFE = re.compile(
     "\U000e0000-\U000e007f\ud800-\udfff]"
 )
 _SHORT = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "\x1b": "\\e"}
+
+
+class Image(msgspec.Struct, frozen=True, rename="camel"):
+    """A picture for a model that can see."""
+
+    media_type: str
+    data: bytes
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", rename="camel"):
@@ -64,13 +71,14 @@ class ToolUpdate(Event, frozen=True, tag="tool_update"):
 
 
 class ToolResult(Event, frozen=True, tag="tool_result"):
-    """A tool call has ended. `text` is what the model reads."""
+    """A tool call has ended. `text` is what the model reads, `images` what it sees; JSON leaves the latter out."""
 
     call_id: str
     tool: str
     text: str
     is_error: bool = False
     details: dict[str, Any] = {}
+    images: tuple[Image, ...] = ()
 
 
 class UserBash(Event, frozen=True, tag="user_bash"):
@@ -131,11 +139,27 @@ def render_line(event: AnyEvent) -> str:
 
 
 def to_json(event: AnyEvent) -> bytes:
-    """Return an event as one line of JSON, without the newline. A lone surrogate becomes `?`."""
+    """Return an event as one line of JSON, without the newline and without pictures' data."""
+    if isinstance(event, ToolResult) and event.images:
+        event = msgspec.structs.replace(event, images=())  # megabytes; `details` has their kinds
+    return json_line(event)
+
+
+def json_line(value: object) -> bytes:
+    """Return a value as one line of JSON that a terminal can show. A lone surrogate becomes `?`."""
     try:
-        return msgspec.json.encode(event)
+        data = msgspec.json.encode(value)
     except UnicodeEncodeError:
-        return msgspec.json.encode(_encodable(msgspec.to_builtins(event)))
+        data = msgspec.json.encode(_encodable(msgspec.to_builtins(value)))
+    return _UNSAFE.sub(_json_escape, data.decode()).encode()
+
+
+def _json_escape(match: re.Match[str]) -> str:
+    code = ord(match.group())
+    if code < 0x10000:
+        return f"\\u{code:04x}"
+    code -= 0x10000
+    return f"\\u{0xD800 + (code >> 10):04x}\\u{0xDC00 + (code & 0x3FF):04x}"
 
 
 def _encodable(value: Any) -> Any:

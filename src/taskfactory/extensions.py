@@ -147,7 +147,9 @@ class Hooks:
                 result = await handler(result) or result
             except Exception as error:  # noqa: BLE001 - it may have been about to hide something
                 text = f"the result is withheld: {_failed('tool_result', handler, error)}"
-                return msgspec.structs.replace(result, text=text, is_error=True, details={})
+                return msgspec.structs.replace(
+                    result, text=text, is_error=True, details={}, images=()
+                )
         return result
 
     async def user_bash(self, event: UserBash) -> Operations | UserBashReply | None:

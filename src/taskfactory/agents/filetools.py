@@ -7,8 +7,9 @@ import asyncio
 from taskfactory.agents.cutting import MAX_BYTES, cut_head, size_text, split_lines
 from taskfactory.agents.editing import Replacement, apply_edits
 from taskfactory.agents.operations import Entry
-from taskfactory.agents.tools import Arguments, Image, Tool, ToolContext, ToolOutput
+from taskfactory.agents.tools import Arguments, Tool, ToolContext, ToolOutput
 from taskfactory.errors import ToolError
+from taskfactory.events import Image
 
 MAX_FILE_BYTES = 64 * 1024 * 1024  # a file is held in memory to count its lines
 MAX_EDIT_BYTES = 4 * 1024 * 1024  # an edit looks at every character in Python

@@ -214,4 +214,10 @@ def _succeeded(call: ToolCall, output: ToolOutput) -> ToolResult:
     details = dict(output.details)
     if output.images:
         details["images"] = [image.media_type for image in output.images]
-    return ToolResult(call_id=call.call_id, tool=call.tool, text=output.text, details=details)
+    return ToolResult(
+        call_id=call.call_id,
+        tool=call.tool,
+        text=output.text,
+        details=details,
+        images=tuple(output.images),
+    )

@@ -17,6 +17,7 @@ import msgspec
 from taskfactory.agents.operations import Operations
 from taskfactory.agents.paths import PathMap
 from taskfactory.errors import OperationError, ToolError
+from taskfactory.events import Image
 
 A = TypeVar("A", bound="Arguments")
 
@@ -25,14 +26,6 @@ class Arguments(
     msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True
 ):
     """Base of the arguments of tools: camelCase, as models are taught them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Image:
-    """A picture for a model that can see."""
-
-    media_type: str
-    data: bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,6 +89,18 @@ def test_a_script_beside_a_task_in_the_workspace_is_refused(shell: Shell) -> Non
     assert "it lies in the workspace" in done.stderr
 
 
+def test_what_a_command_writes_is_shown_while_it_runs(shell: Shell) -> None:
+    """All of it, where the result's line has its beginning only."""
+    shell.script.write_text(
+        "- tools: [{tool: bash, arguments: {command: 'seq 1 500; printf \"\\e[2Jend\"'}}]\n"
+    )
+
+    lines = [line.strip() for line in shell.run().stdout.splitlines()]
+
+    assert [line for line in lines if line.isdigit()] == [str(n) for n in range(1, 501)]
+    assert "\\e[2Jend" in lines
+
+
 def test_json_lines_are_events_and_the_summary(shell: Shell) -> None:
     lines = [json.loads(line) for line in shell.run("--json").stdout.splitlines()]
 

@@ -10,6 +10,7 @@ from taskfactory.events import (
     AgentText,
     AnyEvent,
     BeforeAgentStart,
+    Image,
     SessionShutdown,
     SessionStart,
     Status,
@@ -50,6 +51,29 @@ def test_a_lone_surrogate_does_not_stop_the_record() -> None:
     event = ToolCall(call_id="1", tool="ls", arguments={"\udcff": ["a\ud800"]})
 
     assert b'{"?":["a?"]}' in to_json(event)
+
+
+@given(st.text(max_size=20))
+def test_json_has_nothing_that_could_act_on_a_terminal(text: str) -> None:
+    line = to_json(AgentText(text=text)).decode()
+
+    assert line == escape(line)
+    assert msgspec.json.decode(line, type=AnyEvent) == AgentText(
+        text=text.encode("utf-8", "replace").decode()
+    )
+
+
+def test_deleting_reversing_and_hiding_signs_are_escaped_in_json() -> None:
+    assert b'"\\u007f\\u009b2J\\u202e\\udb40\\udc41"' in to_json(
+        AgentText(text="\x7f\x9b2J\u202e\U000e0041")
+    )
+
+
+def test_a_pictures_data_is_not_in_json() -> None:
+    picture = Image("image/png", b"\x89PNG")
+    result = ToolResult(call_id="1", tool="read", text="[image/png]", images=(picture,))
+
+    assert b'"images":[]' in to_json(result)
 
 
 @pytest.mark.parametrize(

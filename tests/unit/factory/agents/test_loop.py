@@ -296,6 +296,39 @@ async def test_an_extension_changes_the_system_prompt(session: Session) -> None:
 # A person's own commands...
 
 
+PNG = b"\x89PNG\r\n\x1a\n" + b"pixels"
+
+
+async def test_a_model_gets_the_pictures_that_it_reads(session: Session, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(PNG)
+    seen: list[Message] = []
+
+    class Watched:
+        async def next(self, conversation: Sequence[Message]) -> Turn | None:
+            seen[:] = conversation
+            return await model.next(conversation)
+
+    model = script("- tools: [{tool: read, arguments: {path: a.png}}]")
+    await session.open().run(Watched(), "look")
+
+    [results] = [message for message in seen if isinstance(message, Results)]
+    assert [(each.media_type, each.data) for each in results.results[0].images] == [
+        ("image/png", PNG)
+    ]
+
+
+async def test_a_withheld_result_has_no_picture(session: Session, tmp_path: Path) -> None:
+    async def broken(result: ToolResult) -> None:
+        raise RuntimeError("oops")
+
+    (tmp_path / "a.png").write_bytes(PNG)
+    session.hooks.on_tool_result(broken)
+    await session.run("- tools: [{tool: read, arguments: {path: a.png}}]")
+
+    assert session.results()[0].is_error
+    assert session.results()[0].images == ()
+
+
 async def test_a_persons_command_runs_where_the_tools_act(session: Session, tmp_path: Path) -> None:
     reply = await session.open().user_bash("pwd; exit 3")
 
