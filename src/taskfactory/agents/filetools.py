@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import posixpath
 
 from taskfactory.agents.cutting import MAX_BYTES, cut_head, size_text, split_lines
 from taskfactory.agents.editing import Replacement, apply_edits
 from taskfactory.agents.operations import Entry
 from taskfactory.agents.tools import Arguments, Tool, ToolContext, ToolOutput
-from taskfactory.errors import ToolError
+from taskfactory.errors import OperationError, ToolError
 from taskfactory.events import Image
 
 MAX_FILE_BYTES = 64 * 1024 * 1024  # a file is held in memory to count its lines
@@ -152,7 +154,8 @@ async def _ls(arguments: LsArguments, context: ToolContext) -> ToolOutput:
         raise ToolError(f"ls {shown}: it is not a directory")
     entries = sorted(await context.operations.list(path), key=lambda entry: entry.name.lower())
     limit = MAX_ENTRIES if arguments.limit is None else max(arguments.limit, 1)
-    cut = cut_head("\n".join(_line(entry) for entry in entries[:limit]), max_lines=limit)
+    lines = await asyncio.gather(*(_line(entry, path, context) for entry in entries[:limit]))
+    cut = cut_head("\n".join(lines), max_lines=limit)
     if not entries:
         return ToolOutput("(empty directory)")
     if cut.lines < len(entries):
@@ -161,10 +164,15 @@ async def _ls(arguments: LsArguments, context: ToolContext) -> ToolOutput:
     return ToolOutput(cut.text)
 
 
-def _line(entry: Entry) -> str:
+async def _line(entry: Entry, directory: str, context: ToolContext) -> str:
     # A name may hold a line break, which would make one entry look like two, or be no UTF-8.
     name = entry.name.encode("utf-8", "replace").decode().replace("\n", "\\n")
-    return f"{name}/" if entry.kind == "dir" else name
+    is_dir = entry.kind == "dir"
+    if entry.kind == "symlink":
+        with contextlib.suppress(OperationError):  # it leads nowhere
+            target = await context.operations.stat(posixpath.join(directory, entry.name))
+            is_dir = target.kind == "dir"
+    return f"{name}/" if is_dir else name
 
 
 async def _load(
@@ -202,4 +210,4 @@ EDIT = Tool(
     EditArguments,
     _edit,
 )
-LS = Tool("ls", "List a directory; directories end in /.", LsArguments, _ls)
+LS = Tool("ls", "List a directory; directories, and links to some, end in /.", LsArguments, _ls)

@@ -234,8 +234,8 @@ GREP = Tool(
 )
 FIND = Tool(
     "find",
-    "Find files and directories by a glob pattern, such as *.py or src/**/*.ts. At most 1000;"
-    " .gitignore is respected.",
+    "Find files, and directories that hold some, by a glob pattern, such as *.py or src/**/*.ts. At most"
+    " 1000; .gitignore is respected. Symbolic links and empty directories are not found: use ls or bash.",
     FindArguments,
     _find,
 )

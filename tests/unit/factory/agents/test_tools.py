@@ -346,6 +346,16 @@ async def test_find_lists_files_and_directories(bench: Bench) -> None:
     assert await bench.text("find", pattern="config") == "No files found"
 
 
+async def test_find_leaves_links_and_empty_directories_to_ls(bench: Bench) -> None:
+    """As its description says."""
+    (bench.root / "empty").mkdir()
+    (bench.root / "link").symlink_to("empty")
+    (bench.root / "file").touch()
+
+    assert await bench.text("find", pattern="*") == "file"
+    assert "links and empty directories" in TOOLS["find"].description
+
+
 async def test_find_respects_gitignore_and_stops_at_its_limit(bench: Bench) -> None:
     (bench.root / ".git").mkdir()
     (bench.root / ".gitignore").write_text("skipped\n")
@@ -372,6 +382,16 @@ async def test_ls_sorts_and_marks_directories(bench: Bench) -> None:
     assert await bench.text("ls") == ".dot\na/\nb\nC"
     assert await bench.text("ls", path="a") == "(empty directory)"
     assert "not a directory" in await bench.error("ls", path="b")
+
+
+async def test_ls_marks_a_link_as_what_it_leads_to(bench: Bench) -> None:
+    (bench.root / "dir").mkdir()
+    (bench.root / "file").touch()
+    for name, target in (("to-dir", "dir"), ("to-file", "file"), ("to-nothing", "gone")):
+        (bench.root / name).symlink_to(target)
+    (bench.root / "to-itself").symlink_to("to-itself")
+
+    assert await bench.text("ls") == "dir/\nfile\nto-dir/\nto-file\nto-itself\nto-nothing"
 
 
 async def test_ls_shows_names_that_are_no_text(bench: Bench) -> None:
