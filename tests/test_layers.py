@@ -31,6 +31,7 @@ FILES = tuple(
     f"taskfactory.{name}"
     for name in (
         "activity",
+        "attachments",
         "document",
         "sandboxconfig",
         "settings",

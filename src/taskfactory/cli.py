@@ -19,6 +19,7 @@ from typing import Any
 import click
 
 from taskfactory.agents.scripted import ScriptedModel
+from taskfactory.attachments import read_attachments
 from taskfactory.display import TextDisplay
 from taskfactory.document import read_document
 from taskfactory.errors import ConfigError, ExtensionError, UnsafePathError
@@ -117,6 +118,7 @@ def _run(request: _Request) -> int:
         task=file.sandbox_source(),
         env_default=settings.sandbox_default,
     )
+    attachments = read_attachments(file)
     model, hooks = _agent(request), _hooks(request)
     with _open_log(settings.home, file.task.id) as log:
         show = _show_json if request.as_json else TextDisplay(click.echo).show
@@ -131,7 +133,8 @@ def _run(request: _Request) -> int:
             audit_path=log.audit_path,
             say=lambda text: emit(Status(text=text)),
         )
-        summary = asyncio.run(_until_signal(run_task(file.task, opening, model, hooks, emit)))
+        work = run_task(file.task, opening, model, hooks, emit, attachments=attachments)
+        summary = asyncio.run(_until_signal(work))
         _written("the output", lambda: _show_summary(summary, log, as_json=request.as_json))
     return 0 if summary.ok else 1
 

@@ -15,12 +15,14 @@ import msgspec
 
 from taskfactory.agents.loop import AgentSession, Emit, Model
 from taskfactory.agents.place import Place, Refusal
+from taskfactory.attachments import AttachedFile
 from taskfactory.errors import EnvironmentUnavailable, TaskfactoryError, TaskFailed
 from taskfactory.events import AnyEvent, SessionShutdown, SessionStart, Status, ToolResult
 from taskfactory.extensions import Hooks
 from taskfactory.task import Task, render_prompt
 
 OpenPlace = AbstractAsyncContextManager[Place]
+ATTACHED = "/tmp/attachments"  # of the guest; every account of its may write there
 OnSession = Callable[[AgentSession], None]
 
 
@@ -53,6 +55,8 @@ async def run_task(
     model: Model,
     hooks: Hooks,
     emit: Emit,
+    *,
+    attachments: Sequence[AttachedFile] = (),
     on_session: OnSession = _unattended,
 ) -> Summary:
     """Run a task to its end and say how it went. Only cancellation, and bugs, raise.
@@ -71,12 +75,26 @@ async def run_task(
             )
             run.emit(start)
             await hooks.session_start(start)
+            attached = [await _bring(file, place) for file in attachments]
             session = AgentSession(place, hooks, run.emit)
             on_session(session)
-            await session.run(model, render_prompt(task))
+            await session.run(model, render_prompt(task, attached))
     except TaskfactoryError as error:
         return run.summary(_outcome(error), str(error))
     return run.summary("success")
+
+
+async def _bring(file: AttachedFile, place: Place) -> str:
+    """Give the place an attachment, and return the line that tells the agent of it.
+
+    The guest gets a copy: what it does to it stays there.
+    """
+    path = str(file.path)
+    if place.sandboxed:
+        path = f"{ATTACHED}/{file.path.name}"
+        await place.operations.write_bytes(path, file.data)
+    kind = f"{file.attachment.mime_type}, {len(file.data)} bytes"
+    return f"{file.attachment.filename} ({kind}): {path}"
 
 
 class _Run:

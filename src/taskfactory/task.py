@@ -6,6 +6,7 @@ keep their own in the same file, and `taskfile` carries them through every rewri
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -128,12 +129,16 @@ def parse_phase(text: object) -> Phase | None:
     return next((phase for phase in PHASES if phase == text), None)
 
 
-def render_prompt(task: Task) -> str:
-    """Return what the agent is asked to do: title, description, acceptance criteria, how to test."""
+def render_prompt(task: Task, attached: Sequence[str] = ()) -> str:
+    """Return what the agent is asked to do: title, description, acceptance criteria, how to test, attachments.
+
+    `attached` has a line for each attachment, with its path where the tools act.
+    """
     parts = [f"# {task.id}: {task.title}".rstrip(": "), task.description.strip()]
     for heading, items in (
         ("Acceptance criteria", task.acceptance_criteria),
         ("How to test", task.testing_instructions),
+        ("Attachments", attached),
     ):
         if items:
             parts.append("\n".join([f"## {heading}", *(f"- {item}" for item in items)]))

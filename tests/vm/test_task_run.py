@@ -1,6 +1,7 @@
 """Tasks in a real guest: the seven tools, the workspace, and what stays on the host (taskfactory.sandboxing)."""
 
 import asyncio
+import hashlib
 import os
 import subprocess
 import sys
@@ -13,14 +14,16 @@ from tests.support.processes import children_of
 from taskfactory.agents.loop import AgentSession
 from taskfactory.agents.place import Place
 from taskfactory.agents.scripted import ScriptedModel
+from taskfactory.attachments import read_attachments
 from taskfactory.document import parse_document
 from taskfactory.errors import EnvironmentLost, OperationError
-from taskfactory.events import AnyEvent, ToolCall, ToolResult, UserBash
+from taskfactory.events import AnyEvent, BeforeAgentStart, ToolCall, ToolResult, UserBash
 from taskfactory.extensions import Hooks, UserBashReply
 from taskfactory.runner import Summary, run_task
 from taskfactory.sandboxconfig import SandboxConfig
 from taskfactory.sandboxing import open_place
 from taskfactory.task import Task
+from taskfactory.taskfile import load
 from taskvm import Sandbox
 
 pytestmark = pytest.mark.vm
@@ -105,7 +108,9 @@ async def test_a_persons_command_runs_in_the_guest_too(workspace: Path) -> None:
     - {command: "pwd; cat /etc/hostname; touch made", expect: {matches: '^/workspace\\nsandbox-'}}
   tools: [{tool: ls, expect: {contains: [made]}}]
 """)
-    summary = await run_task(Task(id="A-1"), opening, model, hooks, emit, sessions.append)
+    summary = await run_task(
+        Task(id="A-1"), opening, model, hooks, emit, on_session=sessions.append
+    )
 
     assert summary.ok, summary.error
     assert (workspace / "made").exists()
@@ -207,6 +212,37 @@ async def test_a_workspace_for_review_stays_and_gets_a_patch(workspace: Path) ->
     subprocess.run(apply, cwd=workspace, check=True)
     assert (workspace / "note").read_text() == "new\n"
     assert (workspace / "made").read_text() == "more\n"
+
+
+async def test_a_tasks_attachments_are_in_the_guest_and_the_prompt(workspace: Path) -> None:
+    stored = workspace.parent / "attachments" / "1a2b3c4d.csv"
+    stored.parent.mkdir()
+    stored.write_bytes(b"a,b\n\xff")
+    (workspace.parent / "task.yaml").write_text(
+        "{id: A-1, attachments: [{id: x, filename: the data.csv, storedName: 1a2b3c4d.csv}]}"
+    )
+    file = load(workspace.parent / "task.yaml")
+    events: list[AnyEvent] = []
+    opening = open_place(
+        ON, workspace, audit_path=workspace.parent / "audit.jsonl", say=lambda text: None
+    )
+    model = script("""
+- tools:
+    - {tool: read, arguments: {path: /tmp/attachments/1a2b3c4d.csv}, expect: {contains: ["a,b"]}}
+    - {tool: bash, arguments: {command: sha256sum /tmp/attachments/* && echo more >> /tmp/attachments/1a2b3c4d.csv}}
+""")
+
+    summary = await run_task(
+        file.task, opening, model, Hooks(), events.append, attachments=read_attachments(file)
+    )
+
+    assert (summary.ok, summary.tool_errors) == (True, 0), summary.error
+    [prompt] = [event.prompt for event in events if isinstance(event, BeforeAgentStart)]
+    assert "## Attachments\n- the data.csv (application/octet-stream, 5 bytes): " in prompt
+    assert prompt.rstrip().endswith("/tmp/attachments/1a2b3c4d.csv")
+    digest = hashlib.sha256(b"a,b\n\xff").hexdigest()
+    assert any(digest in event.text for event in events if isinstance(event, ToolResult))
+    assert stored.read_bytes() == b"a,b\n\xff"
 
 
 async def test_a_denied_host_is_in_the_summary(workspace: Path) -> None:

@@ -151,6 +151,16 @@ def test_a_wrong_file_exits_with_2_and_its_line(
     assert list(shell.workspace.iterdir()) == []
 
 
+def test_a_missing_attachment_exits_with_2_before_anything_happens(shell: Shell) -> None:
+    shell.task.write_text("id: A\nattachments: [{id: x, filename: y, storedName: z.png}]\n")
+
+    done = shell.run()
+
+    assert done.returncode == 2
+    assert "task.yaml:2: attachments[0]: the attachment 'z.png' cannot be used" in done.stderr
+    assert list(shell.workspace.iterdir()) == []
+
+
 def test_wrong_usage_exits_with_2(shell: Shell) -> None:
     assert shell.run("--what").returncode == 2
 

@@ -12,13 +12,21 @@ from tests.support.waiting import until
 from taskfactory.agents.loop import Model
 from taskfactory.agents.place import Place, Refusal, host_place
 from taskfactory.agents.scripted import ScriptedModel
+from taskfactory.attachments import AttachedFile
 from taskfactory.document import parse_document
 from taskfactory.errors import EnvironmentUnavailable, ExtensionError, UnsafePathError
-from taskfactory.events import AnyEvent, SessionShutdown, SessionStart, Status, ToolUpdate
+from taskfactory.events import (
+    AnyEvent,
+    BeforeAgentStart,
+    SessionShutdown,
+    SessionStart,
+    Status,
+    ToolUpdate,
+)
 from taskfactory.extensions import Hooks, load_extension
 from taskfactory.runner import Summary, run_task
 from taskfactory.sessionlog import SessionLog
-from taskfactory.task import Task
+from taskfactory.task import Attachment, Task
 
 TASK = Task(id="A-1", title="Try")
 WORKS = (
@@ -73,6 +81,23 @@ async def test_a_run_that_works(run: Run) -> None:
     assert summary.ok
     assert (summary.tool_calls, summary.tool_errors, summary.sandboxed) == (2, 1, False)
     assert summary.duration_s > 0
+
+
+async def test_on_the_host_an_attachment_stays_where_it_is(run: Run, tmp_path: Path) -> None:
+    attachment = Attachment(id="1", filename="a b.txt", stored_name="1.txt", mime_type="text/plain")
+    file = AttachedFile(attachment, tmp_path / "1.txt", b"x")
+
+    await run_task(
+        TASK,
+        run.place(),
+        ScriptedModel([]),
+        run.hooks,
+        run.events.append,
+        attachments=[file],
+    )
+
+    [prompt] = [event.prompt for event in run.events if isinstance(event, BeforeAgentStart)]
+    assert prompt.endswith(f"## Attachments\n- a b.txt (text/plain, 1 bytes): {tmp_path}/1.txt\n")
 
 
 async def test_a_task_that_fails(run: Run) -> None:
