@@ -99,8 +99,8 @@ def parse_document(text: str, name: str, *, first_line: int = 1) -> Document:
         line = first_line + (mark.line if mark is not None else 0)
         cause = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ConfigError([Problem(f"{name}:{line}", "", f"not valid YAML: {cause}")]) from error
-    except (ValueError, TypeError, RecursionError) as error:
-        # Too deep, a number of a million digits, a mapping as a key.
+    except Exception as error:  # noqa: BLE001 - the file may be hostile, and ruamel fails in many ways
+        # Too deep, a number of a million digits, a mapping as a key, a merge of itself.
         raise _refusal(name, f"not readable as YAML: {error}") from None
     plainer = _Plainer(name, first_line)
     return Document(name, plainer.plain(node, ()), node, plainer.lines)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from taskfactory.document import MAX_BYTES, parse_document, read_document
@@ -149,6 +149,7 @@ TOKENS = [
 
 @given(st.text(max_size=200) | st.lists(st.sampled_from(TOKENS), max_size=14).map("".join))
 @settings(max_examples=500)
+@example("? &0 \u2028<<: *0")  # a mapping that is merged into itself before it is there
 def test_any_text_is_read_or_refused_and_nothing_else(text: str) -> None:
     refused = None
     try:
