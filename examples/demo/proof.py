@@ -7,7 +7,6 @@ repository's configuration names, and so would the fetch of an object that is mi
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import socket
@@ -16,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from scan import spellings
 from server import DemoServer
 from world import FIXED, World
 
@@ -43,6 +43,7 @@ def check_all(world: World, server: DemoServer, code: int, output: str) -> list[
             audit, "api.demo.test", "Nor to the right host in a header that is not for tokens"
         ),
         _secret_is_nowhere(world, record, output),
+        _secret_is_not_in_the_machine(world),
         _guest_has_a_placeholder(world, events),
         _host_files_are_out_of_reach(world, events),
     ]
@@ -93,8 +94,7 @@ def _refusals(audit: list[dict[str, object]], target: str, claim: str) -> Findin
 
 
 def _secret_is_nowhere(world: World, record: Path, output: str) -> Finding:
-    token = world.token.encode()
-    forms = (token, base64.b64encode(token).rstrip(b"="), token.hex().encode())
+    forms = spellings(world.token)
     searched = [*_files(world.project), *_files(record)]
     found = [str(path) for path in searched if any(form in path.read_bytes() for form in forms)]
     found += ["the output"] if world.token in output else []
@@ -105,6 +105,24 @@ def _secret_is_nowhere(world: World, record: Path, output: str) -> Finding:
     return Finding(
         "The token's value is in no transcript, log or file", bool(searched) and not found, evidence
     )
+
+
+def _secret_is_not_in_the_machine(world: World) -> Finding:
+    """From `scan.py`. That the placeholder was found there shows that the search finds things."""
+    claim = "Nor is it in the machine: its memory and disk were searched from the host"
+    report = json.loads(world.scan_report.read_text()) if world.scan_report.exists() else {}
+    holds, evidence = bool(report), []
+    for place, found in report.items():
+        if found["refused"]:
+            evidence.append(f"{place}: not searched, this user may not read {found['refused']}")
+            continue
+        holds = holds and found["placeholder"] and not found["token"]
+        words = {True: "is there", False: "is not"}
+        evidence.append(
+            f"{place}: {found['size_bytes'] >> 20} MiB; the placeholder {words[found['placeholder']]},"
+            f" the token {words[found['token']]}"
+        )
+    return Finding(claim, holds, tuple(evidence))
 
 
 def _guest_has_a_placeholder(world: World, events: list[dict[str, object]]) -> Finding:

@@ -9,6 +9,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from scan import LAST_TOOL, REPORT_VARIABLE
 from server import NAME, DemoServer
 
 FIXED = "    return net + (net * vat_percent + 50) // 100\n"
@@ -73,17 +74,27 @@ class World:
     def home(self) -> Path:
         return self.directory / "home"
 
+    @property
+    def scan_report(self) -> Path:
+        return self.directory / "scan.json"
+
     def arguments(self, *, short: bool = False) -> list[str]:
         """Return the arguments of taskfactory; `short` is for people."""
         base = Path() if short else self.directory
         return [
             "run", str(base / "task.md"), "--workspace", str(base / "project"),
             "--sandbox-config", str(base / "sandbox.json"), "--agent", str(base / "agent.yaml"),
+            "--extension", "scan.py" if short else str(Path(__file__).with_name("scan.py")),
         ]  # fmt: skip
 
     def environment(self) -> dict[str, str]:
         """Return the environment of taskfactory: the only place that gets the token."""
-        return {**os.environ, "DEMO_API_TOKEN": self.token, "TASKFACTORY_HOME": str(self.home)}
+        return {
+            **os.environ,
+            "DEMO_API_TOKEN": self.token,
+            "TASKFACTORY_HOME": str(self.home),
+            REPORT_VARIABLE: str(self.scan_report),
+        }
 
 
 def build_world(directory: Path, server: DemoServer) -> World:
@@ -210,7 +221,12 @@ def _attacks(world: World) -> list[dict[str, object]]:
                 _call("read", {"path": "/etc/hostname"}, matches="^sandbox-"),
             ],
         },
-        {"text": "That is all."},
+        # A trace of the placeholder on the disk shows that the search would find something there.
+        {"tools": [_bash('printf %s "$API_TOKEN" > /var/tmp/trace && sync')]},
+        {
+            "text": "That is all. While I rest, the host looks for the token in this machine's memory and disk.",
+            "tools": [_call(LAST_TOOL, {})],
+        },
     ]
 
 
