@@ -140,12 +140,18 @@ def _sandbox(wish: _Wish) -> Opening[Sandbox]:
 
 async def _keep_changes(vm: Sandbox, wish: _Wish) -> None:
     """Write what the task changed as a patch beside the record: nobody is there to be asked."""
-    with await vm.changes(GUEST_ROOT) as changes:
-        if len(changes):
-            text = await asyncio.to_thread(changes.diff, binary=True)
-            data = text.encode("utf-8", "surrogateescape")
-            patch = await asyncio.to_thread(keep_patch, data, wish.audit_path.parent)
-            wish.say(f"{len(changes)} changes wait for review: read {patch}, then `git apply` it")
+    from taskvm.errors import TaskvmError
+
+    try:
+        with await vm.changes(GUEST_ROOT) as changes:
+            count = len(changes)
+            text = await asyncio.to_thread(changes.diff, binary=True) if count else ""
+    except TaskvmError as error:
+        raise EnvironmentLost(f"keep the task's changes: {error}. They are lost") from error
+    if count:
+        data = text.encode("utf-8", "surrogateescape")
+        patch = await asyncio.to_thread(keep_patch, data, wish.audit_path.parent)
+        wish.say(f"{count} changes wait for review: read {patch}, then `git apply` it")
 
 
 def keep_patch(data: bytes, record: Path) -> Path:

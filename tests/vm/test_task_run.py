@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -243,6 +244,47 @@ async def test_a_tasks_attachments_are_in_the_guest_and_the_prompt(workspace: Pa
     digest = hashlib.sha256(b"a,b\n\xff").hexdigest()
     assert any(digest in event.text for event in events if isinstance(event, ToolResult))
     assert stored.read_bytes() == b"a,b\n\xff"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_review_that_is_ended_by_a_signal_keeps_its_changes(
+    workspace: Path, number: signal.Signals
+) -> None:
+    """SIGHUP twice, as a closing terminal and its shell send it."""
+    root = workspace.parent
+    (root / "task.yaml").write_text("id: A-1\n")
+    (root / "sandbox.json").write_text('{"enabled": true, "workspaceMode": "review"}')
+    (root / "task.script.yaml").write_text(
+        "- tools: [{tool: bash, arguments: {command: 'echo new > made; echo at work; sleep 600'}}]"
+    )
+    command = [
+        *(sys.executable, "-c", "from taskfactory.cli import main; main()", "run"),
+        *(str(root / "task.yaml"), "--workspace", str(workspace)),
+        *("--sandbox-config", str(root / "sandbox.json")),
+    ]
+    environment = {**os.environ, "TASKFACTORY_HOME": str(root / "home")}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        before = list(iter(lambda: next(process.stdout).strip(), "at work"))
+        process.send_signal(number)
+        process.send_signal(number)
+        after = process.stdout.read()
+
+    assert process.returncode == 130, before
+    assert "session  over: cancelled" in after
+    [patch] = (root / "home" / "sessions").glob("*/changes.patch")
+    assert "+new" in patch.read_text()
+    assert list(workspace.iterdir()) == []
+
+
+async def test_ls_of_many_links_says_where_they_lead(workspace: Path) -> None:
+    for number in range(500):
+        (workspace / f"link{number}").symlink_to("/usr" if number % 2 else "/etc/hostname")
+
+    await run(
+        workspace,
+        "- tools: [{tool: ls, expect: {contains: [link498, link499/], not_contains: [link498/]}}]",
+    )
 
 
 async def test_a_denied_host_is_in_the_summary(workspace: Path) -> None:
