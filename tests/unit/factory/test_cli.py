@@ -216,6 +216,21 @@ def test_a_demanded_sandbox_that_cannot_start_runs_nothing(
     assert list(shell.workspace.iterdir()) == []
 
 
+@pytest.mark.parametrize("key", ["imagePath", "checkpointPath"])
+def test_a_task_cannot_reach_the_host_by_what_it_starts_from(shell: Shell, key: str) -> None:
+    """Though its workspace allows the host, for want of QEMU."""
+    shell.task.write_text(f"id: A-1\nsandbox: {{{key}: nosuch}}\n")
+    config = shell.root / "sandbox.json"
+    config.write_text('{"enabled": true, "onUnavailable": "host"}')
+
+    with_qemu = shell.run("--sandbox-config", str(config))
+    without = shell.run("--sandbox-config", str(config), PATH=str(shell.root))
+
+    assert [done.returncode for done in (with_qemu, without)] == [1, 1]
+    assert "task     A-1: refused" in with_qemu.stdout
+    assert list(shell.workspace.iterdir()) == []
+
+
 def test_output_of_an_agent_cannot_act_on_the_terminal(shell: Shell) -> None:
     shell.task.write_text('id: "A\\e[31m"\ntitle: t\n')
     shell.script.write_text(
