@@ -5,16 +5,15 @@ A template in use is held by its sandboxes, and one that is being built is locke
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
-from taskvm.paths import Removed, lock_if_free, measure, seized
-from taskvm.vm.template import LAYOUT, Manifest
+from taskvm.paths import Removed, measure, seized
+from taskvm.vm.template import LAYOUT, Manifest, building
 
 
 def remove_templates(base: Path, is_stale: Callable[[str], bool]) -> Iterator[Removed]:
@@ -23,7 +22,7 @@ def remove_templates(base: Path, is_stale: Callable[[str], bool]) -> Iterator[Re
         if not path.is_dir():
             continue
         digest = path.name.lstrip(".")
-        with _building(base / f"{digest}.lock") as free:
+        with building(base, digest) as free:
             # A name with a point is a build: of nobody, when the lock is free.
             if not free or not (path.name.startswith(".") or _is_stale(path, is_stale)):
                 continue
@@ -52,8 +51,3 @@ def _is_stale(path: Path, is_stale: Callable[[str], bool]) -> bool:
     except (OSError, msgspec.MsgspecError):
         return True
     return inputs.layout != LAYOUT or is_stale(inputs.guest_digest)
-
-
-def _building(lock: Path) -> AbstractContextManager[bool]:
-    """Take the builders' lock of one template for a moment; say whether it was free."""
-    return lock_if_free(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))

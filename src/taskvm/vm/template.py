@@ -21,7 +21,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,14 @@ import msgspec
 
 from taskvm.errors import HostError, SandboxLostError, UnavailableError
 from taskvm.identity import GuestUser
-from taskvm.paths import cache_dir, newest_first, private_dir, replace_file, seized
+from taskvm.paths import (
+    cache_dir,
+    lock_if_free,
+    newest_first,
+    private_dir,
+    replace_file,
+    seized,
+)
 from taskvm.vm.boot import quiesce_ports, reach_ready
 from taskvm.vm.command import Boot, Disk, MachineShape
 from taskvm.vm.disk import create_layer
@@ -256,9 +263,29 @@ async def _boot_and_save(template: Template, staging: Path) -> None:
 
 def _remove_old(base: Path) -> None:
     for path in _old(base):
-        with contextlib.suppress(FileNotFoundError), seized(path) as free:  # others remove as well
-            if free and path in _old(base):  # nobody has begun to use it since
-                shutil.rmtree(path, ignore_errors=True)
+        with building(base, path.name) as ours, contextlib.suppress(FileNotFoundError):
+            if ours:  # else it is being built anew, or removed by another
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a template unless somebody has begun to use it. We hold the builders' lock of it.
+
+    By a rename first: nobody finds it half there, and its last change, which removal moves to now, counts for no other.
+    """
+    trash = path.with_name(f".{path.name}")
+    with seized(path) as free:
+        if not free or path not in _old(path.parent):
+            return
+        shutil.rmtree(trash, ignore_errors=True)  # a killed builder's
+        path.rename(trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def building(base: Path, digest: str) -> AbstractContextManager[bool]:
+    """Take the builders' lock of one template for a moment; say whether it was free."""
+    lock = base / f"{digest}.lock"
+    return lock_if_free(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
 
 def _old(base: Path) -> list[Path]:
