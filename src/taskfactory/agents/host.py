@@ -17,8 +17,8 @@ from taskfactory.taskfile import replace_file
 
 _T = TypeVar("_T")
 _CHUNK = 64 * 1024
-# A killed process group is gone at once; a process in uninterruptible sleep may take longer.
-_KILL_WAIT_S = 5.0
+# A killed process group is gone at once; a process in uninterruptible sleep, or of a busy host, may take longer.
+_KILL_WAIT_S = 30.0
 # A pipe holds 64 KiB: what the process wrote before its end is read in a fraction of this.
 _DRAIN_S = 0.05
 

@@ -7,7 +7,7 @@ import os
 import time
 from dataclasses import dataclass
 
-from taskvm.errors import SandboxLostError
+from taskvm.errors import HostError, SandboxLostError
 from taskvm.identity import ENTROPY_BYTES, GuestUser, account_request
 from taskvm.port import FramePort
 from taskvm.vm.control import Control
@@ -25,7 +25,8 @@ WARM_UP = (
     b"grep -q . /etc/passwd; sed -n 1p /etc/passwd; mkdir -p /workspace; head -c1 /etc/passwd; "
     b"env true; sh -c :"
 )
-WARM_UP_TIMEOUT_S = 60.0
+# Seconds without KVM on a quiet machine, many times that on a busy one.
+WARM_UP_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class Ports:
 async def reach_ready(machine: Machine, user: GuestUser) -> Ports:
     """Take over the machine's ports, wait for the agent's HELLO, add the user, and warm the guest's caches.
 
-    Raises SandboxLostError with the console's last words when it does not come.
+    Raises SandboxLostError with the console's last words when it does not come, HostError when it is too slow.
     """
     ports = Ports(
         await Control.open(machine.take("control")),
@@ -114,5 +115,12 @@ async def _warm(control: Control) -> None:
     for inlet in call.inlets.values():
         inlet.discard()
     await call.answer(Started)
-    async with asyncio.timeout(WARM_UP_TIMEOUT_S):
-        await call.exited
+    try:
+        async with asyncio.timeout(WARM_UP_TIMEOUT_S):
+            await call.exited
+    except TimeoutError:
+        raise HostError(
+            "warm the template",
+            f"the guest's first programs did not end in {WARM_UP_TIMEOUT_S:.0f} s",
+            "Try again when this host has less to do; `taskvm doctor` tells what it can do",
+        ) from None

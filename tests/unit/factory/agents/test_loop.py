@@ -134,10 +134,10 @@ async def test_calls_of_a_turn_run_side_by_side_and_answer_in_order(session: Ses
     await session.run("""
 - tools:
     - tool: bash
-      arguments: {command: "touch a; until [ -e b ]; do sleep 0.05; done; echo first", timeout: 20}
+      arguments: {command: "touch a; until [ -e b ]; do sleep 0.05; done; echo first", timeout: 100}
       expect: {contains: [first]}
     - tool: bash
-      arguments: {command: "touch b; until [ -e a ]; do sleep 0.05; done; echo second", timeout: 20}
+      arguments: {command: "touch b; until [ -e a ]; do sleep 0.05; done; echo second", timeout: 100}
       expect: {contains: [second]}
 """)
 
