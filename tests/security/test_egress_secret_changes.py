@@ -18,6 +18,7 @@ from tests.support.egress_lab import (
     http_server,
     scripted_server,
 )
+from tests.support.waiting import PATIENCE_S
 
 from taskvm.egress.secret import Place, Secret
 from taskvm.errors import UsageError
@@ -50,7 +51,7 @@ def head(lab: Lab, port: int, line: str = "GET / HTTP/1.1", *more: str) -> bytes
 
 async def read_until(sock: GuestSocket, text: bytes) -> bytes:
     received = b""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while text not in received:
             received += await sock.read()
     return received
@@ -177,7 +178,7 @@ async def test_a_body_that_is_on_its_way_gets_the_value_of_now() -> None:
         lab.gateway.keyring.put(lab.policy, rotated)
         rest = placeholder[10:]
         await sock.write(b"%x\r\n%s\r\n" % (len(rest), rest))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while NEXT.encode() not in server.received:
                 await asyncio.sleep(0.01)
         with suppress(StreamReset):
@@ -264,7 +265,7 @@ async def test_a_websockets_opening_is_looked_at_and_its_messages_are_not() -> N
         await sock.write(head(lab, server.port, "GET / HTTP/1.1", *asks))
         opened = await read_until(sock, b"\r\n\r\n")
         await sock.write(b"\x81" + placeholder)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while placeholder not in server.received:
                 await asyncio.sleep(0.01)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import pytest
 from tests.support.egress_lab import GuestSocket, Lab, dns_query, egress_lab
 from tests.support.h2_lab import fields, h2_client
+from tests.support.waiting import PATIENCE_S
 
 from taskvm.egress.policy import Policy
 from taskvm.errors import UsageError
@@ -67,7 +68,7 @@ async def everything(sock: GuestSocket) -> bytes:
     """Return what comes until the end or the reset of the connection."""
     received = b""
     with contextlib.suppress(StreamReset):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while data := await sock.read():
                 received += data
     return received

@@ -4,6 +4,8 @@ import signal
 import subprocess
 import sys
 
+from tests.support.waiting import PATIENCE_S
+
 # The signal comes when the library of the command line is looked for.
 INTERRUPTED = """
 import os, signal, sys
@@ -22,7 +24,7 @@ main()
 
 def _run(program: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE_S
     )
 
 

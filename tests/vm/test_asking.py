@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tests.servers import Seen, http_server
 from tests.support.screen import SMALL, TASKVM, Screen
+from tests.support.waiting import PATIENCE_S
 
 from taskvm import Question
 from taskvm.cli.asking import Asker
@@ -103,11 +104,12 @@ def test_a_user_who_goes_away_has_not_said_yes(server: Seen) -> None:
 def test_it_needs_the_terminal(option: str) -> None:
     """Without one, or where the guest has it, it is refused before anything starts."""
     done = subprocess.run(
-        [TASKVM, "run", "--ask", option, "--", "true"], capture_output=True, text=True, timeout=60
-    )
+        [TASKVM, "run", "--ask", option, "--", "true"],
+        capture_output=True, text=True, timeout=PATIENCE_S,
+    )  # fmt: skip
     alone = subprocess.run(
         [TASKVM, "run", "--ask", "--", "true"],
-        capture_output=True, text=True, timeout=60, start_new_session=True,
+        capture_output=True, text=True, timeout=PATIENCE_S, start_new_session=True,
     )  # fmt: skip
 
     assert done.returncode == 2

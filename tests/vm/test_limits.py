@@ -65,7 +65,7 @@ async def test_an_idle_sandbox_ends_after_its_idle_timeout() -> None:
 
 
 async def test_a_paused_sandbox_ends_after_its_idle_timeout_too() -> None:
-    async with Sandbox.create(**GUEST, idle_timeout_s=4.0, idle_pause_s=PAUSE_S) as vm:
+    async with Sandbox.create(**GUEST, idle_timeout_s=10.0, idle_pause_s=PAUSE_S) as vm:
         supervisor = vm.host_pid
 
         await until(lambda: vm.statistics().paused or vm.state == "lost")
@@ -76,19 +76,19 @@ async def test_a_paused_sandbox_ends_after_its_idle_timeout_too() -> None:
 
 async def test_a_running_command_is_activity() -> None:
     """An exec that prints nothing for longer than the timeout keeps its sandbox."""
-    async with Sandbox.create(**GUEST, idle_timeout_s=1.0) as vm:
-        assert (await vm.exec("sleep 3")).ok
+    async with Sandbox.create(**GUEST, idle_timeout_s=5.0) as vm:
+        assert (await vm.exec("sleep 10")).ok
 
 
 async def test_traffic_on_a_mount_is_activity(workspace: Path) -> None:
     """A background process that writes to a mount keeps its sandbox; when it ends, the sandbox does."""
     mounts = {"/workspace": HostDir(workspace)}
-    async with Sandbox.create(**GUEST, mounts=mounts, idle_timeout_s=2.5) as vm:
-        await vm.exec("(for i in $(seq 16); do echo $i > n; sleep 0.25; done) >/dev/null 2>&1 &")
+    async with Sandbox.create(**GUEST, mounts=mounts, idle_timeout_s=8.0) as vm:
+        await vm.exec("(for i in $(seq 48); do echo $i > n; sleep 0.25; done) >/dev/null 2>&1 &")
         supervisor = vm.host_pid
 
         await until(lambda: not is_alive(supervisor))
-        assert (workspace / "n").read_text() == "16\n"
+        assert (workspace / "n").read_text() == "48\n"
 
 
 # Rest.

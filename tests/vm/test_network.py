@@ -178,9 +178,9 @@ async def test_many_connections_at_once_are_answered(tmp_path: Path) -> None:
     with http_server() as seen:
         async with Sandbox.create(**reaching(seen.port)) as vm:
             result = await vm.exec(
-                f"seq 60 | xargs -P 20 -I@ curl -sS -m 90 -o /dev/null -w '%{{http_code}}\\n' "
+                f"seq 60 | xargs -P 20 -I@ curl -sS -m 240 -o /dev/null -w '%{{http_code}}\\n' "
                 f"http://api.test:{seen.port}/@",
-                timeout_s=120,
+                timeout_s=250,
             )
 
     assert result.stdout.split() == ["200"] * 60

@@ -158,7 +158,7 @@ def test_the_command_line_gives_the_guest_files_of_its_own(project: Path) -> Non
         capture_output=True,
         text=True,
         check=False,
-        timeout=50,
+        timeout=PATIENCE_S,
     )
 
     assert done.stdout.split() == ["server.pem", "src", "guest"]

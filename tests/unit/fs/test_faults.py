@@ -127,6 +127,8 @@ def test_a_full_disk_is_an_error_of_the_sync_of_a_mapping(kernel_mount: Mount, s
 
     # A process of its own: a page fault keeps Python's lock, which the server needs to answer it.
     program = [sys.executable, "-I", "-c", _MAP, str(guest / "file")]
-    told = subprocess.run(program, capture_output=True, text=True, timeout=60, check=True).stdout
+    told = subprocess.run(
+        program, capture_output=True, text=True, timeout=PATIENCE_S, check=True
+    ).stdout
 
     assert set(told.split()) & {"ENOSPC", "EIO"}

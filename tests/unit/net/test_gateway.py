@@ -26,7 +26,7 @@ from taskvm.wire.frames import GUEST_STREAM_BIT, FrameType
 async def curl(*arguments: str) -> tuple[str, int]:
     """Run the real curl; return what it printed and its exit code."""
     process = await asyncio.create_subprocess_exec(
-        "curl", "-sS", "--max-time", "20", *arguments,
+        "curl", "-sS", "--max-time", f"{PATIENCE_S:.0f}", *arguments,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
         env={"PATH": "/usr/bin:/bin"},
     )  # fmt: skip

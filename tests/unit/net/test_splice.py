@@ -87,12 +87,13 @@ async def test_what_is_not_tls_to_such_a_host_is_judged_as_ever() -> None:
 
 
 async def test_a_passage_on_which_nothing_moves_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(splice, "IDLE_TIMEOUT_S", 0.2)
     with http_server("pinned.test") as server:
         async with sandbox(server) as lab:
             sock = await lab.connect("pinned.test", server.port)
             stream = TlsStream(sock.stream(), pinning_client(), server_hostname="pinned.test")
             await stream.handshake()
+            monkeypatch.setattr(splice, "IDLE_TIMEOUT_S", 0.2)
+            await stream.write(b"G")  # what moves last
             with pytest.raises(OSError, match="reset"):
                 await stream.read()
 
