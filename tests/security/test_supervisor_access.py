@@ -7,9 +7,11 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from tests.support.processes import descendants_of
 from tests.support.screen import SMALL, TASKVM
 from tests.support.waiting import PATIENCE_S
 
@@ -142,8 +144,7 @@ def test_values_of_secrets_are_in_no_argument_file_or_environment(
 
 def _readable(pid: int) -> Iterator[str]:
     """Yield arguments and environment of a process and its descendants."""
-    for name in ("cmdline", "environ"):
-        yield Path(f"/proc/{pid}/{name}").read_text(errors="replace")
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in map(int, (task / "children").read_text().split()):
-            yield from _readable(child)
+    for process in (pid, *descendants_of(pid)):
+        for name in ("cmdline", "environ"):
+            with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                yield Path(f"/proc/{process}/{name}").read_text(errors="replace")

@@ -59,7 +59,7 @@ async def test_a_time_limit_holds_for_the_start_of_a_command_too(
     os.kill(qemu_of(vm.host_pid), signal.SIGSTOP)
 
     async with asyncio.timeout(PATIENCE_S):
-        with pytest.raises(SandboxLostError, match="did not answer within 1 s"):
+        with pytest.raises(SandboxLostError, match="did not answer within"):
             await vm.exec(["true"], timeout_s=0.5)
 
     assert vm.state == "lost"
@@ -76,17 +76,17 @@ async def test_a_running_command_notices_that_its_guest_has_stopped(
         monkeypatch.setattr(control, "PROBE_TIMEOUT_S", 1.0)
 
         async with asyncio.timeout(PATIENCE_S):
-            with pytest.raises(SandboxLostError, match="did not answer within 1 s"):
+            with pytest.raises(SandboxLostError, match="did not answer within"):
                 await process.wait()
 
 
 async def test_a_stopped_qemu_ends_at_its_limit_all_the_same() -> None:
     """max_duration_s needs no answer from anybody."""
-    async with Sandbox.create(**GUEST, max_duration_s=4.0) as vm:
+    async with Sandbox.create(**GUEST, max_duration_s=10.0) as vm:
         qemu = qemu_of(vm.host_pid)
         os.kill(qemu, signal.SIGSTOP)
 
-        with pytest.raises(SandboxLostError, match="max_duration_s=4"):
+        with pytest.raises(SandboxLostError, match="max_duration_s=10"):
             await vm.exec("true")
         await until(lambda: not is_alive(qemu))
 

@@ -144,7 +144,7 @@ async def test_a_full_disk_is_a_clear_error(
         left = [path for path in small.rglob("*") if path.is_file() and path.name != "fill"]
         assert not [path for path in left if path.stat().st_size > 100_000]
     finally:
-        subprocess.run(["umount", small], check=True)
+        subprocess.run(["umount", "--lazy", small], check=True)
 
 
 @pytest.mark.parametrize(

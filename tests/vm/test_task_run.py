@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -407,8 +408,11 @@ def test_the_demonstration_proves_itself() -> None:
 
 def _own_guests() -> int:
     """How many QEMU processes are children of this process."""
-    children = children_of(os.getpid())
-    return sum("qemu" in Path(f"/proc/{pid}/cmdline").read_text() for pid in children)
+    found = 0
+    for pid in children_of(os.getpid()):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            found += "qemu" in Path(f"/proc/{pid}/cmdline").read_text()
+    return found
 
 
 @pytest.mark.parametrize("memory", [False, True])

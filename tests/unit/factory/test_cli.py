@@ -285,7 +285,8 @@ def test_a_run_under_nohup_outlives_its_terminal(shell: Shell) -> None:
 
 def test_a_reader_that_leaves_ends_the_run_quietly(shell: Shell) -> None:
     """`taskfactory run … | head -1`: no traceback, and the code of any program in such a pipe."""
-    shell.script.write_text("- tools: [{tool: bash, arguments: {command: sleep 1}}]\n")
+    command = "until [ -e left ]; do sleep 0.05; done"
+    shell.script.write_text(f'- tools: [{{tool: bash, arguments: {{command: "{command}"}}}}]\n')
     process = subprocess.Popen(
         shell.command(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=shell.environment
     )
@@ -294,6 +295,7 @@ def test_a_reader_that_leaves_ends_the_run_quietly(shell: Shell) -> None:
     assert process.stdout.readline().startswith(b"session")
 
     process.stdout.close()
+    (shell.workspace / "left").touch()
 
     assert process.wait(timeout=PATIENCE_S) == 141
     assert process.stderr.read() == b""

@@ -64,8 +64,8 @@ def test_a_source_that_takes_long_is_left_alone_and_heard_again(
 ) -> None:
     attention.watch([storm])
     own[1].send(b"x")
-    attention.spent(10.0)
     begun = time.monotonic()
+    attention.spent(10.0)
 
     while attention.wait(None) == (True, []):
         assert time.monotonic() - begun < PATIENCE_S

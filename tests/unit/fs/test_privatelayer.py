@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.kernel_mount import KernelMount
+from tests.support.waiting import wait_until
 
 from taskvm.errors import UsageError
 from taskvm.fs.hostdir import HostDir
@@ -213,10 +214,9 @@ def test_what_the_host_removes_and_makes_again_has_its_private_things(
     (host / "packages").rename(host / "away")
     (host / "away").rename(host / "packages")
 
-    deadline = 1000
-    while deadline and not (mounted / "packages" / "app" / "node_modules" / "module").exists():
-        deadline -= 1
-    assert (mounted / "packages" / "app" / "node_modules" / "module").read_text() == "guest"
+    module = mounted / "packages" / "app" / "node_modules" / "module"
+    wait_until(module.exists)
+    assert module.read_text() == "guest"
 
 
 def test_a_read_only_directory_takes_private_things(kernel_mount: Mount, host: Path) -> None:

@@ -82,13 +82,12 @@ def test_progress_counts_packages_of_each_batch_and_keeps_quiet_about_the_rest()
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root's mounts would be the host's")
 def test_what_a_build_mounts_as_root_is_not_seen_by_the_host(tmp_path: Path) -> None:
-    before = Path("/proc/self/mountinfo").read_text()
     script = f"mount -t tmpfs none {tmp_path} && grep -q ' {tmp_path} ' /proc/self/mountinfo && kill -9 $$"
 
     killed = subprocess.run([*mount_namespace("root"), "sh", "-c", script], check=False)
 
     assert killed.returncode == -signal.SIGKILL
-    assert Path("/proc/self/mountinfo").read_text() == before
+    assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
 
 
 def test_an_ordinary_users_build_has_a_namespace_from_mmdebstrap() -> None:

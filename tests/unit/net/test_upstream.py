@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
 import socket
 import ssl
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.egress_lab import SERVER_CA, RecordingResolver, http_server
+from tests.support.waiting import until
 
 from taskvm.egress.policy import Policy
 from taskvm.errors import UpstreamError, UsageError
@@ -91,11 +91,9 @@ async def test_a_closed_or_talking_connection_is_not_quiet() -> None:
     await stream.read()
     assert stream.is_quiet()
     theirs.send(b"y")
-    await asyncio.sleep(0.01)
-    assert not stream.is_quiet()
+    await until(lambda: not stream.is_quiet())
     await stream.read()
     theirs.close()
-    await asyncio.sleep(0.01)
-    assert not stream.is_quiet()
+    await until(lambda: not stream.is_quiet())
     stream.abort()
     assert not stream.is_quiet()
