@@ -64,10 +64,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whoever comes first builds the image of programs, within a limit of its own."""
+    """Whoever comes first builds the image of programs and the template, within limits of their own."""
     for item in items:
-        if "programs_image" in getattr(item, "fixturenames", ()):
+        names: list[str] = getattr(item, "fixturenames", [])
+        if "programs_image" in names:
             item.add_marker(pytest.mark.timeout(BUILD_TIMEOUT_S), append=False)
+        if item.get_closest_marker("vm") and "warm_template" not in names:
+            names.insert(names.index("private_state") + 1, "warm_template")
+
+
+@pytest.fixture(scope="session")
+def warm_template() -> None:
+    """The template that GUEST is forked from: its boot is no part of what a test waits for with a limit."""
+    from taskvm import Sandbox
+
+    async def start() -> None:
+        async with Sandbox.create(**GUEST):
+            pass
+
+    asyncio.run(start())
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,9 @@ pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("runtime")]
 
 
 def taskvm(*arguments: str, status: int = 0) -> str:
-    done = subprocess.run([TASKVM, *arguments], capture_output=True, text=True, timeout=PATIENCE_S)
+    # A checkpoint of a disk is booted at its first start.
+    limit_s = 2.5 * PATIENCE_S
+    done = subprocess.run([TASKVM, *arguments], capture_output=True, text=True, timeout=limit_s)
     assert done.returncode == status, done.stderr
     return done.stdout if status == 0 else done.stderr
 
