@@ -375,7 +375,7 @@ def http_server(
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        timeout = 10
+        timeout = PATIENCE_S
         disable_nagle_algorithm = True  # two small writes for one answer: 40 ms otherwise
 
         def setup(self) -> None:

@@ -313,7 +313,7 @@ async def test_a_sandbox_ends_when_the_floor_of_free_space_is_crossed(small_run:
 async def test_statistics_are_those_of_the_host(vm: Sandbox) -> None:
     """CPU time grows with work, memory and disk with what is written, execs with those that run."""
     before = vm.statistics()
-    async with await vm.spawn("sleep 60"):
+    async with await vm.spawn("sleep 600"):
         await vm.exec("dd if=/dev/urandom of=/var/some bs=1M count=20 conv=fsync", user="root")
         during = vm.statistics()
     after = vm.statistics()

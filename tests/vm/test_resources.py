@@ -22,7 +22,8 @@ async def test_a_command_is_told_what_it_cost(vm: Sandbox) -> None:
     """Time, memory, processes and bytes of its disk, those of its children included."""
     work = await vm.exec(
         "head -c 3000000 /dev/urandom > /var/tmp/data; sync /var/tmp/data; "
-        "(python3 -c 'b = bytearray(40 << 20); b[::4096] = bytes(10240)'; sleep 0.1) & (sleep 0.2) & wait"
+        "(python3 -c 'b = bytearray(40 << 20); b[::4096] = bytes(10240)'; touch /tmp/over) & "
+        "(until test -e /tmp/over; do sleep 0.1; done) & wait"
     )
     rest = await vm.exec(["true"])
 

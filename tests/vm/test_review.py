@@ -316,7 +316,7 @@ async def test_discarded_changes_are_gone_and_the_hosts_files_are_seen(
 
 async def test_changes_in_use_are_not_discarded(vm: Sandbox) -> None:
     """A program that sits there keeps its files: the answer is EBUSY, and the view is whole."""
-    process = await vm.spawn("echo kept > kept; echo ready; exec sleep 60")
+    process = await vm.spawn("echo kept > kept; echo ready; exec sleep 600")
     await anext(aiter(process.stdout))
 
     with pytest.raises(GuestError) as caught:

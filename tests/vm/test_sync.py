@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +22,6 @@ from tests.support.waiting import PATIENCE_S, wait_until
 
 from taskvm import SandboxStateError, UsageError
 from taskvm.sync import HostDir, Process, Sandbox, WarmPool
-from taskvm.sync.bridge import EXIT_TIMEOUT_S
 
 pytestmark = pytest.mark.vm
 
@@ -253,15 +251,14 @@ def test_exit_does_not_wait_for_threads_that_wait_in_a_call() -> None:
         "    with contextlib.suppress(taskvm.SandboxError): call()\n"
         "for call in (lambda: vm.exec('sleep 1000'), process.wait, process.stdout.read):\n"
         "    threading.Thread(target=wait, args=[call], daemon=True).start()\n"
-        "time.sleep(0.5)\nprint(vm.host_pid, time.monotonic())"
+        # Longer than this test waits: what ends has not been given up.
+        f"from taskvm.sync import bridge\nbridge.EXIT_TIMEOUT_S = {2 * PATIENCE_S}\n"
+        "time.sleep(0.5)\nprint(vm.host_pid)"
     )
     result = _python(program)
-    ended = time.monotonic()
 
     assert (result.returncode, result.stderr) == (0, "")
-    pid, began_to_exit = result.stdout.split()
-    assert not is_alive(int(pid))
-    assert ended - float(began_to_exit) < EXIT_TIMEOUT_S  # it was not given up
+    assert not is_alive(int(result.stdout))
 
 
 def test_exit_after_an_error_shows_the_error_only() -> None:

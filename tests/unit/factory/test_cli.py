@@ -247,7 +247,7 @@ def test_output_of_an_agent_cannot_act_on_the_terminal(shell: Shell) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_run_cleanly(shell: Shell, number: signal.Signals) -> None:
     shell.script.write_text(
-        "- tools: [{tool: bash, arguments: {command: 'touch up; sleep 60; touch late'}}]\n"
+        "- tools: [{tool: bash, arguments: {command: 'touch up; sleep 600; touch late'}}]\n"
     )
     process = subprocess.Popen(
         shell.command(),

@@ -33,7 +33,7 @@ WORKS = (
     "- tools: [{tool: bash, arguments: {command: echo hi}}, {tool: read, arguments: {path: no}}]"
 )
 FAILS = "- tools: [{tool: bash, arguments: {command: 'false'}, expect: {contains: [x]}}]"
-HANGS = "- tools: [{tool: bash, arguments: {command: sleep 60}}]"
+HANGS = "- tools: [{tool: bash, arguments: {command: sleep 600}}]"
 
 
 class Run:

@@ -98,7 +98,7 @@ async def test_a_timeout_kills_everything(tmp_path: Path) -> None:
     output = Output()
 
     ending = await HOST.exec(
-        "sleep 600 & echo $!; wait", cwd=str(tmp_path), on_output=output, timeout_s=2
+        "sleep 600 & echo $!; wait", cwd=str(tmp_path), on_output=output, timeout_s=5
     )
 
     assert ending.timed_out
