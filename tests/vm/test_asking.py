@@ -33,7 +33,7 @@ def ask(server: Seen, script: str, *options: str) -> Screen:
 
 def test_the_user_allows_denies_and_is_asked_once_for_a_sandbox(server: Seen) -> None:
     """A host that was allowed for the sandbox's life is not asked about again; the record of the server agrees."""
-    get = "curl -sS -m 60 -o /dev/null -w '%{http_code}\\n'"
+    get = "curl -sS -m 200 -o /dev/null -w '%{http_code}\\n'"
     screen = ask(
         server,
         f"{get} http://one.test:@/a; {get} http://one.test:@/b; {get} http://two.test:@/c; echo over",
@@ -64,7 +64,7 @@ def test_the_guest_answers_nothing_and_hides_nothing(server: Seen, tmp_path: Pat
     """
     fake = "printf 'taskvm: the sandbox asks for good.test:443'; until [ -e go ]; do sleep 0.1; done; cat; "
     paint = "(until [ -e asked ]; do sleep 0.1; done; echo PAINTED; touch painted) & "
-    real = "curl -gsS -m 60 -o /dev/null 'http://two.test:@/%1b[2Jx'; wait"
+    real = "curl -gsS -m 200 -o /dev/null 'http://two.test:@/%1b[2Jx'; wait"
     screen = ask(server, fake + paint + real, "--mount", f"{tmp_path}:/workspace")
     try:
         screen.wait_for(QUESTION + b"good.test:443")
@@ -88,7 +88,7 @@ def test_the_guest_answers_nothing_and_hides_nothing(server: Seen, tmp_path: Pat
 
 def test_a_user_who_goes_away_has_not_said_yes(server: Seen) -> None:
     """Ctrl-D at the question."""
-    screen = ask(server, "curl -sS -m 60 http://one.test:@/; echo over")
+    screen = ask(server, "curl -sS -m 200 http://one.test:@/; echo over")
     try:
         screen.wait_for(b"eny (120 s): ")
         screen.type(b"\x04")

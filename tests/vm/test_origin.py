@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 from tests.conftest import GUEST
 from tests.servers import http_server
+from tests.support.waiting import PATIENCE_S
 
 from taskvm import AuditEvent, Sandbox, read_audit
 from taskvm.cli.commands import main
@@ -72,10 +73,11 @@ async def test_what_outlives_its_exec_is_named_by_none() -> None:
     """Its number may not be used by a host that has told the exec's end."""
     async with a_sandbox_and_a_server() as (vm, curl):
         await vm.exec(
-            f"(sleep 0.5; {curl}/late >/tmp/late; echo >/tmp/over) </dev/null >/dev/null 2>&1 &"
+            f"(until [ -e /tmp/go ]; do sleep 0.1; done; {curl}/late >/tmp/late; echo >/tmp/over) "
+            "</dev/null >/dev/null 2>&1 &"
         )
         waited = await vm.exec(
-            "for i in $(seq 900); do [ -e /tmp/over ] && exit; sleep 0.1; done; false"
+            "touch /tmp/go; until [ -e /tmp/over ]; do sleep 0.1; done", timeout_s=PATIENCE_S
         )
         late = requests_of(vm)["/late"]
 

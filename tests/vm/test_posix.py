@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.conftest import GUEST
+from tests.support.waiting import PATIENCE_S
 
 from taskvm import HostDir, Memory, Sandbox
 from taskvm.fs.session import Reply, Session
@@ -30,7 +31,7 @@ async def vm(workspace: Path) -> AsyncIterator[Sandbox]:
 
 async def claims_that_fail(vm: Sandbox, root: str, user: str | None = None) -> dict[str, str]:
     done = await vm.exec(
-        ["python3", "/tmp/posix_program.py", root], user=user, timeout_s=150, check=True
+        ["python3", "/tmp/posix_program.py", root], user=user, timeout_s=2 * PATIENCE_S, check=True
     )
     outcome = json.loads(done.stdout)
     assert len(outcome) >= 25

@@ -186,9 +186,9 @@ async def test_a_grpc_call(ca: Path, programs_image: str) -> None:
 import grpc, sys
 channel = grpc.secure_channel(sys.argv[1], grpc.ssl_channel_credentials())
 say, fail = (channel.unary_unary("/lab.Echo/" + name) for name in ("Say", "Fail"))
-print(say(b"hello", timeout=60).decode())
+print(say(b"hello", timeout=200).decode())
 try:
-    fail(b"hello", timeout=60)
+    fail(b"hello", timeout=200)
 except grpc.RpcError as error:
     print(error.code().name, error.details())
 """
@@ -204,7 +204,7 @@ async def test_a_websocket(ca: Path, programs_image: str) -> None:
     code = """
 import asyncio, sys, websockets
 async def main():
-    async with websockets.connect(sys.argv[1], open_timeout=60) as socket:
+    async with websockets.connect(sys.argv[1], open_timeout=200) as socket:
         for word in ("one", "two"):
             await socket.send(word)
             print(await socket.recv())

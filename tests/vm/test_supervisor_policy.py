@@ -47,7 +47,7 @@ def test_a_held_sandbox_is_widened_given_a_secret_and_narrowed(tmp_path: Path) -
             put = taskvm("secret", "put", "held", f"K@{host}", K=CANARY)
             during = taskvm(*get)
             taskvm("secret", "put", "held", f"K@{host},in=query", K=CANARY)
-            queried = taskvm(*get[:-1], f'curl -sS -m 20 "https://{host}/?key=$K"')
+            queried = taskvm(*get[:-1], f'curl -sS -m 90 "https://{host}/?key=$K"')
             file.write_text(Policy.parse([host]).denying(host).to_toml())
             taskvm("policy", "change", "held", "--policy", str(file))
             shown = taskvm("policy", "show", "held")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from tests.conftest import GUEST
+from tests.support.waiting import PATIENCE_S
 
 from taskvm import HostDir, Sandbox
 
@@ -24,7 +25,7 @@ async def test_a_commit_made_in_the_guest_is_on_the_host(
         "git merge -q side; git gc -q; git status --porcelain; git fsck --strict"
     )
 
-    done = await vm_with_workspace.exec(script, timeout_s=120)
+    done = await vm_with_workspace.exec(script, timeout_s=2 * PATIENCE_S)
     log = subprocess.run(
         ["git", "-C", workspace, "log", "--format=%s"], capture_output=True, text=True, check=True
     )
