@@ -117,7 +117,7 @@ class Guest:
         self._background = Background(self._fail)
         self._release = contextlib.AsyncExitStack()
         self._lost: Exception | None = None
-        self._flushes = False
+        self.flushes: bool = False  # whether a mount may have pages to be written back
         self._mounts: dict[str, Provider] = {}
         control.on_lost = self._fail
         control.port.explain_end = machine.tell_end
@@ -327,7 +327,7 @@ class Guest:
                 self.reviews[path] = review if known is None else known.dated(review)
             state = None if known is None else known.state
             await asyncio.to_thread(server.add_mount, number, provider, state, name=path)
-            self._flushes = self._flushes or not provider.readonly
+            self.flushes = self.flushes or not provider.readonly
 
     async def _mount(self) -> None:
         for number, (path, provider) in enumerate(self._mounts.items(), start=1):
@@ -359,15 +359,13 @@ class Guest:
         await self.control.request(request, Done, operation, RENEW_TIMEOUT_S)
         self.reviews[review.path] = replace(review, since_ns=now, applied={})
 
-    async def flush(self, *, urgent: bool = False) -> None:
+    async def flush(self) -> None:
         """Write what programs left in mapped pages of the mounts back to the host.
 
-        Raises SandboxLostError when that takes longer than FLUSH_TIMEOUT_S.
+        Raises GuestError when that takes longer than FLUSH_TIMEOUT_S, SandboxLostError.
         """
-        if self._flushes:
-            await self.control.request(
-                SyncRequest(), Done, "flush the mounts", FLUSH_TIMEOUT_S, urgent=urgent
-            )
+        if self.flushes:
+            await self.control.request(SyncRequest(), Done, "flush the mounts", FLUSH_TIMEOUT_S)
 
     # Rest.
 
@@ -397,7 +395,8 @@ class Guest:
             port.hold()  # what is sent now is neither lost nor half in a saved guest
         try:
             await self._quiesce()
-            yield
+            with self.control.asleep():  # it is stopped for as long as its memory takes to be saved
+                yield
         finally:
             try:
                 with contextlib.suppress(SandboxLostError):

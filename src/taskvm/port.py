@@ -396,12 +396,12 @@ class Outlet:
             self._ended = True
             self._port.send(FrameType.END, self._channel, self._stream)
 
-    def reset(self, errno: int) -> None:
-        """End the whole stream, both directions, telling the guest why."""
+    def reset(self, errno: int, *, urgent: bool = False) -> None:
+        """End the whole stream, both directions, telling the guest why; `urgent` as that of FramePort.send."""
         if self._error is None:
             self._error = StreamReset(errno)
             self._ready.set()
-            self._port.send(FrameType.RESET, 0, self._stream, encode_u32(errno))
+            self._port.send(FrameType.RESET, 0, self._stream, encode_u32(errno), urgent=urgent)
 
     def feed_credit(self, amount: int) -> None:
         """Take a CREDIT frame."""

@@ -33,6 +33,8 @@ TICK_S = 1.0
 HEARTBEAT_S = 10.0
 # Every thread of every exec, those of its nested cgroups and of what outlived it included (cgroup-v2.rst, PID).
 PROCESSES_FILE = b"/sys/fs/cgroup/exec/pids.current"
+# A provider that did not take all that was written within FLUSH_TIMEOUT_S is given this much more.
+FLUSH_AGAIN_S = 60.0
 MAX_ANSWER = 64  # bytes; a guest's root may have mounted anything there
 
 
@@ -59,6 +61,7 @@ class Watch:
         self._own_calls = 0
         self._last_seen = self._movement()
         self._last_active_s = asyncio.get_running_loop().time()
+        self._flush_again_s = 0.0
         self._wanted = asyncio.Event()
         self._pausing = asyncio.Lock()
         self._needed = 0
@@ -100,7 +103,6 @@ class Watch:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             if control.open_calls > 0:
-                self._own_calls += 1
                 await control.probe(f"run the sandbox {self._guest.id}")
 
     def _end(self, cause: str, next_step: str = "") -> SandboxLostError:
@@ -119,7 +121,7 @@ class Watch:
             idle_s = self._idle_s()
             if timeout_s is not None and idle_s >= timeout_s:
                 raise self._end(_nothing_happened(timeout_s))
-            if pause_s and idle_s >= pause_s and await self._is_still():
+            if pause_s and idle_s >= pause_s and await self._is_still() and await self._flush():
                 await self._pause(timeout_s)
 
     def _idle_s(self) -> float:
@@ -155,7 +157,6 @@ class Watch:
         async with self._pausing:
             if not self._needed:
                 await self._pause_now(timeout_s)
-        self._last_active_s = asyncio.get_running_loop().time()
 
     @asynccontextmanager
     async def kept_awake(self) -> AsyncIterator[None]:
@@ -174,22 +175,39 @@ class Watch:
         port.hold()
         try:
             # From here on no request reaches the guest; one that came before shows now, and is not overlooked.
-            if not self._is_busy() and self._movement() == self._last_seen and await self._flush():
-                await self._guest.machine.execute("stop")
-                self.paused = True
-                await self._wait_wanted(timeout_s)
+            if not self._is_busy() and self._movement() == self._last_seen:
+                with self._guest.control.asleep():
+                    await self._guest.machine.execute("stop")
+                    self.paused = True
+                    await self._wait_wanted(timeout_s)
                 await self._guest.rouse()
                 self.paused = False
+                self._last_active_s = asyncio.get_running_loop().time()
         finally:
             port.release()
 
     async def _flush(self) -> bool:
-        """Bring the mounts on the host up to date: a paused guest writes nothing back."""
+        """Bring the mounts on the host up to date: a paused guest writes nothing back.
+
+        Before the port is held, since a slow provider takes long, and requests must not wait for it. Returns whether
+        that was done and nothing else happened.
+        """
+        if not self._guest.flushes:
+            return True
+        now_s = asyncio.get_running_loop().time()
+        if now_s < self._flush_again_s:
+            return False
+        self._own_calls += 1
         try:
-            await self._guest.flush(urgent=True)
+            await self._guest.flush()
+            done = True
         except (GuestError, SandboxLostError):
-            return False  # a slow provider: the next pause may find it done
-        return not self._wanted.is_set()
+            self._flush_again_s, done = now_s + FLUSH_AGAIN_S, False
+        moved = self._movement()
+        if moved[0] != self._last_seen[0] or self._is_busy():
+            return False
+        self._last_seen = moved  # what the flush itself moved on the mounts is no activity
+        return done
 
     async def _wait_wanted(self, timeout_s: float | None) -> None:
         seen = self._last_seen = self._movement()

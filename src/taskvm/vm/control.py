@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import msgspec
@@ -68,11 +69,18 @@ class ControlState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class Call:
     """One stream that the host opened: its reply, its flows, and for an exec its exit.
 
-    A `passive` one waits for what may never come: it is no activity of the sandbox.
+    A `passive` one waits for what may never come: it is no activity of the sandbox. An `urgent` one was sent although
+    the port may be held.
     """
 
     def __init__(
-        self, control: Control, stream: int, operation: str, *, passive: bool = False
+        self,
+        control: Control,
+        stream: int,
+        operation: str,
+        *,
+        urgent: bool = False,
+        passive: bool = False,
     ) -> None:
         loop = asyncio.get_running_loop()
         self.stream = stream
@@ -83,6 +91,7 @@ class Call:
         self.inlets: dict[int, Inlet] = {}
         self.outlet: Outlet = Outlet(control.port, stream, 0)
         self._control = control
+        self._urgent = urgent
 
     def inlet(self, channel: int) -> Inlet:
         """Open the receiving end of `channel`, before the guest can send on it."""
@@ -129,7 +138,8 @@ class Call:
         """Drop the stream, telling the guest to end it when `errno` is given. Idempotent."""
         if self._control.drop(self.stream) and errno is not None:
             try:
-                self.outlet.reset(errno)
+                # Never before its OPEN, which may be held.
+                self.outlet.reset(errno, urgent=self._urgent)
             except SandboxLostError:
                 return
 
@@ -155,11 +165,13 @@ class Control:
         self.port = port
         self.on_lost: Callable[[Exception], None] = lambda error: None
         self.hello: asyncio.Future[messages.Hello] = asyncio.get_running_loop().create_future()
-        self.calls_made: int = 0
+        self.calls_made: int = 0  # probes not counted
         self._calls: dict[int, Call] = {}
         self._next_stream = 1
         self._highest_stream = 0
         self._lost: Exception | None = None
+        self._awake = asyncio.Event()
+        self._awake.set()
         port.on_frame = self._take
         port.on_lost = self._end
 
@@ -184,7 +196,7 @@ class Control:
         if self._lost is not None:
             raise SandboxLostError(operation, str(self._lost))
         assert len(self._calls) < MAX_STREAMS, "calls leak"
-        call = Call(self, self._next_stream, operation, passive=passive)
+        call = Call(self, self._next_stream, operation, urgent=urgent, passive=passive)
         for channel in channels:
             call.inlet(channel)
         self.port.send(FrameType.OPEN, 0, call.stream, messages.encode(request), urgent=urgent)
@@ -213,10 +225,14 @@ class Control:
     async def probe(self, operation: str, timeout_s: float | None = None) -> None:
         """Make sure that the guest answers at all: within PROBE_TIMEOUT_S if nothing else is said, or it is lost.
 
-        Raises SandboxLostError when it does not; the port is closed then, and every call fails with that error.
+        The time begins when the machine is awake. Raises SandboxLostError when it does not; the port is closed then,
+        and every call fails with that error.
         """
         timeout_s = PROBE_TIMEOUT_S if timeout_s is None else timeout_s
-        call = self.open_call(messages.PingRequest(), operation)
+        await self._awake.wait()
+        # Urgent: an agent at rest answers, and a ping in a port that is held would never leave.
+        call = self.open_call(messages.PingRequest(), operation, urgent=True)
+        self.calls_made -= 1
         # Not asyncio.timeout: after the program itself stood still, the answer is there and counts.
         await asyncio.wait([call.reply], timeout=timeout_s)
         if call.reply.done():
@@ -230,6 +246,15 @@ class Control:
         )
         self.port.lose(error)
         raise error
+
+    @contextmanager
+    def asleep(self) -> Iterator[None]:
+        """Let probes wait until the end: the machine stands still by its owner's will and cannot answer."""
+        self._awake.clear()
+        try:
+            yield
+        finally:
+            self._awake.set()
 
     @property
     def open_calls(self) -> int:
@@ -375,6 +400,7 @@ class Control:
 
     def _fail_calls(self, error: Exception) -> None:
         self._lost = self._lost or error
+        self._awake.set()
         calls, self._calls = self._calls, {}
         for call in calls.values():
             call.fail(error)
