@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import contextlib
 import signal as signals
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
@@ -193,7 +194,7 @@ class Process:
         if self._call.exited.done():
             await self._kill_children()
             return
-        self._call.send_signal(SignalRequest(signal=signals.SIGKILL, scope="all"))
+        self._signal_all()
         for inlet in self._call.inlets.values():
             inlet.discard()
         try:
@@ -209,15 +210,21 @@ class Process:
     async def _kill_children(self) -> None:
         # The guest knows an exec by its stream's number until the last process of it has ended.
         try:
-            self._call.send_signal(SignalRequest(signal=signals.SIGKILL, scope="all"))
+            self._signal_all()
             await self._call.settle()
         except SandboxLostError:
             return  # nothing of it runs any more
+
+    def _signal_all(self) -> None:
+        self._call.send_signal(SignalRequest(signal=signals.SIGKILL, scope="all"))
 
     def abandon(self) -> None:
         """Tell the guest to kill everything this exec started, without waiting. Idempotent."""
         if not self._call.exited.done():
             self._call.forget(errno=_CANCELLED)
+            return
+        with contextlib.suppress(SandboxLostError):  # then nothing of it runs any more
+            self._signal_all()
 
     async def __aenter__(self) -> Self:
         return self

@@ -266,7 +266,7 @@ class Sandbox:
         """
         check_timeout(timeout_s)
         capture = Capture()
-        process = None
+        process = result = None
         try:
             async with asyncio.timeout(timeout_s) as deadline:
                 process = await self.spawn(command, cwd=cwd, env=env, user=user, limits=limits)
@@ -279,7 +279,7 @@ class Sandbox:
             # One stream's failure (the sandbox is lost) is the command's failure.
             raise group.exceptions[0] from None
         finally:
-            if process is not None:
+            if process is not None and result is None:  # else its children may live on
                 process.abandon()
         if check and not result.ok:
             raise CommandError(tell_command(command), result)

@@ -1,6 +1,7 @@
 """Many commands at once, and what finished ones leave behind (taskvm.process)."""
 
 import asyncio
+import contextlib
 
 import pytest
 from tests.support.waiting import PATIENCE_S
@@ -68,6 +69,27 @@ async def test_leaving_the_block_ends_what_a_finished_command_left(vm: Sandbox) 
 
     await wait_until_gone(vm, "sleep 3333")
     assert inside == 1
+
+
+async def test_leaving_the_block_by_an_exception_ends_what_a_finished_command_left(
+    vm: Sandbox,
+) -> None:
+    inside = 0
+    with contextlib.suppress(ZeroDivisionError):
+        async with await vm.spawn("setsid sleep 4444 >/dev/null 2>&1 & true") as process:
+            await process.wait()
+            inside = await count(vm, "sleep 4444")
+            raise ZeroDivisionError
+
+    await wait_until_gone(vm, "sleep 4444")
+    assert inside == 1
+
+
+async def test_an_exec_that_ended_leaves_its_children_alone(vm: Sandbox) -> None:
+    result = await vm.exec("setsid sleep 5555 >/dev/null 2>&1 & true")
+
+    assert result.ok
+    assert await count(vm, "sleep 5555") == 1
 
 
 async def test_killing_what_is_gone_is_no_error() -> None:
