@@ -431,16 +431,21 @@ class Guest:
     # Ending.
 
     async def close(self, *, flush: bool = False) -> None:
-        """End the guest and release everything. With `flush`, dirty pages of mounts are written first. Idempotent."""
+        """End the guest and release everything. With `flush`, dirty pages of mounts are written first. Idempotent.
+
+        A cancellation ends the flush only: whichever step it meets, those below it happen.
+        """
         self.on_lost = lambda error: None
-        if flush and self._lost is None:
-            with contextlib.suppress(TaskvmError):  # a guest that does not answer saves nothing
-                await self.flush()
-        self.control.close(ControlClosedError("use the sandbox", "it was closed"))
-        await self.machine.kill()  # before the background is cancelled, which may be doing the same
-        await self._background.aclose()
-        await self._release.aclose()
-        self._run_dir.remove()
+        async with contextlib.AsyncExitStack() as ending:  # from the last to the first
+            ending.callback(self._run_dir.remove)
+            ending.push_async_callback(self._release.aclose)
+            ending.push_async_callback(self._background.aclose)
+            ending.push_async_callback(self.machine.kill)  # the background may be doing the same
+            closed = ControlClosedError("use the sandbox", "it was closed")
+            ending.callback(self.control.close, closed)
+            if flush and self._lost is None:
+                with contextlib.suppress(TaskvmError):  # a guest that does not answer saves nothing
+                    await self.flush()
 
     def _fail(self, error: BaseException) -> None:
         if self._lost is not None or not isinstance(error, Exception):

@@ -89,6 +89,7 @@ class Sandbox:
         self._options = options
         self._state: State = "running"
         self._reason = ""
+        self._closing = asyncio.Lock()
         self._started_s = time.monotonic()
         self._environment = {
             **guest.environment,
@@ -410,13 +411,13 @@ class Sandbox:
     async def close(self) -> None:
         """End the sandbox and everything in it, and remove what it kept on the host. Idempotent.
 
-        What the guest's programs have written to mounts is on the host; its own disk is gone.
+        What the guest's programs have written to mounts is on the host; its own disk is gone. A cancelled call
+        releases everything all the same; only what was not written yet may be lost.
         """
-        if self._state == "closed":
-            return
         running = self._state == "running"
         self._state = "closed"
-        await self._guest.close(flush=running)
+        async with self._closing:  # who comes second waits, and ends what was cancelled
+            await self._guest.close(flush=running)
 
     async def __aenter__(self) -> Self:
         return self

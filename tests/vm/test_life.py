@@ -53,6 +53,30 @@ async def test_a_closed_sandbox_says_so() -> None:
         await vm.exec(["true"])
 
 
+async def test_a_close_that_is_cancelled_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it still writes the mounts back, which may take long; and one that comes second waits for the end."""
+    vm = await Sandbox.create(**GUEST, mounts={"/workspace": HostDir(tmp_path)})
+    supervisor, directory = vm.host_pid, run_base() / vm.id
+    flushing, never = asyncio.Event(), asyncio.Event()
+
+    async def flush() -> None:
+        flushing.set()
+        await never.wait()
+
+    monkeypatch.setattr(vm._guest, "flush", flush)
+    async with asyncio.TaskGroup() as group:
+        closing = group.create_task(vm.close())
+        await flushing.wait()
+        closing.cancel()
+        await vm.close()
+        there = is_alive(supervisor), directory.exists()
+
+    assert closing.cancelled()
+    assert there == (False, False)
+
+
 async def test_a_killed_qemu_is_reported_in_bounded_time(vm: Sandbox) -> None:
     """A running command fails when its machine dies, and so does the next one."""
     running = asyncio.get_running_loop().create_task(vm.exec("sleep 600"))
