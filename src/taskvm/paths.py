@@ -48,7 +48,7 @@ def private_dir(path: Path) -> Path:
         status = path.stat()
     except OSError as error:
         raise HostError(
-            f"make the directory {path}", error.strerror or str(error), _remedy(error)
+            f"make the directory {path}", error.strerror or str(error), remedy_for(error)
         ) from error
     if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise HostError(
@@ -79,7 +79,7 @@ def replace_file(path: Path, content: bytes) -> None:
             Path(temporary).unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise HostError(f"write {path}", error.strerror or str(error), "Free disk space") from error
+        raise HostError(f"write {path}", error.strerror or str(error), remedy_for(error)) from error
 
 
 def sync_directory(path: Path) -> None:
@@ -158,7 +158,8 @@ def measure(path: Path) -> int:
     return sum(file.lstat().st_blocks * 512 for file in files)
 
 
-def _remedy(error: OSError) -> str:
+def remedy_for(error: OSError) -> str:
+    """Return what to do when the cache cannot be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "Free disk space, or set TASKVM_CACHE to a directory on a larger disk"
     return "Set TASKVM_CACHE to a directory that you may write to"

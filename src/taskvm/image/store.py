@@ -39,7 +39,7 @@ from taskvm.image.manifest import (
     Manifest,
     compute_digest,
 )
-from taskvm.paths import Removed, cache_path, measure, replace_file, seized
+from taskvm.paths import Removed, cache_path, measure, remedy_for, replace_file, seized
 
 Progress = Callable[[str], None]
 Builder = Callable[[ImageSpec, Path, Progress], BuiltAssets]
@@ -64,13 +64,13 @@ class ImageStore:
         found = self._find_current(spec, progress)
         if found is not None:
             return found
-        with self._locked(progress):
+        with self._locked("build a guest image", progress):
             # Another process may have built it while this one waited.
             return self._find_current(spec, progress) or self._build(spec, progress)
 
     def build(self, spec: ImageSpec, progress: Progress) -> Image:
         """Build `spec` now, whether or not it was built before, and let its name stand for the result."""
-        with self._locked(progress):
+        with self._locked("build a guest image", progress):
             return self._build(spec, progress)
 
     def get(self, name_or_digest: str) -> Image:
@@ -111,7 +111,7 @@ class ImageStore:
 
     def remove(self, name_or_digest: str, progress: Progress) -> Removed:
         """Remove an image, damaged or not, and every name of it. Raises ImageError when a running sandbox uses it."""
-        with self._locked(progress):
+        with self._locked("remove a guest image", progress):
             removed = self._remove(self._digest_of(name_or_digest))
         if removed is None:
             raise ImageError(
@@ -123,7 +123,7 @@ class ImageStore:
 
     def prune(self, keep: int, progress: Progress) -> Iterator[Removed]:
         """Remove the images without a name, but for the `keep` newest and those in use; and what builds left behind."""
-        with self._locked(progress):
+        with self._locked("remove guest images", progress):
             left = self.root / "staging"
             if left.exists():
                 size = measure(left)
@@ -214,15 +214,23 @@ class ImageStore:
     # Building, with the lock held...
 
     @contextlib.contextmanager
-    def _locked(self, progress: Progress) -> Iterator[None]:
+    def _locked(self, operation: str, progress: Progress) -> Iterator[None]:
+        """Hold the lock. What the host refuses inside, such as room on its disk, is an ImageError of `operation`."""
         self._make_private()
-        with (self.root / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                progress("another process is building in this store; waiting for it to finish")
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+        try:
+            with (self.root / "lock").open("w") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    progress("another process is building in this store; waiting for it to finish")
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                yield
+        except ConnectionError:
+            raise  # whoever read the progress has gone
+        except OSError as error:
+            place = error.filename or self.root  # write(2) knows no names
+            cause = f"{place}: {error.strerror or error}"
+            raise ImageError(operation, cause, remedy_for(error)) from error
 
     def _build(self, spec: ImageSpec, progress: Progress) -> Image:
         staging = self.root / "staging"

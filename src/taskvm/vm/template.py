@@ -34,6 +34,7 @@ from taskvm.paths import (
     lock_if_free,
     newest_first,
     private_dir,
+    remedy_for,
     replace_file,
     seized,
 )
@@ -53,6 +54,8 @@ KEPT_TEMPLATES = 8
 SETTLE_S = 2.0
 # With less free a build that failed is taken to have failed for it: pages and tables come in clusters of 64 KiB.
 FULL_DISK_BYTES = 1024 * 1024
+# How late the end of another's build of the same template may be noticed.
+LOCK_INTERVAL_S = 0.1
 
 Progress = Callable[[str], None]
 
@@ -352,13 +355,26 @@ def _host_cpu() -> str:
 
 @asynccontextmanager
 async def _locked(path: Path, progress: Progress) -> AsyncIterator[None]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise HostError(
+            f"make the lock {path}", error.strerror or str(error), remedy_for(error)
+        ) from error
+    try:
+        if not _try_lock(descriptor):
             progress("waiting for another process that is preparing the same template")
-            await asyncio.to_thread(fcntl.flock, descriptor, fcntl.LOCK_EX)
+        # Not flock in a thread: one that waits cannot be cancelled, and a program's end would wait for it.
+        while not _try_lock(descriptor):  # noqa: ASYNC110 - another process has it
+            await asyncio.sleep(LOCK_INTERVAL_S)
         yield
     finally:
         os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,5 +1,6 @@
 """taskvm.image.store: images appear whole or not at all, once, and are found by name and digest."""
 
+import errno
 import os
 import signal
 import stat
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 from tests.support.waiting import PATIENCE_S
 
-from taskvm.errors import ImageError, UsageError
+from taskvm import paths as paths_module
+from taskvm.errors import HostError, ImageError, UsageError
 from taskvm.image import store as store_module
 from taskvm.image.build import BuiltAssets
 from taskvm.image.manifest import Image, ImageSpec
@@ -139,6 +141,33 @@ def die(spec, target, progress):
 
 ImageStore(Path(sys.argv[1]), builder=die).ensure(ImageSpec(), print)
 """
+
+
+@pytest.mark.parametrize("step", ["the kernel's copy", "a digest", "the manifest", "the name"])
+def test_a_disk_that_is_full_at_any_step_of_a_build_is_said_to_be(
+    store: ImageStore, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """An error with the place and the remedy; nothing half made stays, and the next build succeeds."""
+    full = OSError(errno.ENOSPC, "No space left on device", "/cache/some/file")
+
+    def fail(*_: object, **__: object) -> None:
+        raise full
+
+    with monkeypatch.context() as patch:
+        if step == "the kernel's copy":
+            patch.setattr(store, "_builder", fail)
+        elif step == "a digest":
+            patch.setattr(store_module, "measure_asset", fail)
+        elif step == "the manifest":
+            patch.setattr(Path, "write_text", fail)
+        else:
+            patch.setattr(paths_module.os, "replace", fail)
+        with pytest.raises(HostError, match="No space left") as caught:
+            store.ensure(SPEC, silent)
+
+    assert "Free disk space" in caught.value.next_step
+    assert not (store.root / "staging").exists()
+    assert store.ensure(SPEC, silent).kernel.read_bytes() == b"kernel"
 
 
 def test_what_a_killed_build_left_is_removed_by_the_next(store: ImageStore) -> None:
