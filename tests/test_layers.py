@@ -25,7 +25,14 @@ PURE = (
     "taskvm.ring",
     "taskvm.wire.*",
 )
-IO = (*PURE, "taskvm.port", "taskvm.background", "taskvm.opening", "taskvm.paths")
+SHARED = (
+    "taskvm.port",
+    "taskvm.background",
+    "taskvm.interruption",
+    "taskvm.opening",
+    "taskvm.paths",
+)
+IO = (*PURE, *SHARED)
 VALUES = ("taskfactory.errors", "taskfactory.task", "taskfactory.events")
 FILES = tuple(
     f"taskfactory.{name}"
@@ -49,7 +56,7 @@ FRONT = ("taskfactory.cli", "taskfactory.web", "taskfactory.web.*")
 RULES = (
     (BASE, BASE, EFFECTS),
     ((*PURE, "taskvm.vm.command"), PURE, EFFECTS),
-    (("taskvm.port", "taskvm.background", "taskvm.opening", "taskvm.paths"), IO, SCREEN),
+    (SHARED, IO, SCREEN),
     (("taskvm.vm", "taskvm.vm.*"), (*IO, "taskvm.vm.*"), SCREEN),
     (("taskvm.fs", "taskvm.fs.*"), (*IO, "taskvm.fs", "taskvm.fs.*"), SCREEN),
     (("taskvm.net", "taskvm.net.*"), (*IO, "taskvm.net.*"), SCREEN),

@@ -9,6 +9,7 @@ from pathlib import Path
 from taskvm.image.boot import boot_files
 from taskvm.image.manifest import Image, ImageSpec
 from taskvm.image.store import ImageStore
+from taskvm.interruption import in_thread
 from taskvm.vm.command import Boot
 from taskvm.vm.native import guest_binary
 from taskvm.vm.qemu import find_qemu, host_arch
@@ -30,7 +31,7 @@ async def find_wanted(
     """
     if image is None:
         await asyncio.to_thread(find_qemu, host_arch())  # before minutes of work for nothing
-    found = await asyncio.to_thread(_find_image, image, progress)
+    found = await in_thread(_find_image, image, progress)
     qemu = await asyncio.to_thread(find_qemu, found.manifest.arch)
     guest = await asyncio.to_thread(_guest_files, found)
     return Wanted(

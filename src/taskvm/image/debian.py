@@ -19,6 +19,7 @@ from taskvm.errors import ImageError
 from taskvm.image.manifest import ImageSpec
 from taskvm.image.sources import choose_sources, render_guest_sources
 from taskvm.image.tools import require_tool, run_tool
+from taskvm.interruption import check
 
 BASE_PACKAGES = (
     "bash",
@@ -189,6 +190,7 @@ def _follow(log: Path, process: subprocess.Popen[bytes], meter: AptMeter) -> Non
     with log.open("rb") as messages:
         ended = False
         while not ended:
+            check()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_PROGRESS_INTERVAL_S)
                 ended = True

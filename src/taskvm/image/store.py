@@ -22,8 +22,10 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import msgspec
 
@@ -39,6 +41,7 @@ from taskvm.image.manifest import (
     Manifest,
     compute_digest,
 )
+from taskvm.interruption import CHECK_INTERVAL_S, check
 from taskvm.paths import Removed, cache_path, measure, remedy_for, replace_file, seized
 
 Progress = Callable[[str], None]
@@ -219,11 +222,11 @@ class ImageStore:
         self._make_private()
         try:
             with (self.root / "lock").open("w") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
+                if not _try_lock(lock):
                     progress("another process is building in this store; waiting for it to finish")
-                    fcntl.flock(lock, fcntl.LOCK_EX)
+                while not _try_lock(lock):
+                    check()
+                    time.sleep(CHECK_INTERVAL_S)
                 yield
         except ConnectionError:
             raise  # whoever read the progress has gone
@@ -302,6 +305,14 @@ def measure_asset(path: Path) -> Asset:
 
 
 # Assets and files...
+
+
+def _try_lock(lock: TextIO) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _describe(spec: ImageSpec, built: BuiltAssets, directory: Path) -> Manifest:

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 
 from taskvm.errors import ImageError
+from taskvm.interruption import CHECK_INTERVAL_S, check
 
 # mke2fs and friends live where an ordinary user's PATH often does not reach.
 _SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
@@ -31,18 +32,32 @@ def run_tool(
     """Run a program to its end and return its standard output. Raises ImageError with the end of its complaint."""
     program = shutil.which(argv[0], path=f"{os.environ.get('PATH', os.defpath)}:{_SBIN}") or argv[0]
     try:
-        done = subprocess.run(
+        process = subprocess.Popen(
             [program, *argv[1:]],
             env={**os.environ, **(environment or {}), "LC_ALL": "C.UTF-8"},
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            check=False,
         )
     except OSError as error:
         raise ImageError(operation, f"{argv[0]} cannot be run: {error.strerror}") from error
-    if done.returncode != 0:
-        tail = done.stderr.strip()[-800:] or "no message"
-        raise ImageError(operation, f"{argv[0]} ended with {done.returncode}: {tail}")
-    return done.stdout
+    with process:
+        try:
+            output, complaint = _communicate(process)
+        except BaseException:
+            process.terminate()
+            raise
+    if process.returncode != 0:
+        tail = complaint.strip()[-800:] or "no message"
+        raise ImageError(operation, f"{argv[0]} ended with {process.returncode}: {tail}")
+    return output
+
+
+def _communicate(process: subprocess.Popen[str]) -> tuple[str, str]:
+    while True:
+        try:
+            return process.communicate(timeout=CHECK_INTERVAL_S)
+        except subprocess.TimeoutExpired:  # nothing is lost: the next call goes on
+            check()
