@@ -189,9 +189,18 @@ def inputs_for(
 
 
 async def ensure_template(
-    qemu: Qemu, shape: MachineShape, guest: GuestFiles, user: GuestUser, progress: Progress
+    qemu: Qemu,
+    shape: MachineShape,
+    guest: GuestFiles,
+    user: GuestUser,
+    progress: Progress,
+    *,
+    build_timeout_s: float | None = None,
 ) -> Template:
-    """Return the template for these inputs, building it when it is missing or stale (seconds; `progress` is told)."""
+    """Return the template for these inputs, building it when it is missing or stale (seconds; `progress` is told).
+
+    Raises TimeoutError when building it takes longer than `build_timeout_s`; another's build does not count.
+    """
     inputs = inputs_for(qemu, shape, guest, user)
     base = private_dir(cache_dir() / "templates")
     template = Template.at(base / inputs.digest, qemu, shape, guest, user)
@@ -202,7 +211,8 @@ async def ensure_template(
     async with _locked(base / f"{inputs.digest}.lock", progress):
         if not _is_intact(template.path, inputs):
             progress(f"booting a {shape.memory_mib} MiB guest once, to start from its memory later")
-            await _build(template, inputs, base)
+            async with asyncio.timeout(build_timeout_s):
+                await _build(template, inputs, base)
             _remove_old(base)
     return template
 

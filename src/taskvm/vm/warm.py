@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from taskvm.errors import TaskvmError, UnavailableError, UsageError
+from taskvm.errors import HostError, TaskvmError, UnavailableError, UsageError
 from taskvm.identity import GuestUser, host_user
 from taskvm.paths import hold
 from taskvm.vm.accel import PROOF_TIMEOUT_S, kvm_obstacle, recall_verdict, remember_verdict
@@ -70,10 +70,19 @@ async def prepare(wanted: Wanted) -> Template:
     return await _template(wanted, shape)
 
 
-async def _template(wanted: Wanted, shape: MachineShape) -> Template:
+async def _template(
+    wanted: Wanted, shape: MachineShape, build_timeout_s: float | None = None
+) -> Template:
     image = hold(wanted.guest.rootfs.parent)
     try:
-        return await ensure_template(wanted.qemu, shape, wanted.guest, wanted.user, wanted.progress)
+        return await ensure_template(
+            wanted.qemu,
+            shape,
+            wanted.guest,
+            wanted.user,
+            wanted.progress,
+            build_timeout_s=build_timeout_s,
+        )
     finally:
         os.close(image)
 
@@ -108,14 +117,21 @@ async def choose_accelerator(wanted: Wanted) -> Accelerator:
 
 
 async def kvm_fault(wanted: Wanted) -> str | None:
-    """Return why KVM is not used on this host, or None when it has run a guest. May take PROOF_TIMEOUT_S, once."""
+    """Return why KVM is not used on this host, or None when it has run a guest.
+
+    It is tried once, which may take PROOF_TIMEOUT_S twice. What the host lacked for that, such as disk space, is no
+    verdict on KVM: it is not remembered.
+    """
     obstacle = kvm_obstacle(wanted.qemu.arch)
     if obstacle is not None:
         return obstacle
     verdict = recall_verdict(wanted.qemu)
     if verdict is None:
         wanted.progress("finding out whether KVM works on this host (once per boot of the host)")
-        fault = await _try_kvm(wanted)
+        try:
+            fault = await _try_kvm(wanted)
+        except HostError as error:
+            return f"it could not be tried: {error.operation}: {error.cause}"[:500]
         verdict = remember_verdict(
             wanted.qemu, works=fault is None, reason=fault or "it ran a guest"
         )
@@ -125,13 +141,18 @@ async def kvm_fault(wanted: Wanted) -> str | None:
 
 
 async def _try_kvm(wanted: Wanted) -> str | None:
+    """Return what is wrong with KVM. Raises HostError when something else is in the way."""
+    attempt = "boot and be saved"
     try:
+        template = await _template(wanted, wanted.shape("kvm"), PROOF_TIMEOUT_S)
+        attempt = "fork and answer"
         async with asyncio.timeout(PROOF_TIMEOUT_S):
-            template = await _template(wanted, wanted.shape("kvm"))
             await _answer_once(template)
     except TimeoutError:
-        return f"a guest did not boot, save, fork and answer within {PROOF_TIMEOUT_S:.0f} s"
+        return f"a guest did not {attempt} within {PROOF_TIMEOUT_S:.0f} s"
     except TaskvmError as error:
+        if isinstance(error, HostError) and not isinstance(error, UnavailableError):
+            raise
         return f"{error.operation}: {error.cause}"[:500]
     return None
 
