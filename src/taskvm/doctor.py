@@ -13,10 +13,11 @@ from typing import Literal
 
 import msgspec
 
-from taskvm.errors import TaskvmError
+from taskvm.errors import ImageError, TaskvmError
 from taskvm.image.build import runs_programs_of
-from taskvm.image.manifest import DEBIAN_ARCHITECTURES
+from taskvm.image.manifest import DEBIAN_ARCHITECTURES, Image
 from taskvm.image.store import ImageStore
+from taskvm.limits import Limits
 from taskvm.paths import cache_dir
 from taskvm.vm.accel import kvm_obstacle, recall_verdict
 from taskvm.vm.native import confine_binary, guest_binary
@@ -24,8 +25,8 @@ from taskvm.vm.qemu import find_qemu, host_arch
 from taskvm.vm.rundir import run_base, sweep
 
 Status = Literal["ok", "note", "fault"]
-# An image takes 0.6 GiB, a template the guest's memory, a sandbox what its disk grows to.
-LEAST_FREE_BYTES = 3 * 1024**3
+# An image takes 0.6 GiB and its build 2, a template the guest's memory, a sandbox what its disk grows to.
+COMFORTABLE_BYTES = 3 * 1024**3
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,6 +53,9 @@ def _guarded(name: str, look: Callable[[], Finding]) -> Finding:
             text=f"{error.operation}: {error.cause}",
             remedy=error.next_step,
         )
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        # Perhaps the host is only busy: a start says what is in its way.
+        return Finding(name=name, status="note", text=f"this could not be found out: {error}")
 
 
 def _platform() -> Finding:
@@ -172,7 +176,22 @@ def _guest_agent() -> Finding:
 
 
 def _images() -> Finding:
-    images = ImageStore().list()
+    store = ImageStore()
+    images: list[Image] = []
+    damaged: dict[str, str] = {}
+    for digest in store.digests():
+        try:
+            images.append(store.get(digest))
+        except ImageError as error:
+            damaged[digest[:12]] = error.cause
+    if damaged:
+        return Finding(
+            name="image",
+            status="note",  # the default image is built anew when it is needed, and the others are sound
+            text=f"{len(images)} sound in the store; damaged: "
+            + ", ".join(f"{digest} ({cause})" for digest, cause in damaged.items()),
+            remedy=" && ".join(f"taskvm image rm {digest}" for digest in damaged),
+        )
     if not images:
         return Finding(
             name="image",
@@ -180,7 +199,7 @@ def _images() -> Finding:
             text="no guest image yet; the first sandbox builds one (about a minute)",
             remedy="taskvm image build",
         )
-    newest = images[0]
+    newest = max(images, key=lambda image: image.manifest.created)
     return Finding(
         name="image", status="ok", text=f"{len(images)} in the store, newest {newest.digest[:12]}"
     )
@@ -203,15 +222,22 @@ def _builder() -> Finding:
 def _disk() -> Finding:
     cache = cache_dir()
     free = shutil.disk_usage(cache).free
-    text = f"{free >> 30} GiB free for {cache}"
-    if free < LEAST_FREE_BYTES:
-        return Finding(
-            name="disk",
-            status="fault",
-            text=text,
-            remedy="Free disk space, or set TASKVM_CACHE to a directory on a larger disk",
-        )
-    return Finding(name="disk", status="ok", text=text)
+    text = f"{free / 2**30:.1f} GiB free for {cache}"
+    if free >= COMFORTABLE_BYTES:
+        return Finding(name="disk", status="ok", text=text)
+    least = Limits().free_disk_mib
+    starts = free >> 20 >= least
+    return Finding(
+        name="disk",
+        status="note" if starts else "fault",
+        text=f"{text}; "
+        + (
+            "an image build or a larger guest may need more"
+            if starts
+            else f"{least} MiB must remain"
+        ),
+        remedy="Free disk space, or set TASKVM_CACHE to a directory on a larger disk",
+    )
 
 
 def _leftovers() -> Finding:
