@@ -32,6 +32,27 @@ class Statistics:
     paused: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Glance:
+    """What can be asked often: a look costs 20 microseconds, where `measure` takes milliseconds for a large QEMU.
+
+    `moved` grows with each call into the guest and each frame on its network and mounts.
+    """
+
+    cpu_s: float
+    open_connections: int
+    moved: int
+
+
+def glance(guest: Guest) -> Glance:
+    """Return what `guest` has used so far, and whether it is being used."""
+    return Glance(
+        cpu_s=_cpu_s(guest.machine.qemu_pid),
+        open_connections=0 if guest.gateway is None else guest.gateway.connections,
+        moved=0 if guest.watch is None else sum(guest.watch.movement),
+    )
+
+
 def measure(guest: Guest, uptime_s: float) -> Statistics:
     """Return what `guest` uses now. Reads four small files."""
     pid = guest.machine.qemu_pid

@@ -59,7 +59,8 @@ class Watch:
         self._connections = connections
         self._traffic = traffic
         self._own_calls = 0
-        self._last_seen = self._movement()
+        self._own_traffic = 0
+        self._last_seen = self.movement
         self._last_active_s = asyncio.get_running_loop().time()
         self._flush_again_s = 0.0
         self._wanted = asyncio.Event()
@@ -126,13 +127,16 @@ class Watch:
 
     def _idle_s(self) -> float:
         now_s = asyncio.get_running_loop().time()
-        moved = self._movement()
+        moved = self.movement
         if moved != self._last_seen or self._is_busy():
             self._last_seen, self._last_active_s = moved, now_s
         return now_s - self._last_active_s
 
-    def _movement(self) -> tuple[int, int]:
-        return self._guest.control.calls_made - self._own_calls, self._traffic()
+    @property
+    def movement(self) -> tuple[int, int]:
+        """Two numbers that grow with use: calls of others than this watch, frames on network and mounts."""
+        calls = self._guest.control.calls_made - self._own_calls
+        return calls, self._traffic() - self._own_traffic
 
     def _is_busy(self) -> bool:
         return self._guest.control.open_calls > 0 or self._connections() > 0
@@ -175,7 +179,7 @@ class Watch:
         port.hold()
         try:
             # From here on no request reaches the guest; one that came before shows now, and is not overlooked.
-            if not self._is_busy() and self._movement() == self._last_seen:
+            if not self._is_busy() and self.movement == self._last_seen:
                 with self._guest.control.asleep():
                     await self._guest.machine.execute("stop")
                     self.paused = True
@@ -190,7 +194,7 @@ class Watch:
         """Bring the mounts on the host up to date: a paused guest writes nothing back.
 
         Before the port is held, since a slow provider takes long, and requests must not wait for it. Returns whether
-        that was done and nothing else happened.
+        that was done.
         """
         if not self._guest.flushes:
             return True
@@ -198,26 +202,25 @@ class Watch:
         if now_s < self._flush_again_s:
             return False
         self._own_calls += 1
+        before = self._traffic()
         try:
             await self._guest.flush()
-            done = True
         except (GuestError, SandboxLostError):
-            self._flush_again_s, done = now_s + FLUSH_AGAIN_S, False
-        moved = self._movement()
-        if moved[0] != self._last_seen[0] or self._is_busy():
+            self._flush_again_s = now_s + FLUSH_AGAIN_S
             return False
-        self._last_seen = moved  # what the flush itself moved on the mounts is no activity
-        return done
+        finally:
+            self._own_traffic += self._traffic() - before
+        return True
 
     async def _wait_wanted(self, timeout_s: float | None) -> None:
-        seen = self._last_seen = self._movement()
+        seen = self._last_seen = self.movement
         while not self._wanted.is_set():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TICK_S):
                     await self._wanted.wait()
             if timeout_s is not None and self._idle_s() >= timeout_s:
                 raise self._end(_nothing_happened(timeout_s))
-            if self._movement() != seen:  # a mount tells the guest of a change
+            if self.movement != seen:  # a mount tells the guest of a change
                 return
 
 

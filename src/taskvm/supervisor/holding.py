@@ -20,7 +20,7 @@ from taskvm.opening import Opening
 from taskvm.sandbox import Sandbox
 from taskvm.supervisor.idleness import Idleness, Look
 from taskvm.supervisor.job import Job
-from taskvm.usage import Statistics
+from taskvm.usage import Statistics, glance
 from taskvm.wire.supervision import Launch, SandboxState, SandboxStatus
 
 # Commands that run, and ended ones whose output is kept, of one sandbox: 512 KiB of output each.
@@ -57,6 +57,7 @@ class Holding:
         self._recipe = recipe
         self._forwards: list[Forward] = []
         self._requests = 0
+        self._used = 0
         self._started_s = time.monotonic()
         self._idle_s = 0.0
         self._last: Statistics | None = None
@@ -96,6 +97,7 @@ class Holding:
         )
         if not launch.stdin:
             await process.close_stdin()
+        self._used += 1
         # The record's `exec` has the same number.
         job = self.jobs[process.id] = Job(process.id, process, launch)
         self._background.start(job.run(), f"command {job.number} of {self.vm.id}")
@@ -129,8 +131,9 @@ class Holding:
 
     @contextlib.contextmanager
     def busy(self) -> Iterator[None]:
-        """Count a request as activity while it is served."""
+        """Count a request as activity while it is served, however short."""
         self._requests += 1
+        self._used += 1
         try:
             yield
         finally:
@@ -207,22 +210,21 @@ class Holding:
                     self.end(f"nothing happened in it for {limit_s:g} s")
 
     def _look(self) -> Look:
-        cpu_s, connections = 0.0, 0
-        if self._recipe.idle_timeout_s is not None:
-            with contextlib.suppress(SandboxError):
-                used = self.vm.statistics()
-                cpu_s, connections = used.cpu_s, used.open_connections
+        seen = glance(self.vm._guest)
         attached = sum(job.attached for job in self.jobs.values())
+        # What is shorter than a tick shows in what it has moved.
+        moved = self._used + seen.moved + sum(job.moved for job in self.jobs.values())
         return Look(
             now_s=time.monotonic(),
-            moved=sum(job.moved for job in self.jobs.values()),
-            busy=bool(attached or self._requests or connections),
-            cpu_s=cpu_s,
+            moved=moved,
+            busy=bool(attached or self._requests or seen.open_connections),
+            cpu_s=seen.cpu_s,
         )
 
     def _forget_old(self) -> None:
         old = [job for job in self.jobs.values() if not (job.running or job is self.main)]
         for job in old[: max(0, len(old) - MAX_ENDED)]:
+            self._used += job.moved
             del self.jobs[job.number]
 
     def _fail(self, error: BaseException) -> None:

@@ -1,8 +1,8 @@
 """When a sandbox of the supervisor is idle. Pure: the clock and what is seen are arguments.
 
 `Limits.idle_timeout_s` takes every running command for activity, as is right for a program that waits for one. Here a
-shell may wait at its prompt for days. So: nobody is attached, no request is under way, no byte has moved, no connection
-is open, and its processors do next to nothing.
+shell may wait at its prompt for days. So: nobody is attached, nothing was asked, no byte has moved, no connection is
+open, and its processors do next to nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ IDLE_CPU_SHARE = 0.05
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
-    """What is seen of a sandbox at one moment. `moved` grows with every byte, `cpu_s` is what it has used so far."""
+    """What is seen of a sandbox at one moment. `moved` grows with every use, `cpu_s` is what it has used so far."""
 
     now_s: float
     moved: int

@@ -113,29 +113,34 @@ async def checkpoint(server: Server, service: Service, request: messages.Checkpo
 @operation(messages.PublishRequest)
 async def publish(server: Server, service: Service, request: messages.PublishRequest) -> str:
     holding = server.roster.find_running(request.sandbox)
-    return await holding.publish(request.port, request.host_port)
+    with holding.busy():
+        return await holding.publish(request.port, request.host_port)
 
 
 @operation(messages.PolicyRequest)
 async def policy(server: Server, service: Service, request: messages.PolicyRequest) -> str:
-    vm = server.roster.find_running(request.sandbox).vm
-    wanted = vm.policy if request.file is None else Policy.from_text(request.file)
-    wanted = wanted.allowing(*request.allow).denying(*request.deny)
-    if wanted != vm.policy:
-        vm.change_policy(wanted)
-    return vm.policy.to_toml()
+    holding = server.roster.find_running(request.sandbox)
+    vm = holding.vm
+    with holding.busy():
+        wanted = vm.policy if request.file is None else Policy.from_text(request.file)
+        wanted = wanted.allowing(*request.allow).denying(*request.deny)
+        if wanted != vm.policy:
+            vm.change_policy(wanted)
+        return vm.policy.to_toml()
 
 
 @operation(messages.SecretRequest)
 async def secret(server: Server, service: Service, request: messages.SecretRequest) -> str:
-    vm = server.roster.find_running(request.sandbox).vm
-    if request.value is None:
-        vm.revoke_secret(request.name)
-        return ""
-    more: SecretArguments = {"places": request.places, "shape": request.shape}
-    if request.headers:
-        more["headers"] = request.headers
-    return vm.put_secret(Secret(request.name, request.value, hosts=request.hosts, **more))
+    holding = server.roster.find_running(request.sandbox)
+    with holding.busy():
+        if request.value is None:
+            holding.vm.revoke_secret(request.name)
+            return ""
+        more: SecretArguments = {"places": request.places, "shape": request.shape}
+        if request.headers:
+            more["headers"] = request.headers
+        secret = Secret(request.name, request.value, hosts=request.hosts, **more)
+        return holding.vm.put_secret(secret)
 
 
 @operation(messages.CopyRequest)
@@ -186,7 +191,8 @@ async def _serve(
     """Attach the client to `job`, and tell it the end when that is complete."""
     answer: ExecStatus = job.status(main=job is holding.main)
     service.answer(messages.Answer(result=messages.raw(answer)))
-    await job.attach(service, lossless=lossless, follow=follow)
+    with holding.busy():
+        await job.attach(service, lossless=lossless, follow=follow)
     if job.ending is None:
         service.finish(messages.Ended(running=True))
     else:

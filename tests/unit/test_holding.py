@@ -1,0 +1,70 @@
+"""taskvm.supervisor.holding sees each use of a sandbox, also one that is over before it looks."""
+
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+
+from taskvm.opening import Opening
+from taskvm.sandbox import Sandbox
+from taskvm.supervisor.holding import MAX_ENDED, Holding, Recipe
+from taskvm.supervisor.job import Job
+from taskvm.wire.supervision import Ended
+
+
+class Watched:
+    """What a look reads of a guest."""
+
+    def __init__(self) -> None:
+        self.movement = (3, 10)
+
+
+@pytest.fixture
+def watched() -> Watched:
+    return Watched()
+
+
+@pytest.fixture
+async def holding(watched: Watched) -> Holding:
+    guest = SimpleNamespace(
+        machine=SimpleNamespace(qemu_pid=None),
+        gateway=SimpleNamespace(connections=0),
+        watch=watched,
+    )
+    vm = cast("Sandbox", SimpleNamespace(id="sandbox-test", _guest=guest))
+    return Holding(vm, Recipe(starting=cast("Opening[Sandbox]", None)), "test")
+
+
+async def test_a_request_counts_although_it_is_over(holding: Holding) -> None:
+    """As does anything that was done in between, since looks come once a second."""
+    before = holding._look()
+    with holding.busy():
+        during = holding._look()
+    after = holding._look()
+
+    assert (before.busy, during.busy, after.busy) == (False, True, False)
+    assert before.moved < during.moved == after.moved
+
+
+@pytest.mark.parametrize("moved", [(4, 10), (3, 11)])
+async def test_calls_and_frames_of_the_guest_count(
+    holding: Holding, watched: Watched, moved: tuple[int, int]
+) -> None:
+    """A silent command, and a short request to a published port."""
+    before = holding._look()
+    watched.movement = moved
+
+    assert holding._look().moved > before.moved
+
+
+async def test_a_command_that_is_forgotten_takes_no_use_along(holding: Holding) -> None:
+    for number in range(MAX_ENDED + 2):
+        job = SimpleNamespace(
+            number=number, moved=7, attached=0, running=False, ending=Ended(), populated=False
+        )
+        holding.jobs[number] = cast("Job", job)
+    before = holding._look()
+    holding._forget_old()
+
+    assert len(holding.jobs) == MAX_ENDED
+    assert holding._look().moved == before.moved
