@@ -85,6 +85,27 @@ def test_a_command_beyond_its_timeout_is_killed(work: str) -> None:
     assert (done.returncode, listed()[work]["execs"][-1]["exit_code"]) == (124, 137)
 
 
+def test_kill_ends_a_command_and_with_all_what_it_left(work: str) -> None:
+    number = taskvm("exec", "-d", work, "--", "sh", "-c", "sleep 7777 & exec sleep 6666").stdout
+    number = number.strip()
+
+    signalled = taskvm("kill", "--signal", "KILL", work, number)
+    wait_until(lambda: ending(work, number) == 137)
+    again = taskvm("kill", work, number)
+    all_of_it = taskvm("kill", "--all", work, number)
+
+    assert (signalled.returncode, signalled.stderr) == (0, "")
+    assert (again.returncode, all_of_it.returncode) == (2, 0)
+    assert f"taskvm kill --all {work} {number}" in again.stderr
+    wait_until(lambda: taskvm("exec", work, "--", "pgrep", "-f", "^sleep 7777").returncode == 1)
+
+
+def ending(sandbox: str, number: str) -> object:
+    return next(
+        each["exit_code"] for each in listed()[sandbox]["execs"] if each["number"] == int(number)
+    )
+
+
 def test_ctrl_c_ends_what_exec_has_started(work: str) -> None:
     process = subprocess.Popen(
         [TASKVM, "exec", work, "sh", "-c", "echo up; exec sleep 600"], stdout=subprocess.PIPE

@@ -7,6 +7,7 @@ import pytest
 from tests.support.waiting import PATIENCE_S
 
 from taskvm import ByteStream, Launch, SandboxLostError, Supervisor, UsageError, sync
+from taskvm.supervisor.holding import MAX_ENDED
 
 pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("runtime")]
 SMALL: dict[str, object] = {"cpus": 1, "memory": 256}
@@ -146,3 +147,57 @@ def test_the_blocking_surface_does_the_same(tmp_path: Path) -> None:
     assert status is not None
     assert status.sandboxes == len(supervisor.list())
     assert supervisor.stop("sync").state == "ended"
+
+
+@pytest.mark.parametrize("surface", ["async", "sync"])
+async def test_what_a_finished_command_left_is_killed_by_its_number(surface: str) -> None:
+    """Long after it: its output is forgotten by then. What others left stays."""
+    supervisor = Supervisor()
+    await supervisor.start(SMALL, name=surface)
+    left = []
+    for seconds in ("1111", "2222", "3333"):
+        command = ["sh", "-c", f"setsid sleep {seconds} >/dev/null 2>&1 &"]
+        async with await supervisor.exec(surface, command) as attached:
+            await attached.wait()
+            left.append(attached)
+    for _ in range(MAX_ENDED + 1):
+        async with await supervisor.exec(surface, ["true"]) as attached:
+            await attached.wait()
+    first, second, third = (each.number for each in left)
+
+    if surface == "async":
+        await supervisor.kill_all(surface, first)
+    else:
+        await asyncio.to_thread(sync.Supervisor().kill_all, surface, first)
+    await wait_for_sleepers(supervisor, surface, 2)
+    await left[1].kill_all()
+    await wait_for_sleepers(supervisor, surface, 1)
+    with pytest.raises(UsageError, match=f"no command {third + 1000}"):
+        await supervisor.kill_all(surface, third + 1000)
+    await supervisor.stop(surface)
+    await left[2].kill_all()  # gone with its sandbox
+
+    assert second != third
+
+
+async def wait_for_sleepers(supervisor: Supervisor, sandbox: str, count: int) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            async with await supervisor.exec(sandbox, ["pgrep", "-c", "sleep"]) as attached:
+                if int(b"".join([data async for data in attached.stdout])) == count:
+                    return
+
+
+async def test_a_running_command_is_signalled_by_its_number_and_an_ended_one_not() -> None:
+    supervisor = Supervisor()
+    await supervisor.start(SMALL, name="signal")
+    script = "trap 'echo hup' HUP; echo up; while :; do sleep 0.1; done"
+    async with await supervisor.exec("signal", ["sh", "-c", script]) as attached:
+        assert await attached.stdout.read() == b"up\n"
+        await supervisor.kill("signal", attached.number, signal=1)
+        assert await attached.stdout.read() == b"hup\n"
+        await supervisor.kill("signal", attached.number, signal=9)
+        assert (await attached.wait()).signal == 9
+        with pytest.raises(UsageError, match=r"it has ended\. What it left running ends by: "):
+            await supervisor.kill("signal", attached.number)
+    await supervisor.stop("signal")

@@ -32,6 +32,7 @@ for _command in (
     sandboxes.logs,
     sandboxes.cp,
     sandboxes.publish,
+    sandboxes.kill,
     sandboxes.stop,
     supervisor.supervisor,
     image.image,

@@ -24,6 +24,7 @@ COMMANDS: Mapping[str, Sequence[str]] = {
         "logs",
         "cp",
         "publish",
+        "kill",
         "stop",
         "supervisor",
     ),

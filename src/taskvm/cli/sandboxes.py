@@ -1,8 +1,9 @@
-"""`taskvm start`, `ps`, `stop`, `logs` and `cp`: the sandboxes that the supervisor holds."""
+"""`taskvm start`, `ps`, `stop`, `kill`, `logs` and `cp`: the sandboxes that the supervisor holds."""
 
 from __future__ import annotations
 
 import asyncio
+import signal as signals
 import sys
 from pathlib import Path
 
@@ -77,6 +78,37 @@ def stop(everything: bool, sandboxes: tuple[str, ...]) -> None:
     if bool(sandboxes) is everything:
         raise UsageError("stop sandboxes", "name some of them, or say --all")
     sys.exit(asyncio.run(_stop(sandboxes)))
+
+
+@click.command(
+    short_help="End a command of a running sandbox, or signal it.",
+    epilog=examples(
+        "taskvm exec -d app -- make watch                      its number is printed: 7",
+        "taskvm kill app 7                                     SIGTERM, as kill(1)",
+        "taskvm kill --all app 7                               also what it left running when it ended",
+    ),
+)
+@click.option(
+    "--signal", "-s", "signal_name", metavar="SIGNAL", help="A name or a number [default: TERM]."
+)
+@click.option(
+    "--all", "-a", "everything", is_flag=True, help="All that it started (KILL), daemons too."
+)
+@click.argument("sandbox", shell_complete=complete.sandboxes)
+@click.argument("number", type=int, metavar="EXEC")
+def kill(signal_name: str | None, everything: bool, sandbox: str, number: int) -> None:
+    """Send a signal to the process group of the command EXEC (its number in `taskvm ps`) of SANDBOX.
+
+    With --all everything that the command started is killed, also when the command itself has ended.
+    """
+    if everything and signal_name is not None:
+        raise UsageError("use --signal with --all", "all are killed", "Leave one of them out")
+    supervisor = taskvm.Supervisor()
+    if everything:
+        asyncio.run(supervisor.kill_all(sandbox, number))
+    else:
+        signal = _signal(signal_name or "TERM")
+        asyncio.run(supervisor.kill(sandbox, number, signal=signal))
 
 
 @click.command(short_help="Print what a command has written.")
@@ -156,6 +188,15 @@ async def _copy_in(source: str, target: tuple[str, str]) -> None:
 
 async def _copy_out(source: tuple[str, str], target: Path) -> None:
     await taskvm.Supervisor().copy_out(source[0], source[1], target)
+
+
+def _signal(text: str) -> int:
+    """Return the number of a signal, as kill(1) takes it: 9, KILL or SIGKILL."""
+    name = f"SIG{text.upper().removeprefix('SIG')}"
+    number = int(text) if text.isdecimal() else getattr(signals.Signals, name, 0)
+    if not 1 <= number <= signals.SIGRTMAX:
+        raise UsageError(f"send the signal {text}", "there is none of this name or number")
+    return int(number)
 
 
 def _split(text: str) -> tuple[str, str] | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal as signals
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Self
 
 import msgspec
 
-from taskvm.errors import SandboxLostError
+from taskvm.errors import SandboxLostError, SandboxStateError, UsageError
 from taskvm.port import StreamReset
 from taskvm.process import ByteStream, ExecResult, pty_size
 from taskvm.resources import ExecUsage
@@ -24,8 +26,11 @@ class Attachment:
     `Process.id`, which the audit record's `exec` repeats.
     """
 
-    def __init__(self, caller: Caller, status: ExecStatus) -> None:
+    def __init__(
+        self, caller: Caller, status: ExecStatus, kill_left: Callable[[], Awaitable[None]]
+    ) -> None:
         self._caller = caller
+        self._kill_left = kill_left
         self.number: int = status.number
         self.command: str = status.command
         self.pty: bool = status.pty
@@ -56,12 +61,19 @@ class Attachment:
             self._caller.command(Kill(signal=signal))
 
     async def kill_all(self) -> None:
-        """Kill everything that the command started, and wait for its end. Raises SandboxLostError."""
-        if not self._caller.ended.done():
-            self._caller.command(Kill(signal=signals.SIGKILL, all=True))
-            for inlet in self._caller.outputs.values():
-                inlet.discard()
-            await self._ended()
+        """Kill everything that the command started, and wait for its end. Raises SandboxLostError.
+
+        After the command's end, what it left behind is killed, and dies without being waited for.
+        """
+        if self._caller.ended.done():
+            # This call is over: a new one. There is nothing to kill where the sandbox or the command is not known.
+            with contextlib.suppress(UsageError, SandboxStateError):
+                await self._kill_left()
+            return
+        self._caller.command(Kill(signal=signals.SIGKILL, all=True))
+        for inlet in self._caller.outputs.values():
+            inlet.discard()
+        await self._ended()
 
     async def resize(self, rows: int, cols: int) -> None:
         """Change the size of the command's terminal; who came last decides. Raises UsageError for an impossible one."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import builtins
 import os
+import signal as signals
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -203,6 +205,19 @@ class Supervisor:
         request = messages.AttachRequest(sandbox=sandbox, exec=number, size=size, follow=follow)
         return await self._attach(request)
 
+    async def kill(self, sandbox: str, number: int, *, signal: int = signals.SIGTERM) -> None:
+        """Send `signal` to the process group of the command `number`. Raises UsageError when that has ended."""
+        await self._ask(
+            messages.KillRequest(sandbox=sandbox, exec=number, signal=signal), type(None)
+        )
+
+    async def kill_all(self, sandbox: str, number: int) -> None:
+        """Kill everything that the command `number` started, also what it left running when it ended.
+
+        Raises UsageError for a command that is not there, or of which nothing is left.
+        """
+        await self._ask(messages.KillRequest(sandbox=sandbox, exec=number, all=True), type(None))
+
     # The supervisor itself.
 
     async def status(self) -> SupervisorStatus | None:
@@ -242,7 +257,10 @@ class Supervisor:
     async def _attach(self, request: messages.ExecRequest | messages.AttachRequest) -> Attachment:
         caller = await connect(self._place, request.op, request.sandbox)
         try:
-            return Attachment(caller, await caller.ask(request, ExecStatus))
+            status = await caller.ask(request, ExecStatus)
+            return Attachment(
+                caller, status, partial(self.kill_all, request.sandbox, status.number)
+            )
         except BaseException:
             caller.close()
             raise

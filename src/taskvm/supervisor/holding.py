@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from taskvm.background import Background
-from taskvm.errors import SandboxError, SandboxLostError, UsageError
+from taskvm.errors import GuestError, SandboxError, SandboxLostError, UsageError
 from taskvm.net.ingress import Forward
 from taskvm.opening import Opening
+from taskvm.process import Process
 from taskvm.sandbox import Sandbox
 from taskvm.supervisor.idleness import Idleness, Look
 from taskvm.supervisor.job import Job
@@ -26,6 +28,11 @@ from taskvm.wire.supervision import Launch, SandboxState, SandboxStatus
 # Commands that run, and ended ones whose output is kept, of one sandbox: 512 KiB of output each.
 MAX_RUNNING = 64
 MAX_ENDED = 16
+# Commands that ended before those and have left something behind, to be killed by their numbers. What makes more is
+# no longer known by all of them: a guest could say of each that something of it runs.
+MAX_LEFT = 256
+# The guest's agent removes the control group of a command when the last process of it has ended.
+EXEC_GROUPS = "/sys/fs/cgroup/exec"
 _logger = logging.getLogger(__name__)
 
 # How late the end of a guest, or of its idle time, may be noticed.
@@ -51,6 +58,7 @@ class Holding:
         self.name = name
         self.jobs: dict[int, Job] = {}
         self.main: Job | None = None
+        self._left: dict[int, Process] = {}
         self.outcome: str = ""
         self.ended: asyncio.Event = asyncio.Event()
         self.ended_s: float = 0.0
@@ -110,10 +118,30 @@ class Holding:
         self._forwards.append(forward)
         return str(forward)
 
-    def find(self, number: int | None) -> Job:
+    async def kill(self, number: int, signal: int | None) -> None:
+        """Send `signal` to a command that runs; None: end everything that it started, also after its own end.
+
+        Raises UsageError when there is no such command, or it has ended.
+        """
+        if signal is None and number in self._left:
+            await self._left[number].kill_all()
+            return
+        job = self.find(number, "kill a command of")
+        if signal is None:
+            await job.process.kill_all()
+        elif job.running:
+            await job.process.kill(signal)
+        else:
+            raise UsageError(
+                f"kill command {number} of {self.name or self.vm.id}",
+                "it has ended",
+                f"What it left running ends by: taskvm kill --all {self.name or self.vm.id} {number}",
+            )
+
+    def find(self, number: int | None, operation: str = "attach to") -> Job:
         """Return the command of that number; without one the main command, or else the last that runs.
 
-        Raises UsageError.
+        Raises UsageError, with the words of `operation`.
         """
         if number is None:
             running = [each for each in self.jobs.values() if each.running]
@@ -123,7 +151,7 @@ class Holding:
             job = self.jobs.get(number)
         if job is None:
             raise UsageError(
-                f"attach to {self.name or self.vm.id}",
+                f"{operation} {self.name or self.vm.id}",
                 "nothing runs in it" if number is None else f"it has no command {number}",
                 f"Start one: `taskvm exec -it {self.name or self.vm.id} -- bash`",
             )
@@ -226,6 +254,19 @@ class Holding:
         for job in old[: max(0, len(old) - MAX_ENDED)]:
             self._used += job.moved
             del self.jobs[job.number]
+            self._left[job.number] = job.process
+            self._background.start(self._release_handle(job.number), f"handle {job.number}")
+        while len(self._left) > MAX_LEFT:
+            del self._left[next(iter(self._left))]
+
+    async def _release_handle(self, number: int) -> None:
+        """Forget the handle of a command of which nothing runs."""
+        with contextlib.suppress(SandboxError):  # it goes with its sandbox
+            try:
+                await self.vm.files.stat(f"{EXEC_GROUPS}/{number}")
+            except GuestError as error:
+                if error.errno == errno.ENOENT:
+                    self._left.pop(number, None)
 
     def _fail(self, error: BaseException) -> None:
         _logger.error("%s failed", self.vm.id, exc_info=error)

@@ -31,7 +31,7 @@ class Job:
         self.ended: asyncio.Event = asyncio.Event()
         self.ending: Ended | None = None
         self.cut_short: TaskvmError | None = None  # why its sandbox ends before it
-        self._process = process
+        self.process = process
         self._size = launch.pty
         self._timeout_s = launch.timeout_s
         self._typed = 0
@@ -97,7 +97,7 @@ class Job:
         """Give its terminal this size."""
         self._size = (rows, cols)
         with suppress(SandboxLostError):
-            await self._process.resize(rows, cols)
+            await self.process.resize(rows, cols)
 
     async def redraw(self, rows: int, cols: int) -> None:
         """Give its terminal the size of a client that has just come, whose screen is empty."""
@@ -105,10 +105,6 @@ class Job:
             # The kernel sends SIGWINCH, on which full-screen programs paint themselves, for a new size only.
             await self.resize(rows + 1, cols)
         await self.resize(rows, cols)
-
-    async def end(self) -> None:
-        """Kill everything that it started. Raises SandboxLostError."""
-        await self._process.kill_all()
 
     # The command.
 
@@ -119,16 +115,16 @@ class Job:
         except TimeoutError:
             if not deadline.expired():
                 raise
-            await self._process.kill_all()
-            return _ended(await self._process.wait(), timed_out=True)
+            await self.process.kill_all()
+            return _ended(await self.process.wait(), timed_out=True)
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None  # the sandbox is lost: both streams say so
 
     async def _follow(self) -> ExecResult:
         async with asyncio.TaskGroup() as group:
-            group.create_task(_record(self._process.stdout, self.tapes[1]))
-            group.create_task(_record(self._process.stderr, self.tapes[2]))
-        return await self._process.wait()
+            group.create_task(_record(self.process.stdout, self.tapes[1]))
+            group.create_task(_record(self.process.stderr, self.tapes[2]))
+        return await self.process.wait()
 
     # A client.
 
@@ -148,8 +144,8 @@ class Job:
         try:
             while data := await service.input.read():
                 self._typed += len(data)
-                await self._process.write(data)
-            await self._process.close_stdin()
+                await self.process.write(data)
+            await self.process.close_stdin()
         except ClientGoneError:
             raise
         except (OSError, SandboxLostError, StreamReset):
@@ -163,10 +159,10 @@ class Job:
                         await self.resize(rows, cols)
                 case Kill(all=True):
                     with suppress(SandboxLostError):
-                        await self.end()
+                        await self.process.kill_all()
                 case Kill(signal=number):
                     with suppress(SandboxLostError):
-                        await self._process.kill(number)
+                        await self.process.kill(number)
 
 
 async def _record(stream: ByteStream, tape: Tape) -> None:

@@ -169,6 +169,13 @@ async def _find_target(vm: Sandbox, request: messages.CopyRequest) -> str:
 # A command.
 
 
+@operation(messages.KillRequest)
+async def kill(server: Server, service: Service, request: messages.KillRequest) -> None:
+    holding = server.roster.find_running(request.sandbox)
+    with holding.busy():
+        await holding.kill(request.exec, None if request.all else request.signal)
+
+
 @operation(messages.ExecRequest)
 async def exec_(server: Server, service: Service, request: messages.ExecRequest) -> None:
     holding = server.roster.find_running(request.sandbox)

@@ -175,6 +175,17 @@ class Supervisor:
         )
         return Attachment(self._bridge, attachment)
 
+    def kill(self, sandbox: str, number: int, *, signal: int = signals.SIGTERM) -> None:
+        """Send `signal` to the process group of the command `number`. Raises UsageError when that has ended."""
+        self._bridge.call(self._supervisor.kill, sandbox, number, signal=signal)
+
+    def kill_all(self, sandbox: str, number: int) -> None:
+        """Kill everything that the command `number` started, also what it left running when it ended.
+
+        Raises UsageError for a command that is not there, or of which nothing is left.
+        """
+        self._bridge.call(self._supervisor.kill_all, sandbox, number)
+
     def status(self) -> SupervisorStatus | None:
         """Return what the supervisor is, of whatever version; None when none runs."""
         return self._bridge.call(self._supervisor.status)
@@ -218,7 +229,10 @@ class Attachment:
         self._bridge.call(self._attachment.kill, signal)
 
     def kill_all(self) -> None:
-        """Kill everything that the command started, and wait for its end. Raises SandboxLostError."""
+        """Kill everything that the command started, and wait for its end. Raises SandboxLostError.
+
+        After the command's end, what it left behind is killed, and dies without being waited for.
+        """
         self._bridge.call(self._attachment.kill_all)
 
     def resize(self, rows: int, cols: int) -> None:

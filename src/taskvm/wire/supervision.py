@@ -114,6 +114,18 @@ class AttachRequest(Request, frozen=True, kw_only=True, tag="attach"):
     follow: bool = True
 
 
+class KillRequest(Request, frozen=True, kw_only=True, tag="kill"):
+    """Send a signal to a command's process group; `all`: end everything that it started. Answered by None.
+
+    With `all` also after the end of the command itself, for as long as something of it runs.
+    """
+
+    sandbox: str
+    exec: int
+    signal: Annotated[int, Meta(ge=1, le=64)] = 15
+    all: bool = False
+
+
 class StopRequest(Request, frozen=True, kw_only=True, tag="stop"):
     """End a sandbox. Answered by its SandboxStatus when all is released."""
 
