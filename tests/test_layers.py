@@ -22,6 +22,7 @@ PURE = (
     "taskvm.egress",
     "taskvm.egress.*",
     "taskvm.identity",
+    "taskvm.resources",
     "taskvm.ring",
     "taskvm.wire.*",
 )

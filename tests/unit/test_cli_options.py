@@ -1,12 +1,13 @@
-"""taskvm.cli.options: the options of a sandbox as texts, here and in the supervisor."""
+"""taskvm.cli.options, taskvm.cli.commandlimits: the options of a sandbox as texts, here and in the supervisor."""
 
 from pathlib import Path
 
 import click
 import pytest
 
-from taskvm import UsageError
+from taskvm import ExecLimits, UsageError
 from taskvm.cli.options import SANDBOX_OPTIONS, SandboxArguments
+from taskvm.limits import LimitArguments
 
 
 def _parameters() -> list[click.Parameter]:
@@ -52,6 +53,46 @@ def test_every_file_is_named_absolutely(
 def test_options_that_do_not_exist_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(UsageError, match="read the options"):
         SandboxArguments.of(options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"limit_memory": 0},
+        {"limit_processes": -1},
+        {"limit_cpus": float("nan")},
+        {"cpu_weight": 20_000},
+        {"disk_limit": 0},
+        {"free_disk": -1},
+        {"idle_pause": -1.0},
+    ],
+    ids=str,
+)
+def test_an_impossible_limit_is_refused_before_anything_starts(options: dict[str, object]) -> None:
+    """Also when the supervisor will hold the sandbox."""
+    with pytest.raises(UsageError):
+        SandboxArguments.of(options).create()
+
+
+def test_what_is_said_of_limits_reaches_the_sandbox_and_its_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is not said keeps the engine's default."""
+    given: dict[str, object] = {}
+    monkeypatch.setattr("taskvm.Sandbox.create", lambda **options: given.update(options))
+
+    arguments = SandboxArguments.of(
+        {"disk_limit": 100, "free_disk": 0, "idle_pause": 0.0, "limit_memory": 64}
+    )
+    arguments.create()
+
+    assert arguments.limits == ExecLimits(memory_mib=64)
+    assert SandboxArguments.of({}).limits is None
+    assert {name: given[name] for name in LimitArguments.__annotations__ if name in given} == {
+        "disk_limit_mib": 100,
+        "free_disk_mib": 0,
+        "idle_pause_s": 0.0,
+    }
 
 
 def test_values_of_secrets_travel_beside_the_options(

@@ -42,6 +42,26 @@ def test_a_run_ends_after_its_max_duration_and_says_so() -> None:
     assert "max_duration_s=1 is over" in run.stderr
 
 
+def test_a_run_has_the_limits_of_its_options() -> None:
+    """Of its command in the guest, and of its disk on the host."""
+    script = (
+        'cat "/sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup)/memory.max"; '
+        "dd if=/dev/urandom of=/var/fill bs=1M count=150 conv=fsync"
+    )
+    machine = ["--cpus", "1", "--memory", "256", "--disk-limit", "48", "--free-disk", "0"]
+    command = ["--user", "root", "--limit-memory", "200", "--", "sh", "-c", script]
+    run = subprocess.run(
+        [sys.executable, "-m", "taskvm.cli", "run", *machine, "--idle-pause", "0", *command],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+
+    assert run.stdout == f"{200 * MIB}\n"
+    assert run.returncode == 1
+    assert "Input/output error" in run.stderr or "No space left" in run.stderr
+
+
 async def test_a_sandbox_ends_after_its_life_whatever_runs_in_it() -> None:
     """The virtual machine is gone soon after max_duration_s, and a running command is told which limit it was."""
     async with Sandbox.create(**GUEST, max_duration_s=1.0) as vm:

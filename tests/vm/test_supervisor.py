@@ -79,6 +79,17 @@ def test_output_of_a_pipe_is_whole_however_slowly_it_is_read(work: str) -> None:
         assert producer.wait(PATIENCE_S) == 0
 
 
+def test_a_command_of_a_held_sandbox_has_its_limits(work: str) -> None:
+    limits = ["--limit-memory", "50", "--limit-processes", "7", "--limit-cpus", "0.5"]
+    script = 'cd "/sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup)" && cat memory.max pids.max cpu.max cpu.weight'
+
+    limited = taskvm("exec", *limits, "--cpu-weight", "50", work, "--", "sh", "-c", script)
+    impossible = taskvm("exec", "--limit-memory", "0", work, "--", "true")
+
+    assert limited.stdout.split("\n") == [f"{50 << 20}", "7", "50000 100000", "50", ""]
+    assert (impossible.returncode, impossible.stdout) == (2, "")
+
+
 def test_a_command_beyond_its_timeout_is_killed(work: str) -> None:
     done = taskvm("exec", "--timeout", "0.5", work, "sleep", "60")
 

@@ -18,6 +18,7 @@ import click
 import taskvm
 from taskvm import HostError, TaskvmError, UsageError
 from taskvm.cli import complete
+from taskvm.cli.commandlimits import limit_options
 from taskvm.cli.detach import DEFAULT_KEYS, DetachKeys
 from taskvm.cli.group import EXIT_NO_READER, EXIT_TIMEOUT
 from taskvm.cli.help import SandboxCommand, examples
@@ -111,10 +112,12 @@ def shell(
 @click.option(
     "--detach", "-d", is_flag=True, help="Print the command's number and leave it running."
 )
+@limit_options
 @detach_keys
 @click.argument("sandbox", shell_complete=complete.sandboxes)
 @click.argument("command", nargs=-1, required=True)
 def exec_(
+    limits: taskvm.ExecLimits | None,
     tty: bool,
     interactive: bool,
     user: str | None,
@@ -146,6 +149,7 @@ def exec_(
             pty=(terminal.size if terminal else DEFAULT_SIZE) if tty else None,
             timeout_s=timeout,
             stdin=tty or not detach,
+            limits=limits,
         )
         started.append(attached)
         if detach:
@@ -208,6 +212,7 @@ def make_launch(
         pty=pty,
         stdin=stdin,
         timeout_s=arguments.timeout,
+        limits=arguments.limits,
     )
 
 

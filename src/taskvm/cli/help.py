@@ -36,6 +36,7 @@ COMMANDS: Mapping[str, Sequence[str]] = {
 # Options of the commands that make a sandbox, by their parameters' names.
 OPTIONS: Mapping[str, Sequence[str]] = {
     "Command": ("tty", "interactive", "env", "cwd", "user", "timeout"),
+    "What the command may use": ("limit_memory", "limit_processes", "limit_cpus", "cpu_weight"),
     "Folders": ("mounts", "hide", "private", "apply", "diff_file"),
     "Network (nothing leaves unless it is allowed)": (
         "allow",
@@ -55,11 +56,13 @@ OPTIONS: Mapping[str, Sequence[str]] = {
         "cpus",
         "memory",
         "disk_size",
+        "disk_limit",
+        "free_disk",
         "cpu_share",
         "accel",
         "cold",
     ),
-    "Lifetime": ("max_duration", "idle_timeout", "detach", "name", "detach_keys"),
+    "Lifetime": ("max_duration", "idle_timeout", "idle_pause", "detach", "name", "detach_keys"),
 }
 _REST = "General"
 

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Concatenate, Literal, ParamSpec
+from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, cast
 
 import click
 import msgspec
@@ -14,8 +14,12 @@ import msgspec
 import taskvm
 from taskvm import CheckpointError, ImageError, UsageError
 from taskvm.cli import complete
+from taskvm.cli.commandlimits import LIMIT_OPTIONS, read_limits
 from taskvm.cli.group import progress, silent
 from taskvm.cli.secrettext import read_secret, read_secret_command, read_secret_file
+
+if TYPE_CHECKING:
+    from taskvm.limits import LimitArguments
 
 P = ParamSpec("P")
 
@@ -80,6 +84,18 @@ SANDBOX_OPTIONS = (
         type=int,
         metavar="MIB",
         help="Size of the guest's disk in MiB. [default: the image's, 4096]",
+    ),
+    click.option(
+        "--disk-limit",
+        type=int,
+        metavar="MIB",
+        help="What the guest may write to its disk, as MiB of this host's. [default: 16384]",
+    ),
+    click.option(
+        "--free-disk",
+        type=int,
+        metavar="MIB",
+        help="End the sandbox when this host's disk has less free. [default: 1024]",
     ),
     click.option(
         "--mount",
@@ -159,6 +175,7 @@ SANDBOX_OPTIONS = (
         metavar="S",
         help="Kill the command after S seconds (exit status 124).",
     ),
+    *LIMIT_OPTIONS,
     click.option(
         "--max-duration", type=float, metavar="S", help="End the whole sandbox after S seconds."
     ),
@@ -167,6 +184,12 @@ SANDBOX_OPTIONS = (
         type=float,
         metavar="S",
         help="End the sandbox when nothing has happened in it for S seconds (shell, start, run --detach).",
+    ),
+    click.option(
+        "--idle-pause",
+        type=float,
+        metavar="S",
+        help="Stop its virtual CPUs after S seconds without activity, until the next; 0: never. [default: 30]",
     ),
     click.option(
         "--publish",
@@ -202,6 +225,8 @@ class SandboxArguments:
     memory: int
     cpu_share: float | None
     disk_size: int | None
+    disk_limit: int | None
+    free_disk: int | None
     mounts: tuple[str, ...]
     hide: tuple[str, ...]
     private: tuple[str, ...]
@@ -217,8 +242,13 @@ class SandboxArguments:
     env: tuple[str, ...]
     cwd: str | None
     timeout: float | None
+    limit_memory: int | None
+    limit_processes: int | None
+    limit_cpus: float | None
+    cpu_weight: int | None
     max_duration: float | None
     idle_timeout: float | None
+    idle_pause: float | None
     user: str | None
     publish: tuple[str, ...]
     audit: str | None
@@ -279,6 +309,13 @@ class SandboxArguments:
     def on_progress(self) -> Callable[[str], None]:
         return silent if self.quiet else progress
 
+    @property
+    def limits(self) -> taskvm.ExecLimits | None:
+        """What the command may use. Raises UsageError."""
+        return read_limits(
+            self.limit_memory, self.limit_processes, self.limit_cpus, self.cpu_weight
+        )
+
     def check(self) -> None:
         """Raise UsageError for what a user can see to be wrong before anything starts."""
         if self.image is not None:
@@ -295,6 +332,7 @@ class SandboxArguments:
                 raise UsageError(
                     f"use --checkpoint {self.checkpoint}", error.cause, error.next_step
                 ) from error
+        _ = self.limits
         for option, value in (("timeout", self.timeout), ("idle-timeout", self.idle_timeout)):
             if value is not None and not value > 0:  # so that "nan" is refused too
                 raise UsageError(
@@ -327,12 +365,22 @@ class SandboxArguments:
             memory_mib=self.memory,
             accel=self.accel,  # type: ignore[arg-type]  # click.Choice has checked it
             warm=not self.cold,
-            max_duration_s=self.max_duration,
-            disk_size_mib=self.disk_size,
-            cpu_share=self.cpu_share,
+            **self._bounds(),
             on_progress=on_progress or self.on_progress,
             oversight=oversight,
         )
+
+    def _bounds(self) -> LimitArguments:
+        """Return what was said of time and disk; what was not has the engine's default."""
+        said = {
+            "max_duration_s": self.max_duration,
+            "idle_pause_s": self.idle_pause,
+            "disk_size_mib": self.disk_size,
+            "disk_limit_mib": self.disk_limit,
+            "free_disk_mib": self.free_disk,
+            "cpu_share": self.cpu_share,
+        }
+        return cast("LimitArguments", {name: said[name] for name in said if said[name] is not None})
 
     def _secrets(self, variables: Mapping[str, str] | None) -> list[taskvm.Secret]:
         return [

@@ -146,6 +146,7 @@ async def _run(
         env=terminal_environment(arguments.env) if tty else None,
         pty=size if tty else None,
         user=arguments.user,
+        limits=arguments.limits,
     ) as process:
         try:
             async with asyncio.timeout(arguments.timeout):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from taskvm.egress.policy import Policy
 from taskvm.egress.secret import Secret
 from taskvm.progress import ignore_progress
+from taskvm.resources import ExecLimits
 from taskvm.supervisor.attachment import Attachment
 from taskvm.supervisor.connection import NoneRunsError, connect
 from taskvm.supervisor.place import Place
@@ -172,6 +173,7 @@ class Supervisor:
         pty: tuple[int, int] | None = None,
         timeout_s: float | None = None,
         stdin: bool = True,
+        limits: ExecLimits | None = None,
     ) -> Attachment:
         """Start a command in a sandbox and return it attached; the arguments are those of `Sandbox.spawn`.
 
@@ -186,6 +188,7 @@ class Supervisor:
             pty=pty,
             timeout_s=timeout_s,
             stdin=stdin,
+            limits=limits,
         )
         return await self._attach(messages.ExecRequest(sandbox=sandbox, launch=launch))
 

@@ -101,7 +101,12 @@ class Holding:
                 f"run a command in {self.vm.id}", f"{MAX_RUNNING} run in it already", "Stop one"
             )
         process = await self.vm.spawn(
-            launch.command, cwd=launch.cwd, env=launch.env, pty=launch.pty, user=launch.user
+            launch.command,
+            cwd=launch.cwd,
+            env=launch.env,
+            pty=launch.pty,
+            user=launch.user,
+            limits=launch.limits,
         )
         if not launch.stdin:
             await process.close_stdin()

@@ -14,6 +14,7 @@ from taskvm.egress.secret import Secret
 from taskvm.files import GuestPath
 from taskvm.process import ExecResult
 from taskvm.progress import ignore_progress
+from taskvm.resources import ExecLimits
 from taskvm.supervisor import attachment as aio_attachment
 from taskvm.supervisor import client as aio
 from taskvm.sync.bridge import Bridge, Call
@@ -138,6 +139,7 @@ class Supervisor:
         pty: tuple[int, int] | None = None,
         timeout_s: float | None = None,
         stdin: bool = True,
+        limits: ExecLimits | None = None,
     ) -> Attachment:
         """Start a command in a sandbox and return it attached; the arguments are those of `Sandbox.spawn`.
 
@@ -154,6 +156,7 @@ class Supervisor:
             pty=pty,
             timeout_s=timeout_s,
             stdin=stdin,
+            limits=limits,
         )
         return Attachment(self._bridge, attachment)
 

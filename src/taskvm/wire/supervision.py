@@ -16,6 +16,7 @@ from msgspec import Meta
 from taskvm import errors
 from taskvm.egress.secret import Place
 from taskvm.errors import GuestError, GuestProtocolError, TaskvmError
+from taskvm.resources import ExecLimits
 
 SandboxState = Literal["running", "paused", "ended"]
 # These are served to a client of any version: it must be able to end a supervisor of another.
@@ -78,6 +79,7 @@ class Launch(_Message, frozen=True, kw_only=True):
     pty: tuple[int, int] | None = None
     stdin: bool = True
     timeout_s: Annotated[float, Meta(gt=0)] | None = None
+    limits: ExecLimits | None = None
 
 
 class StartRequest(Request, frozen=True, kw_only=True, tag="start"):
