@@ -21,7 +21,7 @@ from taskvm.fs.provider import Provider
 from taskvm.fs.router import Router
 from taskvm.fs.wrapper import Wrapper
 from taskvm.limits import LimitArguments, Limits
-from taskvm.progress import ignore_progress
+from taskvm.progress import tell_terminal
 from taskvm.vm.warm import AcceleratorChoice
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class SandboxOptions:
     warm: bool = True
     limits: Limits = field(default_factory=Limits)
     pool: WarmPool | None = None
-    on_progress: Callable[[str], None] = ignore_progress
+    on_progress: Callable[[str], None] = tell_terminal
 
     def __post_init__(self) -> None:
         if len(self.mounts) > MAX_MOUNTS:
@@ -166,7 +166,7 @@ def read_options(machinery: Machinery, **given: Unpack[ResumeArguments]) -> Sand
         warm=machinery.warm,
         pool=machinery.pool,
         limits=Limits(**limits),
-        on_progress=given.get("on_progress", ignore_progress),
+        on_progress=given.get("on_progress", tell_terminal),
     )
 
 

@@ -19,7 +19,7 @@ from taskvm.errors import SandboxLostError, SandboxStateError, UsageError
 from taskvm.guest import Guest
 from taskvm.launch import fork
 from taskvm.options import DEFAULT_CPUS, DEFAULT_MEMORY_MIB
-from taskvm.progress import ignore_progress
+from taskvm.progress import tell_terminal
 from taskvm.turns import turn_to_start
 from taskvm.vm.template import Progress, Template
 from taskvm.vm.warm import AcceleratorChoice, prepare
@@ -44,7 +44,7 @@ class WarmPool:
         memory_mib: int = DEFAULT_MEMORY_MIB,
         image: str | None = None,
         accel: AcceleratorChoice = "auto",
-        on_progress: Progress = ignore_progress,
+        on_progress: Progress = tell_terminal,
     ) -> None:
         if not 1 <= size <= MAX_SIZE:
             raise UsageError(f"make a warm pool of {size}", f"its size must be 1 to {MAX_SIZE}")

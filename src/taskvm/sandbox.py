@@ -59,7 +59,7 @@ from taskvm.options import (
 )
 from taskvm.pool import WarmPool
 from taskvm.process import KILL_TIMEOUT_S, Capture, ExecResult, Process, pty_size
-from taskvm.progress import ignore_progress
+from taskvm.progress import tell_terminal
 from taskvm.resources import ExecLimits, bounds_of
 from taskvm.review.changes import ChangeSet
 from taskvm.review.mounted import ReviewMount
@@ -122,7 +122,7 @@ class Sandbox:
         accel: AcceleratorChoice = "auto",
         warm: bool = True,
         pool: WarmPool | None = None,
-        on_progress: Callable[[str], None] = ignore_progress,
+        on_progress: Callable[[str], None] = tell_terminal,
         **limits: Unpack[LimitArguments],
     ) -> Opening[Sandbox]:
         """Start a sandbox: `await` the result, or use it with `async with`.
@@ -147,7 +147,7 @@ class Sandbox:
         cpus: virtual CPUs. memory_mib: guest memory in MiB. accel: "auto" proves KVM before it believes in it.
         warm: start from the saved memory of a booted guest (made on first use); False boots.
         pool: machines started ahead to take one from.
-        on_progress: called with a line of text about work that takes seconds.
+        on_progress: called with a line about work that takes seconds. By default a terminal's standard error has it.
         limits: `max_duration_s` and the other fields of `Limits`.
 
         Raises UsageError for wrong arguments; UnavailableError, ImageError, CheckpointError or HostError when this

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from taskvm.egress.policy import Policy
 from taskvm.egress.secret import Secret
-from taskvm.progress import ignore_progress
+from taskvm.progress import tell_terminal
 from taskvm.resources import ExecLimits
 from taskvm.supervisor.attachment import Attachment
 from taskvm.supervisor.connection import NoneRunsError, connect
@@ -48,7 +48,7 @@ class Supervisor:
         launch: Launch | None = None,
         name: str | None = None,
         variables: Mapping[str, str] | None = None,
-        on_progress: Callable[[str], None] = ignore_progress,
+        on_progress: Callable[[str], None] = tell_terminal,
     ) -> SandboxStatus:
         """Start a sandbox that outlives this program.
 

@@ -7,7 +7,7 @@ from typing import Self
 
 from taskvm import pool as aio
 from taskvm.options import DEFAULT_CPUS, DEFAULT_MEMORY_MIB
-from taskvm.progress import ignore_progress
+from taskvm.progress import tell_terminal
 from taskvm.sync.bridge import Bridge, Call
 from taskvm.vm.template import Progress
 from taskvm.vm.warm import AcceleratorChoice
@@ -28,7 +28,7 @@ class WarmPool:
         memory_mib: int = DEFAULT_MEMORY_MIB,
         image: str | None = None,
         accel: AcceleratorChoice = "auto",
-        on_progress: Progress = ignore_progress,
+        on_progress: Progress = tell_terminal,
     ) -> None:
         self._bridge = Bridge.current()
         self._entering: Call | None = None

@@ -23,7 +23,7 @@ from taskvm.net import ingress as aio_ingress
 from taskvm.net.ingress import LOCALHOST
 from taskvm.options import DEFAULT_CPUS, DEFAULT_MEMORY_MIB, ResumeArguments
 from taskvm.process import ExecResult
-from taskvm.progress import ignore_progress
+from taskvm.progress import tell_terminal
 from taskvm.resources import ExecLimits
 from taskvm.review.changes import ChangeSet
 from taskvm.review.survey import CHANGE_LIMITS
@@ -74,7 +74,7 @@ class Sandbox:
         accel: AcceleratorChoice = "auto",
         warm: bool = True,
         pool: WarmPool | None = None,
-        on_progress: Callable[[str], None] = ignore_progress,
+        on_progress: Callable[[str], None] = tell_terminal,
         **limits: Unpack[LimitArguments],
     ) -> Sandbox:
         """Start a sandbox and return it running. The arguments are those of `taskvm.Sandbox.create`.

@@ -13,7 +13,7 @@ from taskvm.egress.policy import Policy
 from taskvm.egress.secret import Secret
 from taskvm.files import GuestPath
 from taskvm.process import ExecResult
-from taskvm.progress import ignore_progress
+from taskvm.progress import tell_terminal
 from taskvm.resources import ExecLimits
 from taskvm.supervisor import attachment as aio_attachment
 from taskvm.supervisor import client as aio
@@ -41,7 +41,7 @@ class Supervisor:
         launch: Launch | None = None,
         name: str | None = None,
         variables: Mapping[str, str] | None = None,
-        on_progress: Callable[[str], None] = ignore_progress,
+        on_progress: Callable[[str], None] = tell_terminal,
     ) -> SandboxStatus:
         """Start a sandbox that outlives this program. The arguments are those of `taskvm.Supervisor.start`."""
         call = Call(self._bridge)
