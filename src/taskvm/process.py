@@ -195,6 +195,7 @@ class Process:
             await self._kill_children()
             return
         self._signal_all()
+        await self._call.wait_awake()
         for inlet in self._call.inlets.values():
             inlet.discard()
         try:

@@ -134,6 +134,10 @@ class Call:
         """Wait until the guest has dealt with every frame that was sent before. Raises SandboxLostError."""
         await self._control.request(messages.PingRequest(), messages.Done, self.operation)
 
+    async def wait_awake(self) -> None:
+        """Wait while the machine stands still by its owner's will: no time that a guest has runs meanwhile."""
+        await self._control.wait_awake()
+
     def forget(self, errno: int | None = None) -> None:
         """Drop the stream, telling the guest to end it when `errno` is given. Idempotent."""
         if self._control.drop(self.stream) and errno is not None:
@@ -229,7 +233,7 @@ class Control:
         and every call fails with that error.
         """
         timeout_s = PROBE_TIMEOUT_S if timeout_s is None else timeout_s
-        await self._awake.wait()
+        await self.wait_awake()
         # Urgent: an agent at rest answers, and a ping in a port that is held would never leave.
         call = self.open_call(messages.PingRequest(), operation, urgent=True)
         self.calls_made -= 1
@@ -246,6 +250,10 @@ class Control:
         )
         self.port.lose(error)
         raise error
+
+    async def wait_awake(self) -> None:
+        """Wait while somebody is in `asleep`. Returns at once when the guest is lost."""
+        await self._awake.wait()
 
     @contextmanager
     def asleep(self) -> Iterator[None]:
