@@ -1,4 +1,5 @@
-"""What this user's cache holds besides running sandboxes, and how its disk is freed: images, templates, initramfs.
+"""What this user's cache holds besides running sandboxes, and how its disk is freed: images, templates, initramfs, and
+the disks of checkpoints that are gone.
 
 Rule 1: whoever uses an image or a template holds its directory (`taskvm.paths.hold`); what is held stays.
 Rule 2: everything goes by a rename first: a process that is killed here leaves whole things, or what the next prune
@@ -12,6 +13,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
+from taskvm.checkpoints.kept import forget_disks
 from taskvm.errors import TaskvmError
 from taskvm.image.boot import BootFiles, boot_files
 from taskvm.image.manifest import Image
@@ -50,6 +52,7 @@ class Cache:
         yield from remove_templates(
             self._store.root / "templates", lambda digest: digest not in digests
         )
+        yield from forget_disks()
         yield from self._old_initramfs(
             {name for files in current for name in (files.initrd.name, files.head.name)}
         )

@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from taskvm.checkpoints.carried import Carried
-from taskvm.checkpoints.checkpointfile import Memory, Saved, verify_checkpoint
+from taskvm.checkpoints.checkpointfile import Memory, Saved
+from taskvm.checkpoints.kept import keep_disk, kept_base
 from taskvm.egress.boundsecret import BoundSecret, bind_secrets
 from taskvm.errors import CheckpointError, ImageError
 from taskvm.guest import Guest, Origin
@@ -70,8 +71,10 @@ async def _find(options: SandboxOptions) -> Wanted:
         raise CheckpointError(
             f"use the checkpoint {saved.path}", f"it is of another processor: {saved.facts.arch}"
         )
-    await asyncio.to_thread(verify_checkpoint, saved)
-    return replace(wanted, guest=saved.above(wanted.guest)) if saved.memory is None else wanted
+    if saved.memory is not None:
+        return wanted
+    disk = await asyncio.to_thread(keep_disk, saved)
+    return replace(wanted, guest=saved.above(wanted.guest, disk))
 
 
 async def _take_ready(options: SandboxOptions, template: Template) -> Guest | None:
@@ -94,7 +97,9 @@ async def _go_on(
     wanted = await _find(options)
     shape = wanted.shape(await choose_accelerator(wanted))
     memory.check(saved.path, inputs_for(wanted.qemu, shape, wanted.guest, wanted.user))
+    disk = await asyncio.to_thread(keep_disk, saved)
     template = Template.at(saved.path, wanted.qemu, shape, wanted.guest, wanted.user)
+    template = replace(template, disk=wanted.guest.disk(disk))
     return await resume(template, options, bound, memory.carried)
 
 
@@ -117,9 +122,9 @@ async def fork(
 ) -> Guest:
     """Start a guest from `template` and wake it. Raises UnavailableError, HostError or SandboxLostError."""
     with room_for_one():
-        run_dir = _new_run_dir(template.guest, template.path, *_holders(template.disk))
+        run_dir = _new_run_dir(template.guest, template.disk, template.path)
         try:
-            template = replace(template, disk=_kept(template.disk, run_dir.path))
+            template = replace(template, disk=_linked(template.disk, run_dir.path))
             machine = await template.fork(
                 run_dir.path, disk_limit_bytes=(limits or Limits()).disk_limit_bytes
             )
@@ -131,12 +136,12 @@ async def fork(
 
 
 def _holders(disk: Disk) -> Iterator[Path]:
-    """The templates that layers of `disk` belong to."""
-    templates = cache_dir() / "templates"
-    return (layer.parent for layer in disk.layers if layer.is_relative_to(templates))
+    """The templates, and the kept disks of checkpoints, that layers of `disk` belong to."""
+    bases = (cache_dir() / "templates", kept_base())
+    return (layer.parent for layer in disk.layers if layer.parent.parent in bases)
 
 
-def _kept(disk: Disk, run_dir: Path) -> Disk:
+def _linked(disk: Disk, run_dir: Path) -> Disk:
     """Return `disk` with other sandboxes' layers under names of our own: theirs go when those sandboxes do."""
     layers = list(disk.layers)
     for number, layer in enumerate(layers):
@@ -148,7 +153,7 @@ def _kept(disk: Disk, run_dir: Path) -> Disk:
 
 async def _boot(wanted: Wanted, limits: Limits) -> Guest:
     with room_for_one():
-        run_dir = _new_run_dir(wanted.guest)
+        run_dir = _new_run_dir(wanted.guest, wanted.guest.disk())
         try:
             machine = await boot_cold(
                 wanted, run_dir.path, disk_limit_bytes=limits.disk_limit_bytes
@@ -178,6 +183,6 @@ async def _closed_on_failure(guest: Guest) -> AsyncIterator[None]:
         raise
 
 
-def _new_run_dir(guest: GuestFiles, *more: Path) -> RunDir:
-    using = (guest.rootfs.parent, *more)
+def _new_run_dir(guest: GuestFiles, disk: Disk, *more: Path) -> RunDir:
+    using = (guest.rootfs.parent, *more, *_holders(disk))
     return RunDir.create(f"sandbox-{secrets.token_hex(6)}", using=using)

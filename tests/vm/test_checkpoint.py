@@ -1,7 +1,7 @@
 """Checkpoints: what is kept, what is fresh, what a resumed sandbox is given anew, and that the source runs on.
 
 Covers taskvm.checkpoints.checkpoint, taskvm.checkpoints.checkpointfile, taskvm.checkpoints.saving,
-taskvm.checkpoints.carried and taskvm.sync.checkpoint.
+taskvm.checkpoints.kept, taskvm.checkpoints.carried and taskvm.sync.checkpoint.
 """
 
 import asyncio
@@ -265,3 +265,46 @@ def test_the_blocking_surface_saves_and_resumes_too() -> None:
     assert stored == [("blocking", True)]
     with pytest.raises(CheckpointError, match="it is not there"):
         CheckpointStore().get("blocking")
+
+
+async def test_a_sandbox_outlives_the_checkpoint_that_it_runs_from(tmp_path: Path) -> None:
+    """Its checkpoint is removed, and another is saved under that name: it is saved and copied with what it had."""
+    read = "echo 3 > /proc/sys/vm/drop_caches; sha256sum < /var/tmp/data; cat /var/tmp/data | wc -c"
+    make = "head -c 3M /dev/urandom > /var/tmp/data; sync"
+    async with Sandbox.create(**GUEST) as vm:
+        await vm.exec(make, check=True)
+        right = (await vm.exec(read, check=True)).stdout
+        await vm.checkpoint("base")
+        memory = await vm.checkpoint(tmp_path / "memory", memory=True)
+        async with Checkpoint.load("base").resume() as one, memory.resume() as two:
+            CheckpointStore().remove("base")
+            memory.delete()
+            await vm.exec(make, check=True)
+            await vm.checkpoint("base")
+            said = []
+            for number, source in enumerate((one, two)):
+                async with source.fork() as child, child.fork() as grandchild:
+                    said += [(await each.exec(read)).stdout for each in (child, grandchild)]
+                saved = await source.checkpoint(tmp_path / f"again{number}")
+                async with saved.resume() as again:
+                    said.append((await again.exec(read)).stdout)
+    CheckpointStore().remove("base")
+
+    assert right.endswith(" -\n3145728\n")
+    assert said == [right] * 6
+
+
+async def test_what_is_kept_of_a_removed_checkpoint_goes_with_its_last_sandbox(
+    tmp_path: Path,
+) -> None:
+    """A link of its own costs nothing while the checkpoint is there, and no space is lost afterwards."""
+    async with Sandbox.create(**GUEST) as vm:
+        saved = await vm.checkpoint(tmp_path / "base", stop=True)
+    async with saved.resume() as vm:
+        (kept,) = (layer for layer in vm._guest.origin.files.layers)
+        assert kept.samefile(saved.path)
+        saved.delete()
+        assert kept.exists()
+    saved.delete()
+
+    assert not kept.parent.exists()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self, Unpack
 
 from taskvm.checkpoints.checkpointfile import Saved, read_checkpoint
+from taskvm.checkpoints.kept import forget_disks
 from taskvm.checkpoints.saving import export_disk, import_disk
 from taskvm.errors import CheckpointError, UsageError
 from taskvm.opening import Opening
@@ -77,11 +78,8 @@ class Checkpoint:
         )
 
     def delete(self) -> None:
-        """Remove it. Sandboxes that started from it run on. Idempotent."""
-        if self.memory:
-            shutil.rmtree(self.path, ignore_errors=True)
-        else:
-            self.path.unlink(missing_ok=True)
+        """Remove it. Sandboxes that started from it run on. Idempotent. Raises CheckpointError."""
+        _remove(self.path)
 
 
 class CheckpointStore:
@@ -121,11 +119,7 @@ class CheckpointStore:
 
     def remove(self, name: str) -> None:
         """Remove the checkpoint `name`, readable or not. Raises CheckpointError when there is none."""
-        path = _existing(_named(name))
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        _remove(_existing(_named(name)))
 
 
 def find_checkpoint(target: Checkpoint | str | os.PathLike[str] | None) -> Saved | None:
@@ -155,6 +149,22 @@ def _existing(path: Path) -> Path:
             "`taskvm checkpoint list` shows all that have names" if named else "",
         )
     return path
+
+
+def _remove(path: Path) -> None:
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except FileNotFoundError:
+        pass  # another removes it too
+    except OSError as error:
+        raise CheckpointError(
+            f"remove the checkpoint {path}", error.strerror or str(error), "Remove it by hand"
+        ) from error
+    for _ in forget_disks():
+        pass  # sandboxes that run from it keep theirs
 
 
 def _named(name: str) -> Path:

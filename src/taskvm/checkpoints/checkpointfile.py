@@ -1,6 +1,6 @@
 """A checkpoint on disk: what it says of itself, and why it is believed.
 
-    NAME.qcow2                  a disk checkpoint: one file
+    NAME                        a disk checkpoint: one file, in the user's store without a suffix
     NAME/disk.qcow2             a memory checkpoint: the disk, the same kind of file,
          ram, state                  the guest's memory and its devices,
          memory.json                 what they fit and what the host must know (0600: it holds a key)
@@ -14,6 +14,7 @@ Rule 2: memory is believed only with this user's own seal (an HMAC): a machine's
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import hmac
@@ -28,7 +29,7 @@ from typing import Annotated, BinaryIO
 import msgspec
 
 from taskvm.checkpoints.carried import Carried
-from taskvm.errors import CheckpointError
+from taskvm.errors import CheckpointError, HostError
 from taskvm.paths import cache_dir, private_dir, replace_file, state_dir, sync_directory
 from taskvm.vm.command import MachineShape
 from taskvm.vm.disk import check_layer
@@ -41,7 +42,8 @@ MAX_FACTS_BYTES = 64 * 1024
 # The host's side of a guest: 65 000 names of 253 bytes (32 MiB) are the most there can be, and up to 400 bytes for each
 # file of a mount that its kernel remembers.
 MAX_MEMORY_JSON_BYTES = 256 * 1024 * 1024
-MEMORY_FILES = ("ram", "state", "disk.qcow2")
+# Of a guest's memory; they are believed as long as nobody has touched them. The disk is believed for its digest.
+MEMORY_FILES = ("ram", "state")
 _TAIL = struct.Struct(">I8s")
 _SEAL_CONTEXT = b"taskvm memory checkpoint 1\0"
 _KEY_BYTES = 32
@@ -69,10 +71,13 @@ class Facts(Description, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a memory checkpoint's state fits, its files as they were written, and what the host must know."""
+    """What a memory checkpoint's state fits, its files as they were written, the digest of its disk, and what the host
+    must know.
+    """
 
     inputs: TemplateInputs
     files: dict[str, FileMark]
+    disk: Digest
     carried: Carried
 
     def check(self, path: Path, here: TemplateInputs) -> None:
@@ -103,9 +108,9 @@ class Saved(msgspec.Struct, frozen=True, kw_only=True):
         """The file of its disk."""
         return self.path / "disk.qcow2" if self.memory is not None else self.path
 
-    def above(self, guest: GuestFiles) -> GuestFiles:
-        """Return what a guest boots from that has this disk above the image of `guest`."""
-        return replace(guest, layers=(self.disk,), checkpoint=self.facts.sha256)
+    def above(self, guest: GuestFiles, disk: Path) -> GuestFiles:
+        """Return what a guest boots from that has this disk, which is at `disk`, above the image of `guest`."""
+        return replace(guest, layers=(disk,), checkpoint=self.facts.sha256)
 
 
 # Reading.
@@ -117,45 +122,58 @@ def read_checkpoint(path: Path) -> Saved:
         return Saved(path=path, facts=_read_facts(path))
     facts = _read_facts(path / "disk.qcow2")
     memory = _read_memory(path)
-    for name in MEMORY_FILES:
-        if memory.files.get(name) != _mark(path / name):
-            raise _refused(
-                path,
-                f"its file {name} was changed, or is a copy",
-                "Make a new one: memory is not moved",
-            )
+    changed = [name for name in MEMORY_FILES if memory.files.get(name) != _mark(path / name)]
+    if memory.disk != facts.sha256:
+        changed.append("disk.qcow2")
+    if changed:
+        raise _refused(
+            path,
+            f"its file {changed[0]} was changed, or is a copy",
+            "Make a new one: memory is not moved",
+        )
     return Saved(path=path, facts=facts, memory=memory)
 
 
-def verify_checkpoint(saved: Saved) -> None:
-    """Read the whole disk once, and compare its digest; again only when the file was touched.
+def verify_checkpoint(saved: Saved, *, note: bool = True) -> FileMark:
+    """Read the whole disk once, and compare its digest; with `note` again only when the file was touched.
 
-    Raises CheckpointError, or HostError for tables that are not plain.
+    Returns what tells the file as it was read. Raises CheckpointError, or HostError for tables that are not plain.
     """
-    note = _note(saved)
-    if note.is_file() and note.read_bytes() == _identity(saved):
-        return
     with _opened(saved.disk) as file:
+        mark = mark_file(file.fileno())
+        if note and _is_noted(saved, mark):
+            return mark
         found = _digest(file, saved.facts.disk_bytes)
-    check_layer(saved.disk)
-    if found != saved.facts.sha256:
+        check_layer(saved.disk, file)
+        same = mark_file(file.fileno()) == mark
+    if found != saved.facts.sha256 or not same:
         raise _refused(
             saved.path, "its content is not what it was when it was made", "Do not use it"
         )
-    note_verified(saved)
+    if note:
+        note_verified(saved, mark)
+    return mark
 
 
-def note_verified(saved: Saved) -> None:
-    """Remember that the file as it is now has the content that its facts say."""
-    replace_file(_note(saved), _identity(saved))
+def note_verified(saved: Saved, mark: FileMark) -> None:
+    """Remember that the disk, as long as `mark` tells it, has the content that its facts say."""
+    with contextlib.suppress(HostError):  # else it is read once more
+        replace_file(_note(saved), _identity(saved, mark))
+
+
+def _is_noted(saved: Saved, mark: FileMark) -> bool:
+    try:
+        return _note(saved).read_bytes() == _identity(saved, mark)
+    except OSError:
+        return False
 
 
 def _note(saved: Saved) -> Path:
     return private_dir(cache_dir() / "verified") / f"{saved.facts.sha256}.json"
 
 
-def _identity(saved: Saved) -> bytes:
-    return msgspec.json.encode([str(saved.disk.absolute()), _mark(saved.disk)])
+def _identity(saved: Saved, mark: FileMark) -> bytes:
+    return msgspec.json.encode([str(saved.disk.absolute()), mark])
 
 
 def _read_facts(path: Path) -> Facts:
@@ -255,7 +273,8 @@ def write_memory(path: Path, inputs: TemplateInputs, carried: Carried) -> None:
             os.fchmod(file.fileno(), 0o400)
             os.fsync(file.fileno())
         files[name] = mark_file(path / name)
-    text = msgspec.json.encode(Memory(inputs=inputs, files=files, carried=carried))
+    digest = _read_facts(path / "disk.qcow2").sha256
+    text = msgspec.json.encode(Memory(inputs=inputs, files=files, disk=digest, carried=carried))
     if len(text) >= MAX_MEMORY_JSON_BYTES - _KEY_BYTES * 2:
         raise CheckpointError(
             "save the memory of a sandbox",

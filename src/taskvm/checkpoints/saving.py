@@ -31,7 +31,7 @@ from taskvm.paths import sync_directory
 from taskvm.vm.command import Disk
 from taskvm.vm.disk import flatten
 from taskvm.vm.snapshot import Cut, save_disk, save_machine
-from taskvm.vm.template import inputs_for
+from taskvm.vm.template import inputs_for, mark_file
 
 
 async def save(guest: Guest, path: Path, *, memory: bool) -> Saved:
@@ -137,5 +137,5 @@ def _publish(staging: Path, path: Path, *, memory: bool) -> Saved:
             f"make the checkpoint {path}", error.strerror or str(error), "Choose another name"
         ) from error
     saved = read_checkpoint(path)
-    note_verified(saved)
+    note_verified(saved, mark_file(saved.disk))
     return saved

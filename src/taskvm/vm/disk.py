@@ -58,12 +58,12 @@ def read_header(path: Path) -> Qcow2Header:
         raise HostError(f"read the disk {path}", str(error)) from error
 
 
-def check_layer(path: Path) -> None:
-    """Raise HostError unless all tables of a layer are plain and lead into itself."""
+def check_layer(path: Path, file: BinaryIO) -> None:
+    """Raise HostError unless all tables of a layer, which is open, are plain and lead into itself."""
     try:
-        with path.open("rb") as file:
-            for _ in _clusters(file):
-                pass
+        file.seek(0)
+        for _ in _clusters(file):
+            pass
     except (OSError, Qcow2Error) as error:
         raise HostError(f"read the disk {path}", str(error)) from error
 

@@ -344,9 +344,9 @@ def _is_intact(path: Path, inputs: TemplateInputs) -> bool:
         return False
 
 
-def mark_file(path: Path) -> FileMark:
-    """Return what tells a later write to `path`."""
-    status = path.stat(follow_symlinks=False)
+def mark_file(file: Path | int) -> FileMark:
+    """Return what tells a later write to a file: what is at a path, or open."""
+    status = os.fstat(file) if isinstance(file, int) else file.stat(follow_symlinks=False)
     return FileMark(
         size=status.st_size,
         inode=status.st_ino,

@@ -1,0 +1,157 @@
+"""The disks that sandboxes were resumed from, under names of our own: a user's name may go, or become another disk's.
+
+QEMU opens what lies beneath a disk by its name whenever a sandbox is forked, and we read it whenever one is saved.
+
+    kept/<digest>/disk.qcow2     a hard link to the checkpoint's disk; a copy where none can be made
+                  source.json    where that checkpoint is, so that this goes when it has gone
+
+Rule 1: whoever uses a disk holds its directory (`taskvm.paths.hold`). What is held stays.
+Rule 2: the others go when their checkpoint is removed, and those of one that was moved at the next prune.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from taskvm.checkpoints.checkpointfile import Saved, note_verified, verify_checkpoint
+from taskvm.errors import CheckpointError, HostError
+from taskvm.paths import Removed, cache_dir, hold, measure, private_dir, replace_file, seized
+from taskvm.vm.template import FileMark, mark_file
+
+# There, or of another user, or linked too often: then it is copied.
+_NO_LINKS = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP})
+# How often a directory may be removed between its making and its holding.
+_ATTEMPTS = 8
+
+
+class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where a kept disk is from. `copied` is None for a link, else what tells that source and copy are as they were."""
+
+    path: str
+    copied: tuple[FileMark, FileMark] | None = None
+
+
+def kept_base() -> Path:
+    """Return the directory of all kept disks."""
+    return private_dir(cache_dir() / "kept")
+
+
+def keep_disk(saved: Saved) -> Path:
+    """Verify the disk of a checkpoint, and return a name of it that stays while its directory is held.
+
+    Raises CheckpointError, HostError.
+    """
+    mark = verify_checkpoint(saved)
+    directory, held = _held(kept_base() / saved.facts.sha256)
+    try:
+        disk, source = directory / "disk.qcow2", saved.disk.resolve()
+        if not _is_current(directory, source, mark):
+            _link_or_copy(saved, mark, directory)
+    except OSError as error:
+        raise HostError(
+            f"use the checkpoint {saved.path}", error.strerror or str(error), "Free disk space"
+        ) from error
+    finally:
+        os.close(held)
+    return disk
+
+
+def forget_disks() -> Iterator[Removed]:
+    """Remove the disks whose checkpoint is gone and that nobody uses."""
+    for directory in sorted(kept_base().iterdir()):
+        trash = directory.with_name(f".{directory.name.lstrip('.')}")
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            with seized(directory) as free:
+                if not free or not (directory == trash or _is_orphan(directory)):
+                    continue
+                size = measure(directory)
+                if directory != trash:
+                    shutil.rmtree(trash, ignore_errors=True)
+                    directory.rename(trash)
+            shutil.rmtree(trash, ignore_errors=True)
+            yield Removed(f"disk of the checkpoint {trash.name[1:13]}", size)
+
+
+def _held(directory: Path) -> tuple[Path, int]:
+    for _ in range(_ATTEMPTS - 1):
+        with contextlib.suppress(HostError):  # somebody has just found that nobody uses it
+            return directory, hold(private_dir(directory))
+    return directory, hold(private_dir(directory))
+
+
+def _link_or_copy(saved: Saved, mark: FileMark, directory: Path) -> None:
+    source, new, disk = (
+        saved.disk.resolve(),
+        directory / f".{secrets.token_hex(4)}",
+        directory / "disk.qcow2",
+    )
+    linked = _link(source, new)
+    try:
+        if not linked:
+            shutil.copyfile(source, new)
+            new.chmod(0o400)
+            verify_checkpoint(Saved(path=new, facts=saved.facts), note=False)
+        new.rename(disk)  # in the place of one with the same content
+    finally:
+        new.unlink(missing_ok=True)
+    now = mark_file(disk)
+    if linked:
+        # A new name changes nothing but the time of the change.
+        if (now.inode, now.size, now.mtime_ns) != (mark.inode, mark.size, mark.mtime_ns):
+            raise CheckpointError(
+                f"use the checkpoint {saved.path}", "another was put in its place", "Start again"
+            )
+        note_verified(saved, now)
+    known = Source(path=str(source), copied=None if linked else (mark, now))
+    replace_file(directory / "source.json", msgspec.json.encode(known))
+
+
+def _link(source: Path, new: Path) -> bool:
+    try:
+        new.hardlink_to(source)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        return False
+    return True
+
+
+def _is_current(directory: Path, source: Path, mark: FileMark) -> bool:
+    """Whether the disk in `directory` is the one at `source`, which was verified as `mark`."""
+    known = _read_source(directory)
+    if known is None or known.path != str(source):
+        return False
+    with contextlib.suppress(FileNotFoundError):
+        disk = directory / "disk.qcow2"
+        if known.copied is None:
+            return disk.samefile(source)
+        return known.copied == (mark, mark_file(disk))
+    return False
+
+
+def _is_orphan(directory: Path) -> bool:
+    known = _read_source(directory)
+    if known is None:
+        return True
+    try:
+        source = Path(known.path)
+        if known.copied is None:
+            return not source.samefile(directory / "disk.qcow2")
+        return mark_file(source) != known.copied[0]
+    except OSError:
+        return True
+
+
+def _read_source(directory: Path) -> Source | None:
+    try:
+        return msgspec.json.decode((directory / "source.json").read_bytes(), type=Source)
+    except (OSError, msgspec.MsgspecError):
+        return None
