@@ -1,4 +1,4 @@
-"""Tasks that outlive the call that started them, owned by one object that ends them.
+"""Tasks that outlive the call that started them, owned by one object that ends them, or waited for to their end.
 
 A TaskGroup cannot span `await Sandbox.create()` … `await sandbox.aclose()`, so the sandbox owns a Background
 instead. Rules: every task has a name and an owner; an exception of a task is handed to `on_failure` once, never
@@ -8,8 +8,31 @@ lost; `aclose` cancels what still runs and waits for it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
+
+
+async def finished(
+    work: Coroutine[Any, Any, _T], *, hurry: Callable[[], None] = lambda: None
+) -> _T:
+    """Return the result of `work`, which is not cancelled with its caller, because it must not be left halfway.
+
+    A caller that is cancelled calls `hurry`, waits for the end of `work`, and is cancelled then.
+    """
+    task = asyncio.get_running_loop().create_task(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        hurry()
+        while not task.done():
+            with contextlib.suppress(asyncio.CancelledError):  # again; the first is raised below
+                await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()  # retrieved: the caller's cancellation comes first
+        raise
 
 
 class Background:

@@ -10,13 +10,14 @@ import asyncio
 import contextlib
 import os
 import secrets
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from taskvm.background import Background
+from taskvm.background import Background, finished
 from taskvm.checkpoints.carried import Carried, CarriedMount
 from taskvm.egress.boundsecret import BoundSecret
 from taskvm.errors import SandboxLostError, TaskvmError, UsageError
@@ -119,6 +120,7 @@ class Guest:
         self._lost: Exception | None = None
         self.flushes: bool = False  # whether a mount may have pages to be written back
         self._mounts: dict[str, Provider] = {}
+        self._free_disk_mib = 0
         control.on_lost = self._fail
         control.port.explain_end = machine.tell_end
         machine.on_flood = self._fail
@@ -230,6 +232,7 @@ class Guest:
         self, options: SandboxOptions, bound: Sequence[BoundSecret], *, resumed: bool
     ) -> None:
         """Serve the mounts and mediate the network that `options` name."""
+        self._free_disk_mib = options.limits.free_disk_mib
         if (size_bytes := options.limits.disk_size_bytes) is not None:
             await self.grow_disk(size_bytes)
         if options.limits.cpu_share is not None:
@@ -369,6 +372,11 @@ class Guest:
 
     # Rest.
 
+    def spare_bytes(self, directory: Path) -> int:
+        """Return what must stay free on the disk of `directory`, if that is its own: else this sandbox is ended."""
+        same = directory.stat().st_dev == self.directory.stat().st_dev
+        return self._free_disk_mib << 20 if same else 0
+
     @property
     def mounts(self) -> Mapping[str, Provider]:
         """What is mounted in it, by path."""
@@ -412,8 +420,10 @@ class Guest:
         await self.control.port.quiesce()
         await self._ask(SyncRequest(), "write the guest's files back", urgent=True)
         await self._net.quiesce()
+        given_up = threading.Event()
         try:
-            await asyncio.to_thread(self._server.quiesce)
+            # Its end is waited for: what it does later would stop a guest that has gone on.
+            await finished(asyncio.to_thread(self._server.quiesce, given_up), hurry=given_up.set)
         except TimeoutError as error:
             raise SandboxLostError("bring the mounts to rest", str(error)) from error
 
@@ -421,7 +431,7 @@ class Guest:
         assert self._net is not None, "only an equipped guest comes to rest"
         assert self._server is not None, "only an equipped guest comes to rest"
         try:
-            await asyncio.to_thread(self._server.resume)
+            await finished(asyncio.to_thread(self._server.resume))
         except TimeoutError as error:  # its mounts would hang: better no guest than half of one
             self._fail(SandboxLostError("let the mounts go on", str(error)))
         finally:

@@ -2,7 +2,9 @@
 
 import asyncio
 
-from taskvm.background import Background
+import pytest
+
+from taskvm.background import Background, finished
 
 
 async def test_a_failure_is_told_once_and_a_cancellation_is_none() -> None:
@@ -28,3 +30,37 @@ async def test_a_failure_is_told_once_and_a_cancellation_is_none() -> None:
 
     assert [str(failure) for failure in failures] == ["broken"]
     assert ended.is_set()
+
+
+async def test_work_that_must_not_be_left_halfway_ends_before_its_cancelled_caller() -> None:
+    """It is told to hurry, is not cancelled, also when its caller is cancelled again, and what it raises is dropped."""
+    began, may_end, told = asyncio.Event(), asyncio.Event(), []
+
+    async def work() -> None:
+        began.set()
+        await may_end.wait()
+        told.append("done")
+        raise ValueError("too late to be told")
+
+    async with asyncio.TaskGroup() as group:
+        caller = group.create_task(finished(work(), hurry=lambda: told.append("hurry")))
+        await began.wait()
+        for _ in range(3):
+            caller.cancel()
+            await asyncio.sleep(0)
+        assert (told, caller.done()) == (["hurry"], False)
+        may_end.set()
+
+    assert told == ["hurry", "done"]
+    assert caller.cancelled()
+
+
+async def test_the_result_of_finished_work_is_its_own() -> None:
+    async def work(fails: bool) -> str:
+        if fails:
+            raise ValueError("broken")
+        return "done"
+
+    assert await finished(work(False)) == "done"
+    with pytest.raises(ValueError, match="broken"):
+        await finished(work(True))

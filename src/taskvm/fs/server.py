@@ -38,6 +38,7 @@ from taskvm.errors import (
 )
 from taskvm.fs.attention import Attention
 from taskvm.fs.lane import Lane
+from taskvm.fs.patience import Answers, Patience
 from taskvm.fs.provider import Provider, Source
 from taskvm.fs.session import Reply, Session
 from taskvm.wire.frames import (
@@ -67,6 +68,8 @@ _MAX_IOVECS = 512  # IOV_MAX is 1024; each answer adds at most two
 _UNIQUE = struct.Struct("<8xQ")
 
 _NO_RETURN = "bring the guest's port taskvm.fs to rest: a provider does not return"
+_NO_ANSWER = "bring the guest's port taskvm.fs to rest: no answer to QUIESCE"
+_NO_READER = "bring the guest's port taskvm.fs to rest: answers are not read"
 
 _log = logging.getLogger("taskvm.fs")
 
@@ -93,7 +96,7 @@ class FsServer:
         self._names: dict[int, str] = {}  # what errors call them
         self._serving = threading.Lock()
         self._sending = threading.Lock()
-        self._quiesced = threading.Event()
+        self._answers = Answers()  # to QUIESCE
         self._ended = threading.Event()
         self._closed = False
         self._reported: set[tuple[str, type[BaseException]]] = set()
@@ -188,36 +191,32 @@ class FsServer:
                 states[number] = _export(names[number], lane.session)
         return states
 
-    def quiesce(self) -> None:
+    def quiesce(self, given_up: threading.Event | None = None) -> None:
         """Return when the guest's side is at rest and has taken all answers; nothing is told until `resume`.
 
-        Raises TimeoutError after QUIESCE_TIMEOUT_S, SandboxLostError when the port ends before.
+        Raises TimeoutError after QUIESCE_TIMEOUT_S, or soon after `given_up` is set; SandboxLostError when the port
+        ends before.
         """
-        deadline = time.monotonic() + QUIESCE_TIMEOUT_S
-        self._quiesced.clear()
-        late = any(lane.is_late for lane in self._lanes.values())
-        if late or not self._serving.acquire(timeout=QUIESCE_TIMEOUT_S):
+        rest = Patience(QUIESCE_TIMEOUT_S, given_up)
+        if any(lane.is_late for lane in self._lanes.values()):
             raise TimeoutError(_NO_RETURN)
+        rest.wait(lambda span_s: self._serving.acquire(timeout=span_s), _NO_RETURN)
         try:
             self._rest()
         finally:
             self._serving.release()
-        self._send_control(FrameType.QUIESCE, deadline)
-        if not self._quiesced.wait(deadline - time.monotonic()):
-            raise TimeoutError("bring the guest's port taskvm.fs to rest: no answer to QUIESCE")
+        number = self._answers.ask()  # one that was given up on may be answered only now
+        self._send_control(FrameType.QUIESCE, rest)
+        rest.wait(lambda span_s: self._answers.wait_for(number, span_s), _NO_ANSWER)
         if self._ended.is_set():
             raise SandboxLostError("bring the guest's port taskvm.fs to rest", "it was closed")
         for lane in list(self._lanes.values()):
-            if not lane.wait_idle(deadline - time.monotonic()):
-                raise TimeoutError(_NO_RETURN)
-        while _unread(self._sock):
-            if time.monotonic() > deadline:
-                raise TimeoutError("bring the guest's port taskvm.fs to rest: answers are not read")
-            time.sleep(0.001)
+            rest.wait(lane.wait_idle, _NO_RETURN)
+        rest.wait(self._is_read, _NO_READER)
 
     def resume(self) -> None:
         """Let the guest's side go on after `quiesce`, and tell it what has changed meanwhile."""
-        self._send_control(FrameType.RESUME, time.monotonic() + QUIESCE_TIMEOUT_S)
+        self._send_control(FrameType.RESUME, Patience(QUIESCE_TIMEOUT_S))
         with self._sending:
             held, self._held = self._held or [], None
         self._send(b"".join(held))
@@ -247,6 +246,13 @@ class FsServer:
             lane.join(deadline - time.monotonic())
         self._attention.close()
         self._sock.close()
+
+    def _is_read(self, span_s: float) -> bool:
+        """Whether the guest has taken all that was sent (SIOCOUTQ), now or in a moment."""
+        if not _unread(self._sock):
+            return True
+        time.sleep(min(span_s, 0.001))
+        return False
 
     # What the providers watch. Under `_serving`.
 
@@ -281,7 +287,7 @@ class FsServer:
             self._end(error)
         finally:
             self._ended.set()
-            self._quiesced.set()
+            self._answers.end()
 
     def _serve(self) -> None:
         decoder = FrameDecoder()
@@ -344,7 +350,8 @@ class FsServer:
     def _handle(self, frame: Frame) -> None:
         if frame.type is FrameType.QUIESCED and frame.stream == 0:
             self._flush()
-            self._quiesced.set()
+            if not self._answers.take():
+                raise FrameError("QUIESCED without QUIESCE")
             return
         if frame.type is not FrameType.FUSE:
             raise FrameError(f"a {frame.type.name} frame has no business on this port")
@@ -426,10 +433,12 @@ class FsServer:
             with suppress(OSError):
                 self._sock.sendall(told)
 
-    def _send_control(self, kind: FrameType, deadline: float) -> None:
+    def _send_control(self, kind: FrameType, patience: Patience) -> None:
         operation = f"send {kind.name} to the guest's port {PORT_FS}"
-        if not self._sending.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            raise TimeoutError(f"{operation}: the guest does not read")
+        patience.wait(
+            lambda span_s: self._sending.acquire(timeout=span_s),
+            f"{operation}: the guest does not read",
+        )
         try:
             self._sock.sendall(encode_header(kind, 0, 0, 0))
         except OSError as error:

@@ -131,6 +131,55 @@ def test_a_guest_that_never_rests_is_given_up(
         guest.server.quiesce()
 
 
+def test_a_rest_that_is_given_up_ends_and_its_late_answer_is_nobody_elses(guest: Guest) -> None:
+    """After `resume` nothing is sent that would stop the guest, and the next round waits for an answer of its own."""
+    given_up, failures = threading.Event(), []
+
+    def rest(given_up: threading.Event | None = None) -> None:
+        try:
+            guest.server.quiesce(given_up)
+        except TimeoutError as error:
+            failures.append(error)
+
+    first = threading.Thread(target=rest, args=[given_up])
+    first.start()
+    assert guest.receive().type is FrameType.QUIESCE
+    given_up.set()
+    first.join(PATIENCE_S)
+    guest.server.resume()
+    assert guest.receive().type is FrameType.RESUME
+    second = threading.Thread(target=rest)
+    second.start()
+    assert guest.receive().type is FrameType.QUIESCE
+    quiesced = encode_header(FrameType.QUIESCED, 0, 0, 0)
+    guest.sock.sendall(quiesced)
+    second.join(0.2)
+    assert second.is_alive()
+    guest.sock.sendall(quiesced)
+    second.join(PATIENCE_S)
+
+    assert not second.is_alive()
+    assert len(failures) == 1
+
+
+def test_a_rest_that_is_given_up_before_it_began_asks_nothing(guest: Guest) -> None:
+    """A provider is being called: the guest goes on, and is not stopped when the call returns."""
+    given_up = threading.Event()
+    given_up.set()
+    with guest.server._serving, pytest.raises(TimeoutError):
+        guest.server.quiesce(given_up)
+    guest.server.resume()
+
+    assert guest.receive().type is FrameType.RESUME
+
+
+def test_an_answer_that_nobody_asked_for_ends_the_guest(guest: Guest) -> None:
+    guest.sock.sendall(encode_header(FrameType.QUIESCED, 0, 0, 0))
+
+    assert guest.failed.wait(PATIENCE_S)
+    assert [type(error) for error in guest.failures] == [GuestProtocolError]
+
+
 def test_a_port_that_ends_while_it_comes_to_rest_is_lost(guest: Guest) -> None:
     errors: list[Exception] = []
 
