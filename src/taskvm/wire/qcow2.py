@@ -19,8 +19,8 @@ VERSION = 3
 CLUSTER_BITS = 16  # 64 KiB: qemu-img's default, and the only size that we write or read
 CLUSTER = 1 << CLUSTER_BITS
 TABLE_ENTRIES = CLUSTER // 8  # of a table of the second level, which is one cluster
-# The largest disk: 16 TiB. QEMU would allocate its first table (2 bytes a MiB) before it reads on.
-MAX_DISK_BYTES = 16 * 1024**4
+# The largest disk: 2 TiB, as of `disk_size_mib` (limits.py). QEMU would allocate its first table before it reads on.
+MAX_DISK_BYTES = 2 * 1024**4
 HEADER_BYTES = 112
 # All extensions together; those that are known are some hundreds of bytes.
 MAX_HEAD_BYTES = 64 * 1024
@@ -68,17 +68,15 @@ def parse_header(head: bytes, file_bytes: int) -> Qcow2Header:
      length) = _HEADER.unpack_from(head)  # fmt: skip
     if magic != MAGIC:
         raise Qcow2Error("it does not begin like a qcow2 file")
-    _require(version == VERSION, f"its version is {version}, not {VERSION}")
-    _require(cluster_bits == CLUSTER_BITS, f"its clusters have 2^{cluster_bits} bytes")
-    _require(0 < size <= MAX_DISK_BYTES, f"its disk has {size} bytes")
-    _require(encryption == 0, "it is encrypted")
-    _require(snapshots == 0, "it holds internal snapshots")
-    _require(incompatible == 0, f"it has the incompatible features {incompatible:#x}")
-    _require(not compatible & ~_LAZY_REFCOUNTS, f"it has the features {compatible:#x}")
-    _require(autoclear == 0, f"it has the features {autoclear:#x} (bitmaps or a raw data file)")
-    _require(
-        refcount_order == _REFCOUNT_ORDER, f"its reference counts have 2^{refcount_order} bits"
-    )
+    require(version == VERSION, f"its version is {version}, not {VERSION}")
+    require(cluster_bits == CLUSTER_BITS, f"its clusters have 2^{cluster_bits} bytes")
+    require(0 < size <= MAX_DISK_BYTES, f"its disk has {size} bytes")
+    require(encryption == 0, "it is encrypted")
+    require(snapshots == 0, "it holds internal snapshots")
+    require(incompatible == 0, f"it has the incompatible features {incompatible:#x}")
+    require(not compatible & ~_LAZY_REFCOUNTS, f"it has the features {compatible:#x}")
+    require(autoclear == 0, f"it has the features {autoclear:#x} (bitmaps or a raw data file)")
+    require(refcount_order == _REFCOUNT_ORDER, f"its reference counts have 2^{refcount_order} bits")
     header = Qcow2Header(
         size_bytes=size,
         l1_entries=l1_entries,
@@ -94,7 +92,7 @@ def parse_header(head: bytes, file_bytes: int) -> Qcow2Header:
 
 def _check_tables(header: Qcow2Header, file_bytes: int) -> None:
     needed = _tables_for(header.size_bytes)
-    _require(
+    require(
         needed <= header.l1_entries <= needed + CLUSTER, "its first table does not fit its size"
     )
     tables = (
@@ -103,7 +101,7 @@ def _check_tables(header: Qcow2Header, file_bytes: int) -> None:
     )
     for offset, length in tables:
         inside = offset >= CLUSTER and offset % CLUSTER == 0 and offset + length <= file_bytes
-        _require(inside, "a table of it lies outside of the file")
+        require(inside, "a table of it lies outside of the file")
 
 
 def _tables_for(size_bytes: int) -> int:
@@ -111,22 +109,23 @@ def _tables_for(size_bytes: int) -> int:
 
 
 def _check_extensions(head: bytes, length: int) -> None:
-    _require(104 <= length <= HEADER_BYTES and length % 8 == 0, f"its header has {length} bytes")
+    require(104 <= length <= HEADER_BYTES and length % 8 == 0, f"its header has {length} bytes")
     if length > 104 and any(head[104:length]):
         raise Qcow2Error("it is compressed in another way than with zlib")
     position = length
     while True:
-        _require(position + _EXTENSION.size <= len(head), "its extensions do not end")
+        require(position + _EXTENSION.size <= len(head), "its extensions do not end")
         kind, size = _EXTENSION.unpack_from(head, position)
         if kind == _END:
             return
-        _require(
+        require(
             kind in _EXTENSIONS, f"it has the extension {kind:#010x}, which may name other files"
         )
         position += _EXTENSION.size + -(-size // 8) * 8
 
 
-def _require(condition: bool, reason: str) -> None:
+def require(condition: bool, reason: str) -> None:
+    """Raise Qcow2Error with the reason unless the condition holds."""
     if not condition:
         raise Qcow2Error(reason)
 
@@ -136,23 +135,24 @@ def _require(condition: bool, reason: str) -> None:
 
 def decode_tables(first: bytes, file_bytes: int) -> list[int]:
     """Return the offsets of the second tables that the first one names, 0 where there is none. Raises Qcow2Error."""
-    return [_offset(entry, file_bytes) for (entry,) in struct.iter_unpack(">Q", first)]
+    last = max(1, file_bytes - CLUSTER + 1)  # a table is whole; data may be cut off behind it
+    return [_offset(entry, last) for (entry,) in struct.iter_unpack(">Q", first)]
 
 
 def decode_clusters(table: bytes, file_bytes: int) -> Iterator[tuple[int, int]]:
     """Return (place in the table, offset in the file) of its clusters, offset 0 for one of zeros. Raises Qcow2Error."""
     for place, (entry,) in enumerate(struct.iter_unpack(">Q", table)):
-        _require(not entry & _COMPRESSED, "it has compressed clusters")
+        require(not entry & _COMPRESSED, "it has compressed clusters")
         if entry & _READS_AS_ZEROS:
             yield place, 0
         elif offset := _offset(entry, file_bytes):
             yield place, offset
 
 
-def _offset(entry: int, file_bytes: int) -> int:
+def _offset(entry: int, end: int) -> int:
     offset = entry & _OFFSET
-    _require(
-        offset % CLUSTER == 0 and offset < file_bytes and not entry & ~(_OFFSET | _COPIED),
+    require(
+        offset % CLUSTER == 0 and offset < end and not entry & ~(_OFFSET | _COPIED),
         "a cluster of it lies outside of the file",
     )
     return offset

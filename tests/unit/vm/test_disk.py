@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from taskvm.errors import HostError
+from taskvm.limits import MOST_DISK_SIZE_MIB
 from taskvm.vm.command import Disk, disk_beneath
-from taskvm.vm.disk import create_layer, disk_size, flatten, read_header
-from taskvm.wire.qcow2 import CLUSTER, encode_empty
+from taskvm.vm.disk import check_layer, create_layer, disk_size, flatten, read_header
+from taskvm.wire.qcow2 import CLUSTER, MAX_DISK_BYTES, TABLE_ENTRIES, encode_empty
 
 MIB = 1 << 20
 SIZE = 40 * MIB
@@ -102,6 +103,84 @@ def test_a_layer_whose_tables_lie_is_refused(tmp_path: Path, entry: int, reason:
 
     with pytest.raises(HostError, match=reason):
         flatten(Disk(layers=(layer,), base=base), tmp_path / "flat")
+
+
+def with_tables(tables: list[int], entries: list[int], size: int = 4 << 30) -> bytes:
+    """A disk whose first table leads to clusters behind it by their numbers; each of these is full of `entries`."""
+    content = bytearray(encode_empty(size))
+    end = len(content)
+    first = struct.unpack_from(">Q", content, 40)[0]
+    for place, number in enumerate(tables):
+        struct.pack_into(">Q", content, first + 8 * place, end + number * CLUSTER)
+    for _ in range(max(tables) + 1):
+        content += struct.pack(">Q", 1) * TABLE_ENTRIES
+        for place, entry in enumerate(entries):
+            struct.pack_into(">Q", content, len(content) - CLUSTER + 8 * place, entry)
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (with_tables([0] * 8, [1]), "same place"),
+        (with_tables([0], [CLUSTER, CLUSTER]), "same place"),
+        (with_tables([0, 1], [CLUSTER]), "same place"),
+        (with_tables(list(range(200)), [1], 100 << 30), "more of it is zeros"),
+        (with_tables([0, 1], [1])[:-1], "outside of the file"),
+        (with_tables([0], [1])[:-CLUSTER] + bytes(4), "outside of the file"),
+    ],
+)
+def test_a_small_file_that_becomes_a_large_disk_is_refused(
+    tmp_path: Path, content: bytes, reason: str
+) -> None:
+    """Tables or clusters that are named again and again, zeros without end, a table that is cut off: from elsewhere."""
+    layer = tmp_path / "layer"
+    layer.write_bytes(content)
+
+    with pytest.raises(HostError, match=reason):
+        flatten(Disk(layers=(layer,)), tmp_path / "flat")
+    assert not (tmp_path / "flat").exists()
+    if "zeros" not in reason:
+        with pytest.raises(HostError, match=reason), layer.open("rb") as file:
+            check_layer(layer, file)
+
+
+def test_no_disk_is_larger_than_a_sandbox_may_have() -> None:
+    assert MAX_DISK_BYTES == MOST_DISK_SIZE_MIB << 20
+
+
+def test_zeros_behind_the_end_of_the_base_are_left_out(base: Path, tmp_path: Path) -> None:
+    """There are zeros anyway, and a guest that trims a large disk says so of each cluster; what they hide stays hid."""
+    large, top, flat = (tmp_path / name for name in ("large", "top", "flat"))
+    large.write_bytes(encode_empty(SIZE * 2))
+    create_layer(top, Disk(layers=(large,), base=base))
+    qemu_io(disk_beneath([large], base), f"write -P 3 {SIZE} 1M", "write -P 4 0 1M")
+    qemu_io(disk_beneath([top, large], base), f"write -z {SIZE - MIB} {SIZE}")
+
+    flatten(Disk(layers=(top, large), base=base), flat)
+
+    assert compared(Disk(layers=(top, large), base=base), flat).stdout == "Images are identical.\n"
+    assert flat.stat().st_size < 30 * CLUSTER
+
+
+def test_what_would_fill_the_disk_is_refused_before_it_is_begun(base: Path, tmp_path: Path) -> None:
+    layer = tmp_path / "layer"
+    create_layer(layer, Disk(base=base))
+    qemu_io(disk_beneath([layer], base), "write -P 3 0 1M")
+
+    with pytest.raises(HostError, match="must remain"):
+        flatten(Disk(layers=(layer,), base=base), tmp_path / "flat", spare_bytes=1 << 60)
+    assert not (tmp_path / "flat").exists()
+
+
+def test_a_copy_that_nobody_waits_for_ends_early(base: Path, tmp_path: Path) -> None:
+    layer = tmp_path / "layer"
+    create_layer(layer, Disk(base=base))
+    qemu_io(disk_beneath([layer], base), "write -P 3 0 1M")
+
+    flatten(Disk(layers=(layer,), base=base), tmp_path / "flat", stop=lambda: True)
+
+    assert b"\3" * 4096 not in (tmp_path / "flat").read_bytes()
 
 
 def test_a_file_that_is_there_is_not_written_over(base: Path, tmp_path: Path) -> None:
