@@ -14,7 +14,7 @@ from taskvm.checkpoints.carried import Carried
 from taskvm.checkpoints.checkpointfile import Memory, Saved
 from taskvm.checkpoints.kept import keep_disk, kept_base
 from taskvm.egress.boundsecret import BoundSecret, bind_secrets
-from taskvm.errors import CheckpointError, ImageError
+from taskvm.errors import CheckpointError, HostError, ImageError
 from taskvm.guest import Guest, Origin
 from taskvm.limits import Limits
 from taskvm.options import SandboxOptions
@@ -128,6 +128,13 @@ async def fork(
             machine = await template.fork(
                 run_dir.path, disk_limit_bytes=(limits or Limits()).disk_limit_bytes
             )
+        except OSError as error:  # what it starts from is being removed, or the original closed
+            run_dir.remove()
+            raise HostError(
+                f"start a copy of {template.path}",
+                f"{error.strerror or error}: {error.filename or 'a file of it'}",
+                "Start again, or start from another",
+            ) from error
         except BaseException:
             run_dir.remove()
             raise

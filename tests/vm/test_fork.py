@@ -5,6 +5,7 @@ Covers taskvm.checkpoints.forking.
 
 import asyncio
 import contextlib
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tests.support.waiting import PATIENCE_S
 
 from taskvm import (
     HostDir,
+    HostError,
     Memory,
     Policy,
     Sandbox,
@@ -23,6 +25,8 @@ from taskvm import (
     UsageError,
     sync,
 )
+from taskvm.launch import _linked
+from taskvm.vm.command import Disk
 from taskvm.vm.layers import MAX_LAYERS
 
 pytestmark = pytest.mark.vm
@@ -287,12 +291,32 @@ async def test_the_line_of_forks_has_an_end(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("taskvm.vm.layers.MAX_LAYERS", 3)
     async with Sandbox.create(**GUEST) as vm:
         async with vm.fork():
-            with pytest.raises(SandboxStateError, match="Make a checkpoint, and resume that"):
+            with pytest.raises(SandboxStateError, match="make a checkpoint, and resume that"):
                 await vm.fork()
         alive = await vm.exec("echo alive; touch /var/tmp/x")
 
     assert MAX_LAYERS > 3
     assert alive.ok
+
+
+async def test_forks_that_are_gone_cost_no_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they were based on is merged when the limit is met; one that lives keeps what it has."""
+    monkeypatch.setattr("taskvm.vm.layers.MAX_LAYERS", 4)
+    read = "echo 3 > /proc/sys/vm/drop_caches; cat /var/tmp/log"
+    async with Sandbox.create(**GUEST) as vm, AsyncExitStack() as stack:
+        said, right = [], ""
+        for number in range(6):
+            await vm.exec(f"echo {number} >> /var/tmp/log; sync", check=True)
+            right += f"{number}\n"
+            child = await stack.enter_async_context(vm.fork())
+            said.append((await child.exec(read)).stdout == right)
+            if number:  # the first one lives on
+                await child.close()
+            else:
+                eldest = child
+        said += [(await vm.exec(read)).stdout == right, (await eldest.exec(read)).stdout == "0\n"]
+
+    assert all(said), said
 
 
 async def test_a_fork_that_is_cancelled_leaves_the_original_running() -> None:
@@ -311,6 +335,34 @@ async def test_a_fork_that_is_cancelled_leaves_the_original_running() -> None:
             said = await child.exec("cat /var/tmp/written")
 
     assert said.stdout == "written\n"
+
+
+async def test_one_copy_that_fails_is_its_error_and_no_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The original is closed, or the host's disk full, at the moment when one of three starts."""
+    made = []
+
+    def linked(disk: Disk, run_dir: Path) -> Disk:
+        made.append(run_dir)
+        if len(made) == 2:
+            raise FileNotFoundError(2, "No such file or directory", "layer1.qcow2")
+        return _linked(disk, run_dir)
+
+    async with Sandbox.create(**GUEST) as vm:
+        monkeypatch.setattr("taskvm.launch._linked", linked)
+        started = await vm.fork_many(3)
+        said = []
+        for child in started:
+            if isinstance(child, Sandbox):
+                async with child:
+                    said.append((await child.exec("echo alive")).stdout)
+        failed = [each for each in started if isinstance(each, HostError)]
+
+    assert said == ["alive\n"] * 2
+    assert len(failed) == 1
+    assert "layer1.qcow2" in str(failed[0])
+    assert not made[1].exists()
 
 
 def test_the_blocking_surface_forks_too() -> None:

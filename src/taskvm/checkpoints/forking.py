@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from taskvm.checkpoints.carried import Carried
@@ -40,9 +40,10 @@ async def fork_guest(guest: Guest, children: Sequence[SandboxOptions]) -> list[G
     if not 1 <= len(children) <= MAX_FORKS:
         raise UsageError(f"{operation} {len(children)} times", f"it must be 1 to {MAX_FORKS}")
     _refuse_shared_writing(guest, operation)
-    with _directory(guest.directory) as directory:
+    with _directory(guest.directory) as directory, ExitStack() as lent:
         async with guest.kept_awake():
             cut, carried = await cut_machine(guest, directory)
+            lent.enter_context(guest.layers.lent())
         origin = guest.origin
         template = Template(
             path=directory,
@@ -52,7 +53,6 @@ async def fork_guest(guest: Guest, children: Sequence[SandboxOptions]) -> list[G
             user=origin.user,
             disk=cut.disk,
         )
-
         return await _start_all(template, carried, children)
 
 
@@ -91,6 +91,10 @@ async def _start_all(
             guest = await resume(template, options, bound, carried)
         except TaskvmError as error:
             return error
+        except OSError as error:  # a full disk, too many open files, the original is being closed
+            return HostError(
+                "start a copy of a sandbox", error.strerror or str(error), "Free what is missing"
+            )
         started.append(guest)
         return guest
 

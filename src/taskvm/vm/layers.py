@@ -3,15 +3,23 @@
 `cut` puts an empty layer on top while the machine is stopped (under 10 ms); what is beneath is then read-only and may
 be copied. `merge` writes the top back into the layer under it while the machine runs, so that a sandbox that is saved
 every minute does not get deeper and slower each time.
+
+Both go on to their end when they are cancelled: what QEMU has done and we do not know of would be in the way for ever.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
-from taskvm.errors import SandboxLostError, SandboxStateError
+from qemu.qmp import EventListener
+
+from taskvm.background import finished
+from taskvm.errors import HostError, SandboxStateError
 from taskvm.vm.command import Disk, layer_node, top_layer
 from taskvm.vm.disk import create_layer
 from taskvm.vm.machine import Machine
@@ -19,6 +27,7 @@ from taskvm.vm.machine import Machine
 # Each layer is an open file of QEMU and a look into its tables for what is not cached; forks of forks add one each.
 MAX_LAYERS = 32
 MERGE_TIMEOUT_S = 600.0
+_MERGING = "merge the layers of a disk"
 
 
 class Layers:
@@ -31,6 +40,8 @@ class Layers:
         self._nodes = [0]  # of the layers that were on top, the newest last
         self._next = 1
         self._prepared: int | None = None
+        self._cuts = 0
+        self._lent = 0
 
     @property
     def disk(self) -> Disk:
@@ -48,10 +59,13 @@ class Layers:
         if self._prepared is not None:  # for a cut that was given up
             return
         if len(self._paths) >= MAX_LAYERS:
+            while self._is_merge_possible():
+                await self.merge()
+        if len(self._paths) >= MAX_LAYERS:
             raise SandboxStateError(
                 "save the disk of a sandbox",
                 f"it has {MAX_LAYERS} layers, one for each fork in its line",
-                "Make a checkpoint, and resume that: it has one",
+                "Close some of its forks, or make a checkpoint, and resume that: it has one",
             )
         number, self._next = (
             self._next,
@@ -71,6 +85,40 @@ class Layers:
 
     async def cut(self) -> Disk:
         """Let the stopped machine write to the prepared layer from now on; return the disk beneath it."""
+        return await finished(self._cut())
+
+    async def merge(self) -> None:
+        """Write the top layer back into the one under it, which nobody else may use, and remove it.
+
+        Raises HostError when that does not succeed: the machine runs on, one layer deeper. SandboxLostError.
+        """
+        await finished(self._merge())
+
+    @asynccontextmanager
+    async def merged(self) -> AsyncIterator[None]:
+        """Take away again at the end what is cut within, however that ends; on a full disk it stays."""
+        cuts = self._cuts
+        try:
+            yield
+        finally:
+            if self._cuts > cuts:
+                with contextlib.suppress(HostError):  # tried again when there are too many
+                    await self.merge()
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Keep all layers within, for copies that have not linked them yet."""
+        self._lent += 1
+        try:
+            yield
+        finally:
+            self._lent -= 1
+
+    def _is_merge_possible(self) -> bool:
+        """Whether the layer under the top is our own, and no copy has a name for it (launch.py) or is to have one."""
+        return len(self._nodes) > 1 and not self._lent and self._paths[1].stat().st_nlink == 1
+
+    async def _cut(self) -> Disk:
         beneath, top = self.disk, self._prepared
         assert top is not None, "a layer is prepared before it is needed"
         await self._machine.execute(
@@ -79,24 +127,40 @@ class Layers:
         self._nodes.append(top)
         self._paths.insert(0, self._path(top))
         self._prepared = None
+        self._cuts += 1
         return beneath
 
-    async def merge(self) -> None:
-        """Write the top layer back into the one under it, which nobody else may use, and remove it."""
+    async def _merge(self) -> None:
         below, top = self._nodes[-2:]
-        with self._machine.listen("BLOCK_JOB_READY", "BLOCK_JOB_COMPLETED") as events:
+        kinds = ("BLOCK_JOB_READY", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED")
+        with self._machine.listen(*kinds) as events:
             await self._machine.execute(
                 "block-commit", **{"job-id": "merge", "device": layer_node(top)},
                 **{"base-node": layer_node(below)},
             )  # fmt: skip
-            async with asyncio.timeout(MERGE_TIMEOUT_S):
-                while (event := await events.get())["event"] == "BLOCK_JOB_READY":
-                    await self._machine.execute("block-job-complete", device="merge")
-        data = event.get("data")
-        if isinstance(data, dict) and "error" in data:
-            raise SandboxLostError("merge the layers of a disk", str(data["error"]))
+            try:
+                async with asyncio.timeout(MERGE_TIMEOUT_S):
+                    error = await self._wait_merged(events)
+            except TimeoutError:
+                # It would be in the way of the next cut.
+                await self._machine.execute("block-job-cancel", device="merge", force=True)
+                error = await self._wait_merged(events)
+        if error:
+            raise HostError(_MERGING, error, "Free disk space; the sandbox runs on")
         self._nodes.pop()
         await self._discard(top)
+
+    async def _wait_merged(self, events: EventListener) -> str:
+        """Wait for the end of a merge; return why it failed, or nothing."""
+        while True:
+            event = await self._machine.next_event(events, _MERGING)
+            if event["event"] == "BLOCK_JOB_READY":
+                await self._machine.execute("block-job-complete", device="merge")
+                continue
+            data = event.get("data")
+            if event["event"] == "BLOCK_JOB_CANCELLED":
+                return f"it was not done within {MERGE_TIMEOUT_S:.0f} s"
+            return str(data["error"]) if isinstance(data, dict) and "error" in data else ""
 
     def _path(self, number: int) -> Path:
         return self._directory / f"layer{number}.qcow2"

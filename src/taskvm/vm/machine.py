@@ -20,7 +20,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from qemu.qmp import ConnectError, EventListener, ExecuteError, Message, QMPClient, QMPError
 
@@ -191,6 +191,21 @@ class Machine:
         """Collect QEMU's `events`; none is kept while nobody listens."""
         return self._qmp.listener(events)
 
+    async def next_event(
+        self, events: EventListener, operation: str, timeout_s: float | None = None
+    ) -> Message:
+        """Return the next of `events`. Raises TimeoutError; SandboxLostError when QEMU ends, which no event tells."""
+        async with asyncio.timeout(timeout_s):
+            coming = asyncio.get_running_loop().create_task(events.get())
+            try:
+                either: tuple[asyncio.Future[Any], ...] = (coming, self.exited)
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+                if coming.done():
+                    return coming.result()
+            finally:
+                coming.cancel()
+        raise SandboxLostError(operation, f"QEMU has ended{self.last_words()}")
+
     async def load_state(self) -> None:
         """Load the device state given at the start. The guest is then paused: `execute("cont")` lets it run."""
         with self.listen("MIGRATION") as events:
@@ -221,7 +236,7 @@ class Machine:
         operation = "load the saved state"
         try:
             async with asyncio.timeout(LOAD_TIMEOUT_S):
-                while (status := _status(await events.get())) != "completed":
+                while (status := _status(await self.next_event(events, operation))) != "completed":
                     if status in ("failed", "cancelled"):
                         raise SandboxLostError(
                             operation, f"QEMU reports {status}{self.last_words()}"
