@@ -1,11 +1,14 @@
 """Checkpoints: what is kept, what is fresh, what a resumed sandbox is given anew, and that the source runs on.
 
 Covers taskvm.checkpoints.checkpoint, taskvm.checkpoints.checkpointfile, taskvm.checkpoints.saving,
-taskvm.checkpoints.kept, taskvm.checkpoints.carried and taskvm.sync.checkpoint.
+taskvm.checkpoints.staging, taskvm.checkpoints.kept, taskvm.checkpoints.carried and taskvm.sync.checkpoint.
 """
 
 import asyncio
 import contextlib
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -19,6 +22,7 @@ from taskvm import (
     CheckpointError,
     CheckpointStore,
     HostDir,
+    HostError,
     Memory,
     Provider,
     ReadOnly,
@@ -308,3 +312,146 @@ async def test_what_is_kept_of_a_removed_checkpoint_goes_with_its_last_sandbox(
     saved.delete()
 
     assert not kept.parent.exists()
+
+
+async def test_a_checkpoint_of_ones_own_is_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its digest was computed a moment ago: neither the first start reads gigabytes, nor a later one."""
+
+    def digest(*_arguments: object) -> str:
+        raise AssertionError("it was read")
+
+    async with Sandbox.create(**GUEST) as vm:
+        disk = await vm.checkpoint(tmp_path / "disk")
+        memory = await vm.checkpoint(tmp_path / "memory", memory=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("taskvm.checkpoints.checkpointfile._digest", digest)
+        for checkpoint in (memory, disk, memory, disk):
+            async with checkpoint.resume() as vm:
+                assert (await vm.exec("true")).ok
+
+
+async def test_a_checkpoint_on_another_file_system_is_copied_once() -> None:
+    """No link leads there: a sandbox runs from a copy, which has been verified and goes with its checkpoint."""
+    async with Sandbox.create(**GUEST) as vm:
+        await vm.exec("echo kept > /var/tmp/kept", check=True)
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+            checkpoint = await vm.checkpoint(f"{name}/disk")
+            async with checkpoint.resume() as one:
+                (kept,) = one._guest.origin.files.layers
+            inode = kept.stat().st_ino
+            async with checkpoint.resume() as two:
+                said = (await two.exec("cat /var/tmp/kept")).stdout
+                again = kept.stat().st_ino
+                checkpoint.delete()
+                async with two.fork() as child:
+                    copied = (await child.exec("cat /var/tmp/kept")).stdout
+            checkpoint.delete()
+
+    assert (said, copied, again) == ("kept\n", "kept\n", inode)
+    assert not kept.parent.exists()
+
+
+async def test_a_full_disk_costs_the_checkpoint_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether that is seen before anything is written or in the middle; nothing is left there."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "none", small]
+    if subprocess.run(mount, check=False).returncode:
+        pytest.skip("this user may not mount a small file system to fill")
+    try:
+        async with Sandbox.create(**GUEST) as vm:
+            depth = len(vm._guest.layers.disk.layers)
+            await vm.exec("head -c 4M /dev/urandom > /var/tmp/data", check=True)
+            for memory in (False, True):
+                with pytest.raises(HostError, match="Free disk space"):
+                    await vm.checkpoint(small / "x", memory=memory)
+            with monkeypatch.context() as patch:
+                patch.setattr("taskvm.vm.disk.check_room", lambda *_: None)
+                with pytest.raises(HostError, match="No space left on device"):
+                    await vm.checkpoint(small / "x")
+            left = list(small.iterdir())
+            await vm.checkpoint("fine")
+        with pytest.raises(CheckpointError, match="No space left on device"):
+            CheckpointStore().export("fine", small / "x")
+        CheckpointStore().remove("fine")
+        left += small.iterdir()
+    finally:
+        subprocess.run(["umount", "--lazy", small], check=True)
+
+    assert (left, len(vm._guest.layers.disk.layers)) == ([], depth)
+
+
+async def test_what_would_leave_too_little_of_the_hosts_disk_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint or a fork that crosses the floor would end every sandbox; it is an error, and they run on."""
+    async with Sandbox.create(**GUEST, free_disk_mib=0) as vm:
+        await vm.exec("head -c 4M /dev/urandom > /var/tmp/data", check=True)
+        monkeypatch.setattr(vm._guest, "_free_disk_mib", 1 << 40)
+        for memory in (False, True):
+            with pytest.raises(HostError, match="must remain"):
+                await vm.checkpoint(vm._guest.directory / "x", memory=memory)
+        with pytest.raises(HostError, match="must remain"):
+            await vm.fork()
+        alive = await vm.exec("echo alive")
+
+    assert alive.stdout == "alive\n"
+
+
+KILLED = """
+import asyncio, pathlib, sys, time
+import taskvm, taskvm.checkpoints.saving as saving
+
+def flatten(disk, path, **_):
+    path.write_bytes(b"half")
+    print("saving", flush=True)
+    time.sleep(600)
+
+async def main():
+    saving.flatten = flatten
+    async with taskvm.Sandbox.create(cpus=1, memory_mib=256) as vm:
+        await vm.checkpoint(sys.argv[1], memory=True)
+
+asyncio.run(main())
+"""
+
+
+def test_what_a_killed_process_was_saving_is_removed(tmp_path: Path) -> None:
+    """In the store when it is listed, beside a path when that is saved again; what others are making stays."""
+    targets = ["killed", str(tmp_path / "killed")]
+    for target in targets:
+        command = [sys.executable, "-c", KILLED, target]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"saving\n"
+            beneath = CheckpointStore().root if target == "killed" else tmp_path
+            assert [path.name for path in beneath.glob(".killed.*")] != []
+            list(CheckpointStore().list())
+            held = [path.name for path in beneath.glob(".killed.*")]
+            process.kill()
+        assert held != []
+
+    list(CheckpointStore().list())
+    (tmp_path / ".killed.12345678").mkdir()
+    (tmp_path / ".killed.12345678" / "mine").touch()
+    with sync.Sandbox.create(**GUEST) as vm:
+        vm.checkpoint(tmp_path / "killed")
+
+    assert list(CheckpointStore().root.glob(".*")) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".killed.12345678", "killed"]
+
+
+def test_a_name_with_a_dot_is_a_name(tmp_path: Path) -> None:
+    """It is listed as it was given, and found so."""
+    with sync.Sandbox.create(**GUEST) as vm:
+        saved = vm.checkpoint("python-3.11")
+        beside = vm.checkpoint(tmp_path / "base.qcow2")
+    store = CheckpointStore()
+    names = [each.name for each in store.list()]
+    store.remove("python-3.11")
+
+    assert (saved.name, names, beside.name) == ("python-3.11", ["python-3.11"], "base.qcow2")

@@ -7,6 +7,7 @@ import asyncio
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import tempfile
 from contextlib import AsyncExitStack, closing, suppress
@@ -127,6 +128,97 @@ async def test_a_sandbox_is_saved_to_another_file_system() -> None:
 
     assert said.stdout == "kept\nkept\n"
     assert b"kept\n" in content
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "blockdev-add",
+        "stop",
+        "blockdev-snapshot",
+        "cont",
+        "block-commit",
+        "block-job-complete",
+        "blockdev-del",
+    ],
+)
+async def test_a_save_that_is_cancelled_can_be_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """After any step: the disk is as deep as before, holds all, and what is saved next is right."""
+    async with Sandbox.create(**GUEST) as vm, asyncio.TaskGroup() as group:
+        guest = vm._guest
+        before, execute = guest.layers.disk, guest.machine.execute
+        await vm.exec("echo of-the-first-save > /var/tmp/one", check=True)
+
+        async def cancelling(name: str, **arguments: object) -> object:
+            answer = await execute(name, **arguments)
+            if name == command:
+                saving.cancel()
+            return answer
+
+        with monkeypatch.context() as patch:
+            patch.setattr(guest.machine, "execute", cancelling)
+            saving = group.create_task(vm.checkpoint(tmp_path / "one"))
+            await asyncio.wait([saving])
+        left = list(tmp_path.iterdir())
+        await vm.exec("echo of-the-second-save > /var/tmp/two", check=True)
+        second = await vm.checkpoint(tmp_path / "two")
+        read = "echo 3 > /proc/sys/vm/drop_caches; cat /var/tmp/one /var/tmp/two"
+        said = await vm.exec(read)
+
+    content = second.path.read_bytes()
+    assert saving.cancelled()
+    assert (left, guest.layers.disk) == ([], before)
+    assert said.stdout == "of-the-first-save\nof-the-second-save\n"
+    assert b"of-the-first-save\n" in content
+    assert b"of-the-second-save\n" in content
+
+
+async def test_a_virtual_machine_that_ends_while_layers_are_merged_is_lost_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for the event of a QEMU that is no more."""
+    async with Sandbox.create(**GUEST) as vm:
+        machine = vm._guest.machine
+        execute = machine.execute
+
+        async def killing(name: str, **arguments: object) -> object:
+            answer = await execute(name, **arguments)
+            if name == "block-commit":
+                os.kill(machine.qemu_pid, signal.SIGKILL)
+            return answer
+
+        monkeypatch.setattr(machine, "execute", killing)
+        async with asyncio.timeout(PATIENCE_S):
+            with pytest.raises(SandboxLostError, match="SIGKILL"):
+                await vm.checkpoint(tmp_path / "never")
+
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_merge_that_fails_costs_a_layer_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that is too slow or has no room: what was saved is saved, and the next save works."""
+    async with Sandbox.create(**GUEST) as vm:
+        depth = len(vm._guest.layers.disk.layers)
+        await vm.exec("echo kept-one > /var/tmp/one", check=True)
+        with monkeypatch.context() as patch:
+            patch.setattr("taskvm.vm.layers.MERGE_TIMEOUT_S", 0.0)
+            first = await vm.checkpoint(tmp_path / "one")
+        deeper = len(vm._guest.layers.disk.layers)
+        await vm.exec("echo kept-two > /var/tmp/two", check=True)
+        second = await vm.checkpoint(tmp_path / "two")
+        monkeypatch.setattr("taskvm.vm.layers.MAX_LAYERS", depth + 1)
+        await vm.checkpoint(tmp_path / "three")
+        said = await vm.exec("echo 3 > /proc/sys/vm/drop_caches; cat /var/tmp/one /var/tmp/two")
+        merged = len(vm._guest.layers.disk.layers)
+
+    assert b"kept-one\n" in first.path.read_bytes()
+    assert b"kept-two\n" in second.path.read_bytes()
+    assert (deeper, merged) == (depth + 1, depth)
+    assert said.stdout == "kept-one\nkept-two\n"
 
 
 async def test_a_guest_whose_mounts_do_not_go_on_is_ended(

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Self, Unpack
 from taskvm.checkpoints.checkpointfile import Saved, read_checkpoint
 from taskvm.checkpoints.kept import forget_disks
 from taskvm.checkpoints.saving import export_disk, import_disk
+from taskvm.checkpoints.staging import store_dir, sweep_staged
 from taskvm.errors import CheckpointError, UsageError
 from taskvm.opening import Opening
 from taskvm.options import ResumeArguments
-from taskvm.paths import measure, private_dir, state_dir
+from taskvm.paths import measure
 
 if TYPE_CHECKING:
     from taskvm.sandbox import Sandbox
@@ -37,7 +38,7 @@ class Checkpoint:
     def __init__(self, saved: Saved) -> None:
         self._saved = saved
         self.path: Path = saved.path
-        self.name: str = saved.path.stem if saved.memory is None else saved.path.name
+        self.name: str = saved.path.name
         self.memory: bool = saved.memory is not None
         self.image: str = saved.facts.image
         self.arch: str = saved.facts.arch
@@ -86,10 +87,11 @@ class CheckpointStore:
     """The checkpoints of this user that have names, in `$XDG_STATE_HOME/taskvm/checkpoints`."""
 
     def __init__(self) -> None:
-        self.root: Path = _store()
+        self.root: Path = store_dir()
 
     def list(self) -> Iterator[Checkpoint]:
         """Return those that can be read, by name."""
+        sweep_staged(self.root)
         for path in sorted(self.root.iterdir()):
             try:
                 if not path.name.startswith("."):
@@ -142,7 +144,7 @@ def _read(target: str | os.PathLike[str]) -> Saved:
 
 def _existing(path: Path) -> Path:
     if not path.exists():
-        named = path.parent == _store()
+        named = path.parent == store_dir()
         raise CheckpointError(
             f"find the checkpoint {path.name if named else path}",
             "it is not there",
@@ -174,8 +176,4 @@ def _named(name: str) -> Path:
             "a name has letters, digits and ._- and begins with one of the first two",
             "Write a path with a slash",
         )
-    return _store() / name
-
-
-def _store() -> Path:
-    return private_dir(state_dir() / "checkpoints")
+    return store_dir() / name

@@ -108,6 +108,13 @@ class Saved(msgspec.Struct, frozen=True, kw_only=True):
         """The file of its disk."""
         return self.path / "disk.qcow2" if self.memory is not None else self.path
 
+    @property
+    def key(self) -> str:
+        """A digest that names this disk at this place: two checkpoints may be equal."""
+        return hashlib.sha256(
+            self.facts.sha256.encode() + os.fsencode(self.disk.absolute())
+        ).hexdigest()
+
     def above(self, guest: GuestFiles, disk: Path) -> GuestFiles:
         """Return what a guest boots from that has this disk, which is at `disk`, above the image of `guest`."""
         return replace(guest, layers=(disk,), checkpoint=self.facts.sha256)
@@ -169,7 +176,7 @@ def _is_noted(saved: Saved, mark: FileMark) -> bool:
 
 
 def _note(saved: Saved) -> Path:
-    return private_dir(cache_dir() / "verified") / f"{saved.facts.sha256}.json"
+    return private_dir(cache_dir() / "verified") / f"{saved.key}.json"
 
 
 def _identity(saved: Saved, mark: FileMark) -> bytes:

@@ -2,8 +2,8 @@
 
 QEMU opens what lies beneath a disk by its name whenever a sandbox is forked, and we read it whenever one is saved.
 
-    kept/<digest>/disk.qcow2     a hard link to the checkpoint's disk; a copy where none can be made
-                  source.json    where that checkpoint is, so that this goes when it has gone
+    kept/<key>/disk.qcow2        a hard link to the checkpoint's disk; a copy where none can be made
+               source.json       where that checkpoint is, so that this goes when it has gone
 
 Rule 1: whoever uses a disk holds its directory (`taskvm.paths.hold`). What is held stays.
 Rule 2: the others go when their checkpoint is removed, and those of one that was moved at the next prune.
@@ -50,7 +50,7 @@ def keep_disk(saved: Saved) -> Path:
     Raises CheckpointError, HostError.
     """
     mark = verify_checkpoint(saved)
-    directory, held = _held(kept_base() / saved.facts.sha256)
+    directory, held = _held(kept_base() / saved.key)
     try:
         disk, source = directory / "disk.qcow2", saved.disk.resolve()
         if not _is_current(directory, source, mark):
@@ -99,7 +99,7 @@ def _link_or_copy(saved: Saved, mark: FileMark, directory: Path) -> None:
             shutil.copyfile(source, new)
             new.chmod(0o400)
             verify_checkpoint(Saved(path=new, facts=saved.facts), note=False)
-        new.rename(disk)  # in the place of one with the same content
+        new.rename(disk)
     finally:
         new.unlink(missing_ok=True)
     now = mark_file(disk)

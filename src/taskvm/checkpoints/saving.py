@@ -8,50 +8,64 @@ A checkpoint appears under its name in one step, complete and written through to
 from __future__ import annotations
 
 import asyncio
-import secrets
 import shutil
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from taskvm.background import finished
 from taskvm.checkpoints.carried import Carried
 from taskvm.checkpoints.checkpointfile import (
     Saved,
     describe,
-    note_verified,
     read_checkpoint,
     verify_checkpoint,
     write_facts,
     write_memory,
 )
+from taskvm.checkpoints.staging import publish, read_published, staged
 from taskvm.errors import CheckpointError
 from taskvm.guest import Guest
-from taskvm.paths import sync_directory
 from taskvm.vm.command import Disk
-from taskvm.vm.disk import flatten
+from taskvm.vm.disk import check_room, flatten
 from taskvm.vm.snapshot import Cut, save_disk, save_machine
 from taskvm.vm.template import inputs_for, mark_file
 
 
 async def save(guest: Guest, path: Path, *, memory: bool) -> Saved:
-    """Save `guest` as the new checkpoint `path`. Raises CheckpointError, SandboxStateError, SandboxLostError."""
-    with _staging(path) as staging:
-        async with guest.kept_awake():
+    """Save `guest` as the new checkpoint `path`.
+
+    Raises CheckpointError, HostError on a full disk, SandboxStateError, SandboxLostError.
+    """
+    with staged(path) as staging:
+        async with guest.kept_awake(), guest.layers.merged():
             if memory:
                 cut, carried = await cut_machine(guest, staging)
             else:
                 cut, carried = await save_disk(guest.machine, guest.layers, guest.at_rest), None
-            try:
-                await asyncio.to_thread(flatten, cut.disk, staging / "disk.qcow2")
-            finally:
-                await guest.layers.merge()
-        await asyncio.to_thread(_describe, guest, staging, carried)
-        return await asyncio.to_thread(_publish, staging, path, memory=memory)
+            await _flatten(guest, cut.disk, staging / "disk.qcow2")
+        # A thread that is left behind would write where nothing is any more.
+        await finished(asyncio.to_thread(_describe, guest, staging, carried))
+        await finished(asyncio.to_thread(publish, staging, path, memory=memory))
+    return await asyncio.to_thread(read_published, path)
+
+
+async def _flatten(guest: Guest, disk: Disk, path: Path) -> None:
+    stop = threading.Event()
+    spare = guest.spare_bytes(path.parent)
+    work = asyncio.to_thread(flatten, disk, path, spare_bytes=spare, stop=stop.is_set)
+    await finished(work, hurry=stop.set)
 
 
 async def cut_machine(guest: Guest, directory: Path) -> tuple[Cut, Carried]:
-    """Save the memory of `guest` in `directory` and cut its disk; return also what the host knows of it then."""
+    """Save the memory of `guest` in `directory` and cut its disk; return also what the host knows of it then.
+
+    Raises HostError without room for it, UsageError for a mount that cannot be taken up, SandboxLostError.
+    """
+    memory_bytes = guest.machine.shape.memory_mib << 20
+    check_room(directory / "ram", memory_bytes, guest.spare_bytes(directory))
     known: list[Carried] = []
 
     @asynccontextmanager
@@ -84,11 +98,14 @@ def import_disk(source: Path, path: Path) -> Saved:
         raise CheckpointError(
             f"import {source}", "it holds memory, which fits one host", f"Import {saved.disk}"
         )
-    with _staging(path) as staging:
-        verify_checkpoint(saved)
+    with staged(path) as staging:
+        mark = verify_checkpoint(saved)
         flatten(Disk(layers=(source,)), staging / "disk.qcow2")
+        if mark_file(source.resolve()) != mark:
+            raise CheckpointError(f"import {source}", "it was changed meanwhile", "Start again")
         write_facts(staging / "disk.qcow2", saved.facts)
-        return _publish(staging, path, memory=False)
+        publish(staging, path, memory=False)
+    return read_published(path)
 
 
 def export_disk(saved: Saved, path: Path) -> None:
@@ -99,43 +116,7 @@ def export_disk(saved: Saved, path: Path) -> None:
             "its memory fits this host, QEMU and agent alone, and holds keys",
             f"Export its disk: taskvm checkpoint import {saved.disk} NAME, and that",
         )
-    with _staging(path) as staging:
+    with staged(path) as staging:
         verify_checkpoint(saved)
         shutil.copyfile(saved.path, staging / "disk.qcow2")
-        _publish(staging, path, memory=False)
-
-
-@contextmanager
-def _staging(path: Path) -> Iterator[Path]:
-    """A private directory beside `path`, which is a checkpoint in one step, or nothing."""
-    if path.exists() or path.is_symlink():
-        raise CheckpointError(f"make the checkpoint {path}", "it is there already", "Remove it")
-    staging = path.parent / f".{path.name}.{secrets.token_hex(4)}"
-    try:
-        staging.mkdir(mode=0o700)
-    except OSError as error:
-        raise CheckpointError(
-            f"make the checkpoint {path}",
-            error.strerror or str(error),
-            "Choose a directory that is there and may be written",
-        ) from error
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _publish(staging: Path, path: Path, *, memory: bool) -> Saved:
-    try:
-        if memory:
-            staging.rename(path)  # fails unless what is there is an empty directory
-        else:
-            path.hardlink_to(staging / "disk.qcow2")  # fails when something is there
-        sync_directory(path.parent)
-    except OSError as error:
-        raise CheckpointError(
-            f"make the checkpoint {path}", error.strerror or str(error), "Choose another name"
-        ) from error
-    saved = read_checkpoint(path)
-    note_verified(saved, mark_file(saved.disk))
-    return saved
+        publish(staging, path, memory=False)
