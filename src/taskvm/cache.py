@@ -14,13 +14,15 @@ import time
 from collections.abc import Callable, Iterator
 
 from taskvm.checkpoints.kept import forget_disks
-from taskvm.errors import TaskvmError
+from taskvm.checkpoints.staging import stored_disks
+from taskvm.errors import ImageError, TaskvmError
 from taskvm.image.boot import BootFiles, boot_files
 from taskvm.image.manifest import Image
 from taskvm.image.store import ImageStore
 from taskvm.paths import Removed, measure
 from taskvm.vm.native import guest_binary
 from taskvm.vm.stale import remove_templates
+from taskvm.vm.template import guest_key
 
 # A start reads its initial file system within seconds; nobody holds it, so a recently used one stays.
 _INITRAMFS_AGE_S = 3600
@@ -35,7 +37,17 @@ class Cache:
         self._store = store or ImageStore()
 
     def remove(self, name_or_digest: str, progress: Progress) -> Iterator[Removed]:
-        """Remove an image with all its names, then its templates. Raises ImageError when it is used or not there."""
+        """Remove an image with all its names, then its templates.
+
+        Raises ImageError when it is not there, or a running sandbox or a checkpoint of the store needs it.
+        """
+        digest = self._store.digest_of(name_or_digest)
+        if above := [name for name, disk in stored_disks().items() if disk.image == digest]:
+            raise ImageError(
+                f"remove the guest image {name_or_digest!r}",
+                f"checkpoints lie above it: {', '.join(above)}; one that is built again is another",
+                f"Remove them first: taskvm checkpoint rm {' '.join(above)}",
+            )
         doomed: set[str] = set()
         with contextlib.suppress(
             TaskvmError
@@ -45,14 +57,23 @@ class Cache:
         yield from remove_templates(self._store.root / "templates", doomed.__contains__)
 
     def prune(self, keep: int, progress: Progress) -> Iterator[Removed]:
-        """Remove images without a name but the `keep` newest, templates and initial file systems of none that stays."""
-        yield from self._store.prune(keep, progress)
-        current = [_boot_files(image) for image in self._sound_images()]
-        digests = {files.digest for files in current}
+        """Remove images without a name but the `keep` newest, templates and initial file systems of none that stays.
+
+        An image that a checkpoint of the store lies above stays, as do that checkpoint's templates.
+        """
+        disks = list(stored_disks().values())
+        yield from self._store.prune(keep, progress, spare={disk.image for disk in disks})
+        images = {image.digest: _boot_files(image) for image in self._sound_images()}
+        current = list(images.values())
+        digests = {files.digest for files in current} | {
+            guest_key(images[disk.image].digest, disk.sha256)
+            for disk in disks
+            if disk.image in images
+        }
         yield from remove_templates(
             self._store.root / "templates", lambda digest: digest not in digests
         )
-        yield from forget_disks()
+        yield from forget_disks(self._store.root / "kept")
         yield from self._old_initramfs(
             {name for files in current for name in (files.initrd.name, files.head.name)}
         )

@@ -11,6 +11,8 @@ import msgspec
 import pytest
 
 from taskvm.cache import Cache
+from taskvm.checkpoints.checkpointfile import Description, Facts, read_facts, write_facts
+from taskvm.checkpoints.staging import store_dir
 from taskvm.errors import HostError, ImageError
 from taskvm.image.boot import boot_files
 from taskvm.image.build import BuiltAssets
@@ -19,7 +21,8 @@ from taskvm.image.store import ImageStore, Progress
 from taskvm.paths import hold
 from taskvm.vm.native import guest_binary
 from taskvm.vm.stale import remove_templates
-from taskvm.vm.template import LAYOUT, Manifest, TemplateInputs
+from taskvm.vm.template import LAYOUT, Manifest, TemplateInputs, guest_key
+from taskvm.wire.qcow2 import encode_empty
 
 MIB = 1024 * 1024
 
@@ -126,6 +129,37 @@ def test_what_is_held_stays(store: ImageStore, cache: Cache) -> None:
     assert list(cache.prune(0, silent)) == []
     for descriptor in holds:
         os.close(descriptor)
+    assert len(list(cache.prune(0, silent))) == 2
+
+
+def save_disk(name: str, image: Image) -> Facts:
+    """A checkpoint of the store above `image`."""
+    path = store_dir() / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encode_empty(64 * MIB))
+    facts = {"arch": "x86_64", "cpus": 1, "memory_mib": 256, "qemu_version": "7", "created": "now"}
+    write_facts(path, Description(image=image.digest, **facts))
+    return read_facts(path)
+
+
+def test_an_image_that_a_checkpoint_lies_above_stays(
+    store: ImageStore, cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a name too: built again it has another digest. The templates stay; all go after the checkpoint."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    image = unnamed(store, "used")
+    disk = save_disk("base", image)
+    kept = make_template(store, "aa", guest_key(boot_digest(image), disk.sha256))
+    stale = make_template(store, "bb", guest_key(boot_digest(image), "0" * 64))
+    (store_dir() / "damaged").write_bytes(b"of no use")
+
+    pruned = [item.what for item in cache.prune(0, silent)]
+    with pytest.raises(ImageError, match=r"lie above it: base;.*checkpoint rm base"):
+        list(cache.remove(image.digest, silent))
+
+    assert (pruned, store.digests()) == (["template bb"], [image.digest])
+    assert (kept.exists(), stale.exists()) == (True, False)
+    (store_dir() / "base").unlink()
     assert len(list(cache.prune(0, silent))) == 2
 
 

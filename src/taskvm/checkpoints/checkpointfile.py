@@ -126,8 +126,8 @@ class Saved(msgspec.Struct, frozen=True, kw_only=True):
 def read_checkpoint(path: Path) -> Saved:
     """Return the checkpoint at `path`, checked as far as that takes no time. Raises CheckpointError."""
     if not path.is_dir():
-        return Saved(path=path, facts=_read_facts(path))
-    facts = _read_facts(path / "disk.qcow2")
+        return Saved(path=path, facts=read_facts(path))
+    facts = read_facts(path / "disk.qcow2")
     memory = _read_memory(path)
     changed = [name for name in MEMORY_FILES if memory.files.get(name) != _mark(path / name)]
     if memory.disk != facts.sha256:
@@ -183,7 +183,8 @@ def _identity(saved: Saved, mark: FileMark) -> bytes:
     return msgspec.json.encode([str(saved.disk.absolute()), mark])
 
 
-def _read_facts(path: Path) -> Facts:
+def read_facts(path: Path) -> Facts:
+    """Return what the file of a disk says of itself. Raises CheckpointError."""
     try:
         with _opened(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -280,7 +281,7 @@ def write_memory(path: Path, inputs: TemplateInputs, carried: Carried) -> None:
             os.fchmod(file.fileno(), 0o400)
             os.fsync(file.fileno())
         files[name] = mark_file(path / name)
-    digest = _read_facts(path / "disk.qcow2").sha256
+    digest = read_facts(path / "disk.qcow2").sha256
     text = msgspec.json.encode(Memory(inputs=inputs, files=files, disk=digest, carried=carried))
     if len(text) >= MAX_MEMORY_JSON_BYTES - _KEY_BYTES * 2:
         raise CheckpointError(

@@ -6,7 +6,7 @@ QEMU opens what lies beneath a disk by its name whenever a sandbox is forked, an
                source.json       where that checkpoint is, so that this goes when it has gone
 
 Rule 1: whoever uses a disk holds its directory (`taskvm.paths.hold`). What is held stays.
-Rule 2: the others go when their checkpoint is removed, and those of one that was moved at the next prune.
+Rule 2: the others go when their checkpoint has gone: when it is removed, and at the next start from a new one.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ def keep_disk(saved: Saved) -> Path:
         disk, source = directory / "disk.qcow2", saved.disk.resolve()
         if not _is_current(directory, source, mark):
             _link_or_copy(saved, mark, directory)
+            for _ in forget_disks():
+                pass  # as many as come, go
     except OSError as error:
         raise HostError(
             f"use the checkpoint {saved.path}", error.strerror or str(error), "Free disk space"
@@ -64,9 +66,9 @@ def keep_disk(saved: Saved) -> Path:
     return disk
 
 
-def forget_disks() -> Iterator[Removed]:
-    """Remove the disks whose checkpoint is gone and that nobody uses."""
-    for directory in sorted(kept_base().iterdir()):
+def forget_disks(base: Path | None = None) -> Iterator[Removed]:
+    """Remove the disks of `base` whose checkpoint is gone and that nobody uses."""
+    for directory in sorted((base or kept_base()).glob("*")):
         trash = directory.with_name(f".{directory.name.lstrip('.')}")
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             with seized(directory) as free:

@@ -13,7 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from taskvm.checkpoints.checkpointfile import MEMORY_FILES, Saved, note_verified, read_checkpoint
+from taskvm.checkpoints.checkpointfile import (
+    MEMORY_FILES,
+    Facts,
+    Saved,
+    note_verified,
+    read_checkpoint,
+    read_facts,
+)
 from taskvm.errors import CheckpointError
 from taskvm.paths import hold, private_dir, seized, state_dir, sync_directory
 from taskvm.vm.template import mark_file
@@ -24,6 +31,16 @@ _FILES = frozenset({"disk.qcow2", "memory.json", *MEMORY_FILES})
 def store_dir() -> Path:
     """Return the directory of the checkpoints that have names."""
     return private_dir(state_dir() / "checkpoints")
+
+
+def stored_disks() -> dict[str, Facts]:
+    """Return the checkpoints of the store by name, damaged ones left out: what their disks say of themselves."""
+    found = {}
+    for path in sorted(store_dir().iterdir()):
+        with suppress(CheckpointError):
+            if not path.name.startswith("."):
+                found[path.name] = read_facts(path / "disk.qcow2" if path.is_dir() else path)
+    return found
 
 
 @contextmanager

@@ -134,7 +134,9 @@ def image_verify(names: tuple[str, ...]) -> None:
 @image.command("rm")
 @click.argument("names", nargs=-1, required=True, metavar="NAME...", shell_complete=complete.images)
 def image_rm(names: tuple[str, ...]) -> None:
-    """Remove images, all their names, and the templates made from them. One that a sandbox uses stays."""
+    """Remove images, all their names, and the templates made from them. One that a sandbox uses stays, or that a
+    checkpoint of the store lies above.
+    """
     cache = taskvm.Cache()
     for name in names:
         _report(cache.remove(name, progress))
@@ -150,8 +152,9 @@ def image_rm(names: tuple[str, ...]) -> None:
     help="Keep the N newest images without a name.",
 )
 def image_prune(keep: int) -> None:
-    """Remove what no start will use again: images without a name, stale templates, old initial file systems, and
-    what killed processes left.
+    """Remove what no start will use again: images without a name, stale templates, old initial file systems, disks of
+    checkpoints that are gone, and what killed processes left. An image that a checkpoint of the store lies above stays;
+    one that only checkpoints elsewhere need does not.
     """
     _report(taskvm.Cache().prune(keep, progress))
 

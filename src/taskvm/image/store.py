@@ -23,7 +23,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -115,7 +115,7 @@ class ImageStore:
     def remove(self, name_or_digest: str, progress: Progress) -> Removed:
         """Remove an image, damaged or not, and every name of it. Raises ImageError when a running sandbox uses it."""
         with self._locked("remove a guest image", progress):
-            removed = self._remove(self._digest_of(name_or_digest))
+            removed = self._remove(self.digest_of(name_or_digest))
         if removed is None:
             raise ImageError(
                 f"remove the guest image {name_or_digest!r}",
@@ -124,15 +124,20 @@ class ImageStore:
             )
         return removed
 
-    def prune(self, keep: int, progress: Progress) -> Iterator[Removed]:
-        """Remove the images without a name, but for the `keep` newest and those in use; and what builds left behind."""
+    def prune(
+        self, keep: int, progress: Progress, *, spare: Collection[str] = ()
+    ) -> Iterator[Removed]:
+        """Remove the images without a name, and what builds left behind.
+
+        The `keep` newest stay, those in use, and those whose digest is in `spare`.
+        """
         with self._locked("remove guest images", progress):
             left = self.root / "staging"
             if left.exists():
                 size = measure(left)
                 shutil.rmtree(left)
                 yield Removed("what an interrupted build left", size)
-            named = set(self.refs().values())
+            named = {*self.refs().values(), *spare}
             paths = [self.root / "images" / name for name in self.digests() if name not in named]
             paths.sort(key=lambda path: path.stat().st_mtime, reverse=True)
             for path in paths[keep:]:
@@ -152,15 +157,15 @@ class ImageStore:
             if measure_asset(image.path / name) != asset:
                 raise _damaged(image.path, f"{name} is not what the manifest says")
 
-    # Removing...
-
-    def _digest_of(self, name_or_digest: str) -> str:
-        """Return the digest of an image that `get` would find, without asking whether it is sound."""
+    def digest_of(self, name_or_digest: str) -> str:
+        """Return the digest of an image that `get` would find, also when it is damaged. Raises ImageError."""
         digest = self.refs().get(name_or_digest, name_or_digest)
         matches = [found for found in self.digests() if found.startswith(digest)]
         if len(digest) < _LEAST_PREFIX or len(matches) != 1:
             return self.get(name_or_digest).digest  # it says what is wrong
         return matches[0]
+
+    # Removing...
 
     def _remove(self, digest: str) -> Removed | None:
         """With the lock held: names first, so that none ever leads nowhere; then one rename; then the files."""

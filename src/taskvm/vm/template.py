@@ -77,13 +77,16 @@ class GuestFiles:
     @property
     def key(self) -> str:
         """A digest of all that it boots from."""
-        if not self.checkpoint:
-            return self.digest
-        return hashlib.sha256(f"{self.digest} {self.checkpoint}".encode()).hexdigest()
+        return guest_key(self.digest, self.checkpoint)
 
     def disk(self, *above: Path) -> Disk:
         """Return this disk with the layers `above`, the topmost first."""
         return Disk(layers=(*above, *self.layers), base=self.rootfs)
+
+
+def guest_key(digest: str, checkpoint: str) -> str:
+    """Return the key of a guest that boots from an image's files `digest`, and a checkpoint's disk if there is one."""
+    return hashlib.sha256(f"{digest} {checkpoint}".encode()).hexdigest() if checkpoint else digest
 
 
 class TemplateInputs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
