@@ -120,24 +120,32 @@ class Machinery:
 
     image: str | None = None
     checkpoint: Saved | None = None
-    cpus: int = DEFAULT_CPUS
-    memory_mib: int = DEFAULT_MEMORY_MIB
+    cpus: int | None = None
+    memory_mib: int | None = None
     accel: AcceleratorChoice = "auto"
     warm: bool = True
     pool: WarmPool | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Its processors, and its memory in MiB: what was said, else the checkpoint's, whose memory has no other."""
+        facts = None if self.checkpoint is None else self.checkpoint.facts
+        if facts is not None and self.checkpoint is not None and self.checkpoint.memory is not None:
+            return facts.cpus, facts.memory_mib
+        cpus, memory_mib = self.cpus, self.memory_mib
+        if cpus is None:
+            cpus = DEFAULT_CPUS if facts is None else facts.cpus
+        if memory_mib is None:
+            memory_mib = DEFAULT_MEMORY_MIB if facts is None else facts.memory_mib
+        return cpus, memory_mib
 
 
 def read_options(machinery: Machinery, **given: Unpack[ResumeArguments]) -> SandboxOptions:
     """Return the arguments of `Sandbox.create` as checked values. Raises UsageError."""
     known = {*ResumeArguments.__annotations__, *Machinery.__annotations__}
     refuse_unknown("start a sandbox", given, known)
-    limits: LimitArguments = {  # type: ignore[assignment]  # the keys of one are among those of the other
-        name: value for name, value in given.items() if name in LimitArguments.__annotations__
-    }
-    policy, saved, audit_path = given.get("policy"), machinery.checkpoint, given.get("audit_path")
-    cpus, memory_mib = machinery.cpus, machinery.memory_mib
-    if saved is not None and saved.memory is not None:
-        cpus, memory_mib = saved.facts.cpus, saved.facts.memory_mib
+    policy, audit_path = given.get("policy"), given.get("audit_path")
+    cpus, memory_mib = machinery.shape
     if not isinstance(policy, Policy | None):
         raise UsageError(
             f"start a sandbox with policy={policy!r}",
@@ -159,35 +167,51 @@ def read_options(machinery: Machinery, **given: Unpack[ResumeArguments]) -> Sand
         passthrough=Passthrough.parse(given.get("passthrough", ()), policy, secrets),
         audit_path=None if audit_path is None else Path(audit_path),
         image=machinery.image,
-        checkpoint=saved,
+        checkpoint=machinery.checkpoint,
         cpus=cpus,
         memory_mib=memory_mib,
         accel=machinery.accel,
         warm=machinery.warm,
         pool=machinery.pool,
-        limits=Limits(**limits),
+        limits=Limits(**_limits(given)),
         on_progress=given.get("on_progress", tell_terminal),
     )
 
 
 def change_options(options: SandboxOptions, **changes: Unpack[ResumeArguments]) -> SandboxOptions:
-    """Return `options` with what `changes` names; its audit log is a new one. Raises UsageError."""
+    """Return `options` with what `changes` names, each limit by itself; its audit log is a new one.
+
+    Raises UsageError.
+    """
     refuse_unknown("copy a sandbox", changes, ResumeArguments.__annotations__)
     passthrough = changes.pop("passthrough", None)
     fresh = read_options(Machinery(), **changes)
-    fields = {_FIELD_OF.get(name, name) for name in changes} | {"audit_path"}
+    fields = {_FIELD_OF.get(name, name) for name in changes if name not in LIMITS} | {"audit_path"}
     changed = replace(options, **{name: getattr(fresh, name) for name in fields})
+    changed = replace(changed, limits=replace(options.limits, **_limits(changes)))
     if passthrough is None:
         return changed
     parsed = Passthrough.parse(passthrough, changed.policy, changed.secrets)
     return replace(changed, passthrough=parsed)
 
 
-_FIELD_OF = {
-    **dict.fromkeys(LimitArguments.__annotations__, "limits"),
-    "allow": "policy",
-    "allow_addresses": "policy",
-}
+def changes_of_copies(
+    count: int, changes: ResumeArguments, each: Callable[[int], ResumeArguments] | None
+) -> list[ResumeArguments]:
+    """Return what each of `count` copies is given: `changes`, and what `each` says of its number."""
+    copies = [changes.copy() for _ in range(count)]
+    if each is not None:
+        for number, own in enumerate(copies):
+            own.update(each(number))
+    return copies
+
+
+LIMITS = frozenset(LimitArguments.__annotations__)
+_FIELD_OF = {"allow": "policy", "allow_addresses": "policy"}
+
+
+def _limits(given: ResumeArguments) -> LimitArguments:
+    return {name: value for name, value in given.items() if name in LIMITS}  # type: ignore[return-value]  # its keys
 
 
 def _check_mount_path(path: str) -> None:

@@ -48,12 +48,11 @@ from taskvm.net.gateway import Gateway
 from taskvm.net.ingress import LOCALHOST, Forward
 from taskvm.opening import Opening
 from taskvm.options import (
-    DEFAULT_CPUS,
-    DEFAULT_MEMORY_MIB,
     Machinery,
     ResumeArguments,
     SandboxOptions,
     change_options,
+    changes_of_copies,
     is_writable_in,
     read_options,
 )
@@ -117,8 +116,8 @@ class Sandbox:
         audit_path: str | os.PathLike[str] | None = None,
         image: str | None = None,
         checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
-        cpus: int = DEFAULT_CPUS,
-        memory_mib: int = DEFAULT_MEMORY_MIB,
+        cpus: int | None = None,
+        memory_mib: int | None = None,
         accel: AcceleratorChoice = "auto",
         warm: bool = True,
         pool: WarmPool | None = None,
@@ -142,9 +141,9 @@ class Sandbox:
         audit_path: file that every egress decision is appended to as a JSON line; default below the user's
         state directory.
         image: a name or digest of the image store; default the standard image, built when missing (minutes, once).
-        checkpoint: what `checkpoint` returned, or its name or path, to start from instead of an image. A memory
-        checkpoint goes on with its own cpus and memory_mib.
-        cpus: virtual CPUs. memory_mib: guest memory in MiB. accel: "auto" proves KVM before it believes in it.
+        checkpoint: what `checkpoint` returned, or its name or path, to start from instead of an image.
+        cpus: virtual CPUs (2). memory_mib: guest memory in MiB (512). Both are the checkpoint's if not given, and for
+        one with memory in any case. accel: "auto" proves KVM before it believes in it.
         warm: start from the saved memory of a booted guest (made on first use); False boots.
         pool: machines started ahead to take one from.
         on_progress: called with a line about work that takes seconds. By default a terminal's standard error has it.
@@ -365,8 +364,9 @@ class Sandbox:
         """Start a copy of this running sandbox: `await` the result, or use it with `async with`.
 
         Its disk, memory and running programs are those of this instant, copied on write; its identity is its own, and
-        the connections of its programs are broken off. Options are this sandbox's, or what `changes` says instead;
-        its audit log is its own. What its copied programs write to their standard output is dropped.
+        the connections of its programs are broken off. Options are this sandbox's, or what `changes` says instead, each
+        limit by itself; its audit log is its own, and its time begins anew. What its copied programs write to their
+        standard output is dropped.
 
         Mounts are the same ones: a `ro` directory is shared, and of a `review` each has its own changes, which start
         from what this sandbox has changed.
@@ -376,13 +376,27 @@ class Sandbox:
         return Opening(partial(self._fork, changes))
 
     async def fork_many(
-        self, count: int, **changes: Unpack[ResumeArguments]
+        self,
+        count: int,
+        *,
+        each: Callable[[int], ResumeArguments] | None = None,
+        **changes: Unpack[ResumeArguments],
     ) -> list[Sandbox | TaskvmError]:
-        """Start `count` copies as `fork` does, all of one instant; a copy that does not start is its error."""
+        """Start `count` copies as `fork` does, all of one instant; a copy that does not start is its error.
+
+        `each` is called with the number of each copy, from 0, and returns what it is given besides `changes`, such as
+        `{"env": {"ATTEMPT": "0"}}`. The copies are in the order of their numbers.
+        """
         self._require_running("fork a sandbox")
-        options = change_options(self._current_options(), **changes)
-        started = await fork_guest(self._guest, [options] * count)
-        return [Sandbox(options, one) if isinstance(one, Guest) else one for one in started]
+        present = self._current_options()
+        options = [
+            change_options(present, **own) for own in changes_of_copies(count, changes, each)
+        ]
+        started = await fork_guest(self._guest, options)
+        return [
+            Sandbox(own, one) if isinstance(one, Guest) else one
+            for own, one in zip(options, started, strict=True)
+        ]
 
     # What it changed.
 

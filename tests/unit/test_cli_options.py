@@ -28,7 +28,7 @@ def test_options_survive_the_way_to_another_process(
 
     there = SandboxArguments.of(arguments.portable())
 
-    assert (there.memory, there.cpus, there.env) == (256, 2, ("A=b",))
+    assert (there.memory, there.cpus, there.env) == (256, None, ("A=b",))
     assert there.mounts == (f"{tmp_path}:/workspace:ro",)
 
 

@@ -1,10 +1,13 @@
 """The options of a sandbox: what exists can be started (taskvm.options, taskvm.progress)."""
 
 import typing
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from taskvm.checkpoints.checkpointfile import Saved
 from taskvm.egress.policy import Policy
 from taskvm.egress.secret import Secret
 from taskvm.errors import UsageError
@@ -12,8 +15,10 @@ from taskvm.fs.hostdir import HostDir
 from taskvm.fs.hostfile import HostFile
 from taskvm.fs.memory import Memory
 from taskvm.fs.shadow import Shadow
+from taskvm.limits import Limits
 from taskvm.options import (
     MAX_MOUNTS,
+    Machinery,
     ResumeArguments,
     SandboxOptions,
     change_options,
@@ -109,3 +114,25 @@ GIVEN = {
     "audit_path": "/audit.jsonl",
     "on_progress": print,
 }
+
+
+def test_a_copy_has_the_limits_that_are_not_named() -> None:
+    """Those of its original, not the defaults: what bounds an agent bounds its copies."""
+    own = Limits(cpu_share=0.5, disk_limit_mib=100, idle_timeout_s=60.0, max_duration_s=10.0)
+    options = SandboxOptions(policy=NOTHING, limits=own)
+
+    changed = change_options(options, max_duration_s=20.0, idle_pause_s=0)
+
+    assert changed.limits == replace(own, max_duration_s=20.0, idle_pause_s=0)
+    assert change_options(options, env={"A": "1"}).limits == own
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_a_checkpoint_brings_its_shape_along(memory: bool) -> None:
+    """What is said counts, but for a saved memory, which has the size that it has."""
+    facts = SimpleNamespace(cpus=3, memory_mib=2048)
+    saved = typing.cast("Saved", SimpleNamespace(facts=facts, memory=memory or None))
+
+    assert Machinery(checkpoint=saved).shape == (3, 2048)
+    assert Machinery(checkpoint=saved, cpus=1).shape == ((3 if memory else 1), 2048)
+    assert Machinery(memory_mib=64).shape == (2, 64)

@@ -99,6 +99,25 @@ async def test_a_copy_has_a_policy_secrets_and_variables_of_its_own(tmp_path: Pa
     assert len(logs) == 3
 
 
+async def test_each_of_many_copies_has_options_of_its_own() -> None:
+    """What all are given, and what each is given besides; the limits of the original stay."""
+    async with Sandbox.create(**GUEST, env={"ALL": "1"}, disk_limit_mib=77) as vm:
+        started = await vm.fork_many(
+            3, allow=["all.test"], each=lambda number: {"env": {"ATTEMPT": str(number)}}
+        )
+        said, policies, limits = [], set(), set()
+        for child in started:
+            assert isinstance(child, Sandbox)
+            async with child:
+                said.append((await child.exec("echo $ATTEMPT $ALL")).stdout)
+                policies.add(child.policy)
+                limits.add(child._options.limits.disk_limit_mib)
+
+    assert said == ["0\n", "1\n", "2\n"]
+    assert policies == {Policy.parse(["all.test"])}
+    assert limits == {77}
+
+
 async def test_a_copy_revives_nothing_that_was_narrowed_replaced_or_revoked() -> None:
     """Policy and secrets are those of the instant of the fork, not of the original's start."""
     names = ("OLD", "KEPT", "FAR")
@@ -370,5 +389,9 @@ def test_the_blocking_surface_forks_too() -> None:
         vm.exec("echo base > /dev/shm/base")
         with vm.fork() as child:
             said = child.exec("cat /dev/shm/base").stdout
+        (other,) = vm.fork_many(1, each=lambda number: {"env": {"NUMBER": str(number)}})
+        assert isinstance(other, sync.Sandbox)
+        with other:
+            number = other.exec("echo $NUMBER").stdout
 
-    assert said == "base\n"
+    assert (said, number) == ("base\n", "0\n")

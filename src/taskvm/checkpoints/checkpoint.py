@@ -74,9 +74,7 @@ class Checkpoint:
         """
         from taskvm.sandbox import Sandbox  # it imports us
 
-        return Sandbox.create(
-            checkpoint=self, cpus=self.cpus, memory_mib=self.memory_mib, **options
-        )
+        return Sandbox.create(checkpoint=self, **options)
 
     def delete(self) -> None:
         """Remove it. Sandboxes that started from it run on. Idempotent. Raises CheckpointError."""

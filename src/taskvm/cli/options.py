@@ -69,9 +69,14 @@ SANDBOX_OPTIONS = (
         shell_complete=complete.checkpoints,
         help="Start from a saved sandbox: a name of the store, or a path with a slash.",
     ),
-    click.option("--cpus", default=2, show_default=True, help="Virtual CPUs."),
     click.option(
-        "--memory", default=512, show_default=True, metavar="MIB", help="Guest memory in MiB."
+        "--cpus", type=int, metavar="N", help="Virtual CPUs. [default: 2, or the checkpoint's]"
+    ),
+    click.option(
+        "--memory",
+        type=int,
+        metavar="MIB",
+        help="Guest memory in MiB. [default: 512, or the checkpoint's]",
     ),
     click.option(
         "--cpu-share",
@@ -221,8 +226,8 @@ class SandboxArguments:
 
     image: str | None
     checkpoint: str | None
-    cpus: int
-    memory: int
+    cpus: int | None
+    memory: int | None
     cpu_share: float | None
     disk_size: int | None
     disk_limit: int | None

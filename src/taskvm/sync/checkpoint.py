@@ -48,9 +48,7 @@ class Checkpoint:
         """Start a sandbox from it and return it running. See `taskvm.Checkpoint.resume`."""
         from taskvm.sync.sandbox import Sandbox  # it imports us
 
-        return Sandbox.create(
-            checkpoint=self, cpus=self.cpus, memory_mib=self.memory_mib, **options
-        )
+        return Sandbox.create(checkpoint=self, **options)
 
     def delete(self) -> None:
         """Remove it. Sandboxes that started from it run on. Idempotent."""

@@ -21,7 +21,7 @@ from taskvm.fs.provider import Provider
 from taskvm.limits import LimitArguments
 from taskvm.net import ingress as aio_ingress
 from taskvm.net.ingress import LOCALHOST
-from taskvm.options import DEFAULT_CPUS, DEFAULT_MEMORY_MIB, ResumeArguments
+from taskvm.options import ResumeArguments, changes_of_copies
 from taskvm.process import ExecResult
 from taskvm.progress import tell_terminal
 from taskvm.resources import ExecLimits
@@ -69,8 +69,8 @@ class Sandbox:
         audit_path: str | os.PathLike[str] | None = None,
         image: str | None = None,
         checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
-        cpus: int = DEFAULT_CPUS,
-        memory_mib: int = DEFAULT_MEMORY_MIB,
+        cpus: int | None = None,
+        memory_mib: int | None = None,
         accel: AcceleratorChoice = "auto",
         warm: bool = True,
         pool: WarmPool | None = None,
@@ -285,15 +285,21 @@ class Sandbox:
         return child
 
     def fork_many(
-        self, count: int, **changes: Unpack[ResumeArguments]
+        self,
+        count: int,
+        *,
+        each: Callable[[int], ResumeArguments] | None = None,
+        **changes: Unpack[ResumeArguments],
     ) -> list[Sandbox | TaskvmError]:
-        """Start `count` copies as `fork` does, all of one instant; a copy that does not start is its error."""
+        """Start `count` copies as `fork` does, all of one instant. See `taskvm.Sandbox.fork_many`."""
         call = Call(self._bridge)
-        if "on_progress" in changes:
-            changes["on_progress"] = call.callback(changes["on_progress"])
+        own = changes_of_copies(count, changes, each)  # here: it is the caller's thread
+        for one in own:
+            if "on_progress" in one:
+                one["on_progress"] = call.callback(one["on_progress"])
 
         async def start() -> list[aio.Sandbox | TaskvmError]:
-            started = await self._sandbox.fork_many(count, **changes)
+            started = await self._sandbox.fork_many(count, each=own.__getitem__)
             for one in started:
                 if isinstance(one, aio.Sandbox):
                     self._bridge.own(one, one.close)
