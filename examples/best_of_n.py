@@ -51,6 +51,9 @@ async def main(count: int, directory: str) -> None:
         await base.exec(PREPARE, check=True)
         forked = await base.fork_many(count)
     children = [child for child in forked if isinstance(child, Sandbox)]
+    for number, failure in enumerate(forked):
+        if not isinstance(failure, Sandbox):  # the others try all the same
+            print(f"copy {number} did not start: {failure}", file=sys.stderr)
     try:
         attempts = await asyncio.gather(*map(attempt, children, range(len(children))))
         ranking = sorted(attempts, key=lambda each: (not each.good, each.cpu_s))

@@ -5,6 +5,9 @@ Covers taskvm.checkpoints.forking.
 
 import asyncio
 import contextlib
+import importlib.util
+import subprocess
+import sys
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -31,6 +34,7 @@ from taskvm.vm.layers import MAX_LAYERS
 
 pytestmark = pytest.mark.vm
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 UNIQUE = "od -An -N16 -tx1 /dev/urandom; cat /etc/machine-id; hostname"
 COUNT = "i=0; while :; do i=$((i+1)); echo $i > /dev/shm/next; mv /dev/shm/next /dev/shm/count; sleep 0.01; done"
 
@@ -382,6 +386,44 @@ async def test_one_copy_that_fails_is_its_error_and_no_others(
     assert len(failed) == 1
     assert "layer1.qcow2" in str(failed[0])
     assert not made[1].exists()
+
+
+def test_the_example_finds_the_best_of_n(tmp_path: Path) -> None:
+    """As a person runs it: the wrong attempts lose, and the host's directory stays as it was."""
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "best_of_n.py", "4", tmp_path],
+        capture_output=True, text=True, timeout=PATIENCE_S, check=False,
+    )  # fmt: skip
+
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines[:4]] == ["good", "good", "bad", "bad"]
+    assert lines[4] == "the best one changed:"
+    assert [line.split() for line in lines[5:]] == [["added", "numbers"], ["added", "sorted"]]
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_the_example_says_which_copy_did_not_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The others are judged all the same."""
+    spec = importlib.util.spec_from_file_location("best_of_n", EXAMPLES / "best_of_n.py")
+    assert spec is not None
+    assert spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "best_of_n", example)
+    spec.loader.exec_module(example)
+    fork_many = Sandbox.fork_many
+
+    async def one_fails(vm: Sandbox, count: int) -> list[Sandbox | TaskvmError]:
+        return [HostError("start a copy", "the disk is full"), *await fork_many(vm, count - 1)]
+
+    monkeypatch.setattr(Sandbox, "fork_many", one_fails)
+    await example.main(2, str(tmp_path))
+
+    said = capsys.readouterr()
+    assert said.err == "copy 0 did not start: start a copy: the disk is full\n"
+    assert said.out.startswith("good")
 
 
 def test_the_blocking_surface_forks_too() -> None:
