@@ -7,6 +7,7 @@ import struct
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from tests.conftest import GUEST
 
@@ -14,6 +15,7 @@ from taskvm import Checkpoint, CheckpointError, CheckpointStore, HostDir, HostEr
 from taskvm.checkpoints.checkpointfile import MAGIC, Description, read_checkpoint, write_facts
 from taskvm.errors import UsageError
 from taskvm.paths import state_dir
+from taskvm.vm.template import TemplateInputs, inputs_for
 
 pytestmark = pytest.mark.vm
 
@@ -223,6 +225,36 @@ async def test_memory_of_another_machine_says_what_differs(
     assert not Checkpoint.load(memory / "disk.qcow2").memory
 
 
+@pytest.mark.parametrize("name", ["qemu_version", "host_cpu", "arch", "cpu_model"])
+async def test_memory_of_another_qemu_or_processor_is_not_loaded(
+    memory: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Each is named: a state that does not fit is a program that does something else."""
+
+    def other(*arguments: object) -> TemplateInputs:
+        return msgspec.structs.replace(inputs_for(*arguments), **{name: "another"})  # type: ignore[arg-type]
+
+    monkeypatch.setattr("taskvm.launch.inputs_for", other)
+
+    with pytest.raises(CheckpointError, match=f"{name} was .* and is another"):
+        await Checkpoint.load(memory).resume()
+
+
+def test_a_disk_of_another_processor_is_not_started(saved_disk: Path, tmp_path: Path) -> None:
+    other = with_facts(saved_disk, tmp_path / "other.qcow2", arch="s390x")
+
+    with pytest.raises(CheckpointError, match="it is of another processor: s390x"):
+        sync.Checkpoint.load(other).resume()
+
+
+def with_facts(source: Path, target: Path, **changes: object) -> Path:
+    """A copy that says something else of itself."""
+    facts, content = read_checkpoint(source).facts, source.read_bytes()
+    text = json.dumps(json.loads(content[facts.disk_bytes : -12]) | changes).encode()
+    target.write_bytes(content[: facts.disk_bytes] + text + struct.pack(">I8s", len(text), MAGIC))
+    return target
+
+
 async def test_no_value_and_no_key_is_where_others_read(memory: Path) -> None:
     """The authority's key is in a file that only the user reads; the guest's own disk has none of it."""
     assert oct((memory / "memory.json").stat().st_mode & 0o777) == "0o600"
@@ -246,11 +278,7 @@ async def test_what_a_guest_can_write_is_nothing_to_start_from(
 
 
 def test_a_checkpoint_for_another_image_says_which(saved_disk: Path, tmp_path: Path) -> None:
-    facts = read_checkpoint(saved_disk).facts
-    content = saved_disk.read_bytes()
-    other = tmp_path / "other.qcow2"
-    text = json.dumps(json.loads(content[facts.disk_bytes : -12]) | {"image": "0" * 64}).encode()
-    other.write_bytes(content[: facts.disk_bytes] + text + struct.pack(">I8s", len(text), MAGIC))
+    other = with_facts(saved_disk, tmp_path / "other.qcow2", image="0" * 64)
 
     with pytest.raises(CheckpointError, match="it needs the image 000000000000"):
         sync.Checkpoint.load(other).resume()

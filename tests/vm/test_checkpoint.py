@@ -72,6 +72,7 @@ async def test_a_disk_is_kept_and_everything_else_is_fresh(tmp_path: Path) -> No
         await vm.exec(
             "echo tools > /var/tmp/tools; echo temporary > /dev/shm/temporary", check=True
         )
+        await vm.exec("echo r > /root/of-root; echo t > /tmp/of-tmp", check=True, user="root")
         running = await vm.spawn(COUNT)
         checkpoint = await vm.checkpoint(path)
         await vm.exec("echo later > /var/tmp/later", check=True)
@@ -83,11 +84,13 @@ async def test_a_disk_is_kept_and_everything_else_is_fresh(tmp_path: Path) -> No
         Checkpoint.load(path).resume(mounts={"/workspace": HostDir(tmp_path, mode="ro")}) as two,
     ):
         kept = await one.exec("ls /var/tmp /dev/shm; echo [$MODE]; pgrep -f count")
+        home = await one.exec("cat /root/of-root /tmp/of-tmp", user="root")
         seen = [(await sandbox.exec(UNIQUE)).stdout for sandbox in (one, two)]
         placeholders = [one.placeholders["API_TOKEN"], *two.placeholders.values()]
         mounted = await two.exec("ls /workspace")
 
     assert kept.stdout == "/dev/shm:\n\n/var/tmp:\ntools\n[]\n"
+    assert home.stdout == "r\nt\n"
     lines = [text.splitlines() for text in (source[0], *seen)]
     assert all(len(set(column)) == 3 for column in zip(*lines, strict=True))
     assert len({*placeholders, source[1]}) == 2

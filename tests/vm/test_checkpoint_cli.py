@@ -8,6 +8,8 @@ import pytest
 from tests.support.screen import SMALL, TASKVM
 from tests.support.waiting import PATIENCE_S
 
+from taskvm import CheckpointStore
+
 pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("runtime")]
 
 
@@ -44,9 +46,31 @@ def test_a_sandbox_is_saved_listed_carried_and_started_from(tmp_path: Path) -> N
         ["whole", "memory"],
     ]
     assert (shown["memory"], shown["path"], shown["memory_mib"]) == (True, path, 256)
+    assert len(shown["sha256"]) == 64
+    assert shown["qemu_version"][0].isdecimal()
     assert (ran, whole) == ("tool\n", "tool\nx\n")
     assert "its memory fits this host" in refused
     assert "it was saved and stopped" in stopped
     assert taskvm("checkpoint", "list") == ""
     assert json.loads(json_listed)[1]["name"] == "whole"
     assert "it is not there" in taskvm("run", "--checkpoint", "base", "--", "true", status=2)
+
+
+def test_what_cannot_be_used_is_listed_with_the_reason() -> None:
+    """It takes room, and nobody would know what to remove: a torn file, and memory without its seal."""
+    root = CheckpointStore().root
+    (root / "torn").write_bytes(b"half of a disk")
+    (root / "empty").mkdir()
+    try:
+        listed = subprocess.run([TASKVM, "checkpoint", "list"], capture_output=True, text=True)
+        as_json = subprocess.run(
+            [TASKVM, "checkpoint", "list", "--json"], capture_output=True, text=True
+        )
+    finally:
+        taskvm("checkpoint", "rm", "torn", "empty")
+
+    assert (listed.returncode, as_json.returncode) == (1, 1)
+    assert "torn  DAMAGED  it does not end like a checkpoint" in listed.stdout
+    assert "empty  DAMAGED  No such file or directory" in listed.stdout
+    assert [each["name"] for each in json.loads(as_json.stdout)] == ["empty", "torn"]
+    assert taskvm("checkpoint", "list") == ""

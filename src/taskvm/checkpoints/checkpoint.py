@@ -6,10 +6,11 @@ async with Checkpoint.load("dev-base").resume(mounts={"/workspace": HostDir(".")
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, Unpack
 
@@ -32,7 +33,7 @@ class Checkpoint:
     """A saved sandbox. Any number of new ones can start from it, at the same time too.
 
     `path` is where it is, `name` its name there. `memory` says whether running programs are in it, or its disk alone.
-    `image` is the digest of the image that its disk lies above.
+    `image` is the digest of the image that its disk lies above, `sha256` that of the disk; `qemu_version` saved it.
     """
 
     def __init__(self, saved: Saved) -> None:
@@ -41,6 +42,8 @@ class Checkpoint:
         self.name: str = saved.path.name
         self.memory: bool = saved.memory is not None
         self.image: str = saved.facts.image
+        self.sha256: str = saved.facts.sha256
+        self.qemu_version: str = saved.facts.qemu_version
         self.arch: str = saved.facts.arch
         self.cpus: int = saved.facts.cpus
         self.memory_mib: int = saved.facts.memory_mib
@@ -87,15 +90,16 @@ class CheckpointStore:
     def __init__(self) -> None:
         self.root: Path = store_dir()
 
+    def names(self) -> Sequence[str]:
+        """Return all names, also of those that cannot be read: `get` says why."""
+        sweep_staged(self.root)
+        return sorted(path.name for path in self.root.iterdir() if path.name[0] != ".")
+
     def list(self) -> Iterator[Checkpoint]:
         """Return those that can be read, by name."""
-        sweep_staged(self.root)
-        for path in sorted(self.root.iterdir()):
-            try:
-                if not path.name.startswith("."):
-                    yield Checkpoint(read_checkpoint(path))
-            except CheckpointError:
-                continue
+        for name in self.names():
+            with contextlib.suppress(CheckpointError):
+                yield Checkpoint(read_checkpoint(self.root / name))
 
     def get(self, name: str) -> Checkpoint:
         """Return the checkpoint `name`. Raises CheckpointError, UsageError."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from pathlib import Path
 
 import click
@@ -32,27 +33,37 @@ def create(memory: bool, stop: bool, sandbox: str, name: str) -> None:
 @checkpoint.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 def list_(as_json: bool) -> None:
-    """List the checkpoints of the store."""
-    found = list(taskvm.CheckpointStore().list())
+    """List the checkpoints of the store. Exits with 1 when one cannot be used."""
+    store = taskvm.CheckpointStore()
+    sound: list[taskvm.Checkpoint] = []
+    damaged: dict[str, str] = {}
+    for name in store.names():
+        try:
+            sound.append(store.get(name))
+        except taskvm.CheckpointError as error:
+            damaged[name] = error.cause
     if as_json:
-        click.echo(json.dumps([_facts(each) for each in found], indent=2))
-    elif found:
-        rows = [
-            (
-                each.name,
-                "memory" if each.memory else "disk",
-                size(each.disk_bytes),
-                each.created,
-                each.image[:12],
-            )
-            for each in found
-        ]
-        click.echo(table(("NAME", "SAVED", "SIZE", "CREATED", "IMAGE"), rows))
-    else:
+        found = [_facts(each) for each in sound]
+        found += [{"name": name, "damaged": cause} for name, cause in damaged.items()]
+        click.echo(json.dumps(found, indent=2))
+    elif sound:
+        click.echo(
+            table(("NAME", "SAVED", "SIZE", "CREATED", "IMAGE"), [_row(each) for each in sound])
+        )
+    elif not damaged:
         click.echo(
             "taskvm: no checkpoints yet; `taskvm checkpoint create SANDBOX NAME` makes one",
             err=True,
         )
+    if not as_json:
+        for name, cause in damaged.items():
+            click.echo(f"{name}  DAMAGED  {cause}")
+    sys.exit(1 if damaged else 0)
+
+
+def _row(found: taskvm.Checkpoint) -> tuple[str, ...]:
+    kind = "memory" if found.memory else "disk"
+    return (found.name, kind, size(found.disk_bytes), found.created, found.image[:12])
 
 
 @checkpoint.command("show")
@@ -69,6 +80,8 @@ def _facts(found: taskvm.Checkpoint) -> dict[str, object]:
         "memory": found.memory,
         "disk_bytes": found.disk_bytes,
         "image": found.image,
+        "sha256": found.sha256,
+        "qemu_version": found.qemu_version,
         "arch": found.arch,
         "cpus": found.cpus,
         "memory_mib": found.memory_mib,

@@ -34,7 +34,7 @@ def images(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> l
 def checkpoints(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
     """Complete the name of a checkpoint."""
     try:
-        return _starting([each.name for each in taskvm.CheckpointStore().list()], incomplete)
+        return _starting(taskvm.CheckpointStore().names(), incomplete)
     except TaskvmError:
         return []
 

@@ -17,7 +17,7 @@ class Checkpoint:
     """A saved sandbox. Any number of new ones can start from it, at the same time too.
 
     `path` is where it is, `name` its name there. `memory` says whether running programs are in it, or its disk alone.
-    `image` is the digest of the image that its disk lies above.
+    `image` is the digest of the image that its disk lies above, `sha256` that of the disk; `qemu_version` saved it.
     """
 
     def __init__(self, checkpoint: aio.Checkpoint) -> None:
@@ -26,6 +26,8 @@ class Checkpoint:
         self.name: str = checkpoint.name
         self.memory: bool = checkpoint.memory
         self.image: str = checkpoint.image
+        self.sha256: str = checkpoint.sha256
+        self.qemu_version: str = checkpoint.qemu_version
         self.arch: str = checkpoint.arch
         self.cpus: int = checkpoint.cpus
         self.memory_mib: int = checkpoint.memory_mib
