@@ -23,24 +23,19 @@
 #include "accounting.h"
 #include "cgroup.h"
 #include "kernel.h"
+#include "program.h"
 #include "pty.h"
 
-enum { MAX_GROUPS = 64, CHILD_STACK = 32 * 1024 };
+enum { CHILD_STACK = 32 * 1024 };
 
 #define DEFAULT_PATH "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-enum { STRINGS_ROOM = 16 * 1024 };
-
 /* What the child reads and, where it fails, writes. */
 struct child {
-	char **argv, **env, cwd[PATH_MAX];
-	uint32_t uid, gid, groups[MAX_GROUPS];
-	size_t group_count;
 	int in, out, err;
 	bool tty;
 	struct failure failure;
-	size_t used; /* of `room`, for the strings of most programs; those of others come from the heap */
-	_Alignas(16) char room[STRINGS_ROOM];
+	struct program program;
 	_Alignas(16) char stack[CHILD_STACK];
 };
 
@@ -58,105 +53,14 @@ static struct child *take_child(void)
 	return child ? child : malloc(sizeof(*child));
 }
 
-static void *take_room(struct child *child, size_t size)
-{
-	const size_t place = (child->used + _Alignof(max_align_t) - 1) & ~(_Alignof(max_align_t) - 1);
-	if (size > sizeof(child->room) || place > sizeof(child->room) - size)
-		return malloc(size);
-	child->used = place + size;
-	return child->room + place;
-}
-
-static void free_room(struct child *child, char **strings)
-{
-	const uintptr_t place = (uintptr_t)strings, room = (uintptr_t)child->room;
-	if (place < room || place >= room + sizeof(child->room))
-		free(strings);
-}
-
 static void keep_child(struct child *child)
 {
-	free_room(child, child->argv);
-	free_room(child, child->env);
+	program_free(&child->program);
 	pthread_mutex_lock(&lock);
 	struct child *other = kept;
 	kept = child;
 	pthread_mutex_unlock(&lock);
 	free(other);
-}
-
-/* Arguments. */
-
-/* An array of byte strings as one block: the pointers, NULL, and the strings behind. */
-static char **copy_strings(const struct request *request, const char *key, struct child *child, struct failure *failure)
-{
-	struct msgpack_value list, item;
-	if (!request_find(request, key, &list) || list.type != MSGPACK_ARRAY) {
-		fail_call(failure, EINVAL, key);
-		return NULL;
-	}
-	/* Each string takes at least its tag in the map, so the map's length bounds text and terminators. */
-	char **strings = take_room(child, (list.length + 1) * sizeof(char *) + request->length);
-	if (!strings) {
-		fail_call(failure, ENOMEM, key);
-		return NULL;
-	}
-	char *text = (char *)(strings + list.length + 1);
-	struct msgpack_reader reader = {list.bytes, request->map + request->length};
-	for (size_t i = 0; i < list.length; i++) {
-		if (!msgpack_read_whole(&reader, &item) || item.type != MSGPACK_BYTES || memchr(item.bytes, 0, item.length)) {
-			fail_call(failure, EINVAL, key);
-			free_room(child, strings);
-			return NULL;
-		}
-		strings[i] = text;
-		memcpy(text, item.bytes, item.length);
-		text += item.length;
-		*text++ = 0;
-	}
-	strings[list.length] = NULL;
-	return strings;
-}
-
-static bool read_number(const struct msgpack_value *value, uint32_t *number)
-{
-	/* (uid_t)-1 means "leave it" to setresuid: a request for it would keep root. */
-	if (value->type != MSGPACK_INTEGER || value->integer < 0 || value->integer >= UINT32_MAX)
-		return false;
-	*number = (uint32_t)value->integer;
-	return true;
-}
-
-static bool read_identity(const struct request *request, struct child *child, struct failure *failure)
-{
-	struct msgpack_value value;
-	if (!request_find(request, "uid", &value) || !read_number(&value, &child->uid))
-		return fail_call(failure, EINVAL, "uid");
-	if (!request_find(request, "gid", &value) || !read_number(&value, &child->gid))
-		return fail_call(failure, EINVAL, "gid");
-	if (!request_find(request, "groups", &value))
-		return true;
-	if (value.type != MSGPACK_ARRAY || value.length > MAX_GROUPS)
-		return fail_call(failure, EINVAL, "groups");
-	struct msgpack_reader reader = {value.bytes, request->map + request->length};
-	child->group_count = value.length;
-	for (size_t i = 0; i < child->group_count; i++)
-		if (!msgpack_read_whole(&reader, &value) || !read_number(&value, &child->groups[i]))
-			return fail_call(failure, EINVAL, "groups");
-	return true;
-}
-
-static bool read_program(const struct request *request, struct child *child, struct failure *failure)
-{
-	if (!request_path(request, "cwd", child->cwd, failure) || !read_identity(request, child, failure))
-		return false;
-	child->argv = copy_strings(request, "argv", child, failure);
-	if (!child->argv)
-		return false;
-	if (!child->argv[0] || !child->argv[0][0])
-		return fail_call(failure, EINVAL, "argv");
-	child->env = copy_strings(request, "env", child, failure);
-	return child->env != NULL;
 }
 
 /* The child's side. */
@@ -170,18 +74,18 @@ static const char *search_path(char *const *env)
 }
 
 /* As execvp does, but in the PATH that the program will have: the last EACCES outlives later ENOENTs. */
-static int execute(const struct child *child)
+static int execute(const struct program *program)
 {
-	const char *name = child->argv[0];
+	const char *name = program->argv[0];
 	if (strchr(name, '/')) {
-		execve(name, child->argv, child->env);
+		execve(name, program->argv, program->env);
 		return errno;
 	}
 	char path[PATH_MAX];
 	int error = ENOENT;
 	size_t name_length = strlen(name);
 	const char *end;
-	for (const char *start = search_path(child->env);; start = end + 1) {
+	for (const char *start = search_path(program->env);; start = end + 1) {
 		end = strchr(start, ':');
 		end = end ? end : start + strlen(start);
 		size_t length = (size_t)(end - start);
@@ -189,7 +93,7 @@ static int execute(const struct child *child)
 			memcpy(path, start, length);
 			path[length] = '/';
 			memcpy(path + length + (length > 0), name, name_length + 1);
-			execve(path, child->argv, child->env);
+			execve(path, program->argv, program->env);
 			if (errno == EACCES)
 				error = EACCES;
 			else if (errno != ENOENT && errno != ENOTDIR)
@@ -213,6 +117,7 @@ static void reset_oom_score(void)
 static bool become(const struct child *child, struct failure *failure)
 {
 	static const struct rlimit FILES = {1024, 524288}; /* as systemd: select() works, and a server can raise it */
+	const struct program *program = &child->program;
 	const uint64_t no_signals = 0;
 	setsid();
 	if (dup2(child->in, 0) < 0 || dup2(child->out, 1) < 0 || dup2(child->err, 2) < 0)
@@ -224,13 +129,13 @@ static bool become(const struct child *child, struct failure *failure)
 	reset_oom_score();
 	umask(022); /* the agent's is 0, so that modes are those that were asked for */
 	syscall(SYS_prlimit64, 0, RLIMIT_NOFILE, &FILES, NULL);
-	if (syscall(SYS_setgroups, child->group_count, child->groups) < 0)
+	if (syscall(SYS_setgroups, program->group_count, program->groups) < 0)
 		return fail_call(failure, errno, "setgroups");
-	if (syscall(SYS_setresgid, child->gid, child->gid, child->gid) < 0)
+	if (syscall(SYS_setresgid, program->gid, program->gid, program->gid) < 0)
 		return fail_call(failure, errno, "setresgid");
-	if (syscall(SYS_setresuid, child->uid, child->uid, child->uid) < 0)
+	if (syscall(SYS_setresuid, program->uid, program->uid, program->uid) < 0)
 		return fail_call(failure, errno, "setresuid");
-	if (chdir(child->cwd) < 0)
+	if (chdir(program->cwd) < 0)
 		return fail_call(failure, errno, "chdir");
 	syscall(SYS_rt_sigprocmask, SIG_SETMASK, &no_signals, NULL, sizeof(no_signals));
 	return true;
@@ -240,7 +145,7 @@ static _Noreturn void child_main(void *argument)
 {
 	struct child *child = argument;
 	if (become(child, &child->failure))
-		fail_call(&child->failure, execute(child), "execve");
+		fail_call(&child->failure, execute(&child->program), "execve");
 	for (;;)
 		syscall(SYS_exit_group, 127);
 }
@@ -339,7 +244,7 @@ static bool connect_terminal(struct spawn *spawn, struct child *child, const uin
 	if (!pty_read_size(map, length, &size))
 		return fail_call(&spawn->failure, EINVAL, "pty");
 	spawn->tty = child->tty = true;
-	return pty_open(&spawn->out, &child->in, &size, child->uid, &spawn->failure) &&
+	return pty_open(&spawn->out, &child->in, &size, child->program.uid, &spawn->failure) &&
 	       copy_descriptor(spawn->out, &spawn->in, &spawn->failure) &&
 	       copy_descriptor(child->in, &child->out, &spawn->failure) &&
 	       copy_descriptor(child->in, &child->err, &spawn->failure);
@@ -357,7 +262,7 @@ static bool connect(struct spawn *spawn, struct child *child)
 static bool run(struct spawn *spawn, struct child *child)
 {
 	const struct request *request = spawn->request;
-	if (!read_program(request, child, &spawn->failure) || !connect(spawn, child))
+	if (!program_read(&child->program, request, &spawn->failure) || !connect(spawn, child))
 		return false;
 	spawn->cgroup = cgroup_make(request->stream);
 	if (spawn->cgroup < 0)
@@ -373,7 +278,7 @@ static void run_job(struct job *job)
 		fail_call(&spawn->failure, ENOMEM, "malloc");
 		return;
 	}
-	memset(child, 0, offsetof(struct child, room));
+	memset(child, 0, offsetof(struct child, program));
 	child->in = child->out = child->err = -1;
 	if (!run(spawn, child)) {
 		close_all((int *const[]){&spawn->in, &spawn->out, &spawn->err}, 3);

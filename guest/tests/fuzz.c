@@ -7,23 +7,12 @@
 #include "../diag.h"
 #include "../frames.h"
 #include "../msgpack.h"
+#include "../program.h"
+#include "../pty.h"
 #include "check.h"
+#include "random.h"
 
-static uint64_t state;
-
-static uint32_t random_number(uint32_t below) /* splitmix64 */
-{
-	uint64_t z = state += 0x9e3779b97f4a7c15;
-	z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
-	z = (z ^ z >> 27) * 0x94d049bb133111eb;
-	return (uint32_t)((z ^ z >> 31) % below);
-}
-
-static void fill(uint8_t *bytes, size_t length)
-{
-	for (size_t i = 0; i < length; i++)
-		bytes[i] = (uint8_t)random_number(256);
-}
+static long programs; /* that were accepted: a fuzzer whose every input is refused proves nothing */
 
 /* Walk a map as the agent does; only what msgpack_valid has accepted may be walked. */
 static void fuzz_map(const uint8_t *bytes, size_t length)
@@ -76,19 +65,60 @@ static void fuzz_diag(void)
 	free(answer);
 }
 
-static size_t mutated_map(uint8_t *bytes, size_t capacity)
+static struct request *copy_request(const uint8_t *map, size_t length)
 {
-	struct msgpack_writer map = {.bytes = bytes, .capacity = capacity};
-	msgpack_write_map(&map, 3);
-	msgpack_write_string(&map, "op");
-	msgpack_write_string(&map, "exec");
-	msgpack_write_string(&map, "path");
-	msgpack_write_bytes(&map, "/some/where", random_number(12));
-	msgpack_write_string(&map, "a");
-	msgpack_write_integer(&map, (int64_t)random_number(UINT32_MAX) << random_number(32));
-	for (uint32_t changes = random_number(4); changes; changes--)
-		bytes[random_number((uint32_t)map.length)] = (uint8_t)random_number(256);
-	return random_number(4) ? map.length : random_number((uint32_t)map.length + 1);
+	const struct frame frame = {.payload = map, .length = (uint32_t)length};
+	return request_copy(&frame);
+}
+
+/* A request as the control thread keeps it: every reader stays within it, and what is read is what was promised. */
+static void fuzz_request(const uint8_t *bytes, size_t length)
+{
+	static const char *const KEYS[] = {"op", "path", "cwd", "argv", "uid", "merge", "pty", "limits", ""};
+	uint8_t *copy = malloc(length ? length : 1); /* of exactly its size: a request's own memory ends with its map */
+	memcpy(copy, bytes, length);
+	struct request *request = msgpack_valid(copy, length) ? copy_request(copy, length) : NULL;
+	free(copy);
+	for (size_t i = 0; request && i < sizeof(KEYS) / sizeof(KEYS[0]); i++) {
+		struct failure failure = {0};
+		char path[PATH_MAX];
+		size_t part;
+		bool found = request_path(request, KEYS[i], path, &failure);
+		CHECK(found ? strlen(path) > 0 : failure.error && failure.call);
+		int64_t flag = request_flag(request, KEYS[i], false);
+		CHECK(flag == 0 || flag == 1);
+		request_integer(request, KEYS[i], 0);
+		const uint8_t *map = request_map(request, KEYS[i], &part);
+		struct winsize size;
+		CHECK(!map || (map >= request->map && map + part <= request->map + length));
+		if (map)
+			pty_read_size(map, part, &size);
+	}
+	free(request);
+}
+
+static void fuzz_program(const uint8_t *bytes, size_t length)
+{
+	struct failure failure = {0};
+	struct program *program = malloc(sizeof(*program));
+	struct request *request = msgpack_valid(bytes, length) ? copy_request(bytes, length) : NULL;
+	if (request && program_read(program, request, &failure)) {
+		size_t text = 0;
+		CHECK(program->argv[0][0] && program->cwd[0] && program->group_count <= PROGRAM_MAX_GROUPS);
+		CHECK(program->uid != UINT32_MAX && program->gid != UINT32_MAX);
+		for (char **each = program->argv; *each; each++)
+			text += strlen(*each);
+		for (char **each = program->env; *each; each++)
+			text += strlen(*each);
+		CHECK(text <= length);
+		programs++;
+	} else if (request) {
+		CHECK(failure.error && failure.call);
+	}
+	if (request)
+		program_free(program);
+	free(request);
+	free(program);
 }
 
 /* Frames with some broken bits, cut into random pieces: the decoder keeps its invariants and its verdict. */
@@ -130,18 +160,25 @@ static void fuzz_frames(size_t capacity)
 int main(int count, char **arguments)
 {
 	long rounds = count > 1 ? strtol(arguments[1], NULL, 10) : 20000;
-	state = count > 2 ? strtoull(arguments[2], NULL, 10) : 1;
+	random_begin(count > 2 ? strtoull(arguments[2], NULL, 10) : 1);
 	for (long i = 0; i < rounds; i++) {
-		uint8_t bytes[256];
+		uint8_t bytes[1024];
 		size_t length = random_number(64);
 		fill(bytes, length);
 		bytes[0] = (uint8_t)(0x80 | random_number(16)); /* random bytes that begin as a map */
 		fuzz_map(bytes, length);
-		fuzz_map(bytes, mutated_map(bytes, sizeof(bytes)));
+		fuzz_request(bytes, length);
+		length = mutated(bytes, random_request(bytes, sizeof(bytes)));
+		fuzz_map(bytes, length);
+		fuzz_request(bytes, length);
+		length = mutated(bytes, random_exec(bytes, sizeof(bytes)));
+		fuzz_request(bytes, length);
+		fuzz_program(bytes, length);
 		fuzz_counters();
 		fuzz_diag();
 		fuzz_frames(HEADER_SIZE + 64 + random_number(1024));
 	}
-	printf("ok fuzz: %ld rounds\n", rounds);
+	CHECK(programs > rounds / 100);
+	printf("ok fuzz: %ld rounds, %ld programs\n", rounds, programs);
 	return 0;
 }
