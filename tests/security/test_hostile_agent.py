@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from tests.support.peak import printed_by
 from tests.support.waiting import PATIENCE_S
 from tests.unit.vm.test_control import control_and_guest
 
@@ -20,11 +21,20 @@ from taskvm import GuestError, GuestProtocolError, SandboxLostError, TaskvmError
 from taskvm import files as files_module
 from taskvm.files import Files
 from taskvm.process import Capture, Process
+from taskvm.vm import control as control_module
 from taskvm.vm.control import Control
 from taskvm.wire.control import ExecRequest, Started
-from taskvm.wire.frames import FrameType, encode_u32
+from taskvm.wire.frames import (
+    MAX_DATA,
+    MAX_MAP,
+    PROTOCOL_VERSION,
+    FrameType,
+    encode_frame,
+    encode_u32,
+)
 
-Frames = list[tuple[FrameType, object, int]]
+FrameAndChannel = tuple[FrameType, object, int]
+Frames = list[FrameAndChannel]
 REPLY, DATA, END, RESET, EXIT = (
     FrameType.REPLY,
     FrameType.DATA,
@@ -32,6 +42,8 @@ REPLY, DATA, END, RESET, EXIT = (
     FrameType.RESET,
     FrameType.EXIT,
 )
+HELLO = {"version": "1", "protocol": PROTOCOL_VERSION, "arch": "x86_64", "kernel": "6.1"}
+ENDED = (EXIT, {"code": 0}, 0)
 STATUS = {"type": "file", "mode": 0o644, "size": 1, "uid": 0, "gid": 0}
 STATUS |= {"nlink": 1, "ino": 1, "mtime_ns": 1}
 COUNTERS = ("user_us", "system_us", "memory_peak", "processes_peak", "read_bytes", "written_bytes")
@@ -81,24 +93,25 @@ def listing(content: bytes) -> Frames:
     return [(REPLY, {}, 0), (DATA, content, 1), (END, b"", 1)]
 
 
+async def settled(asking: Awaitable[object]) -> object:
+    """Return what comes of it, a result or an error."""
+    try:
+        return await asking
+    except BaseExceptionGroup as group:  # Sandbox.exec unpacks it in the same way
+        return group.exceptions[0]
+    except Exception as error:  # noqa: BLE001 - the test judges it
+        return error
+
+
 async def outcome(
     ask: Callable[[Control], Awaitable[object]], frames: Frames
 ) -> tuple[object, list[Exception]]:
     """Answer what `ask` opens with `frames`. Return its result or error, and what the port ended with."""
     lost: list[Exception] = []
     async with control_and_guest() as (control, guest), asyncio.timeout(PATIENCE_S):
-
-        async def asked() -> object:
-            try:
-                return await ask(control)
-            except BaseExceptionGroup as group:  # Sandbox.exec unpacks it in the same way
-                return group.exceptions[0]
-            except Exception as error:  # noqa: BLE001 - the test judges it
-                return error
-
         control.on_lost = lost.append
         async with asyncio.TaskGroup() as group:
-            asking = group.create_task(asked())
+            asking = group.create_task(settled(ask(control)))
             opened = await guest.receive()
             for kind, payload, channel in frames:
                 await guest.send(kind, opened.stream, payload, channel)
@@ -139,6 +152,16 @@ LIES: dict[str, tuple[Callable[[Control], Awaitable[object]], Frames]] = {
     "a change of no kind": (watch, [(REPLY, {}, 0), (DATA, change(b"a", kind=ESCAPES), 1)]),
     "a change without end": (watch, [(REPLY, {}, 0), (DATA, b"\xff\xff\xff\xff", 1)]),
     "a signal that is none": (run, [STARTED, (EXIT, {"signal": -77}, 0)]),
+    "a second reply": (run, [STARTED, STARTED]),
+    "a second greeting": (run, [(FrameType.HELLO, HELLO, 0)] * 2),
+    "bytes after the end of an output": (run, [STARTED, (END, b"", 1), (DATA, b"more", 1)]),
+    "output of a third kind": (run, [STARTED, (DATA, b"x", 3)]),
+    "output before the start and too much of it": (run, [(DATA, bytes(MAX_DATA), 1)] * 5),
+    "credit without end": (run, [STARTED, *[(FrameType.CREDIT, encode_u32(2**31 - 1), 0)] * 2]),
+    "a request of its own": (run, [STARTED, (FrameType.OPEN, {"op": "exec"}, 0)]),
+    "a signal for the host": (run, [STARTED, (FrameType.SIGNAL, {"signal": 9}, 0)]),
+    "an order to go on": (run, [STARTED, (FrameType.RESUME, b"", 0)]),
+    "a rest that nobody asked for": (run, [STARTED, (FrameType.QUIESCED, b"", 0)]),
 }
 
 
@@ -154,6 +177,117 @@ async def test_a_lie_ends_the_sandbox_and_is_told_in_clean_words(lie: str) -> No
     for error in (result, *lost):
         assert str(error).isprintable()
         assert len(str(error)) < 2000
+
+
+@pytest.mark.parametrize(
+    "again",
+    [ENDED, STARTED, (DATA, b"more", 1), (END, b"", 1), (RESET, encode_u32(5), 0)],
+    ids=lambda frame: frame[0].name,
+)
+async def test_what_is_replayed_after_the_end_changes_nothing(again: FrameAndChannel) -> None:
+    """It may have been under way: the result is the first one's, and a later command has its own."""
+    frames = [STARTED, (DATA, b"first", 1), ENDED]
+    async with control_and_guest() as (control, guest), asyncio.timeout(PATIENCE_S):
+        lost: list[Exception] = []
+        control.on_lost = lost.append
+        results = []
+        async with asyncio.TaskGroup() as group:
+            first = group.create_task(run(control))
+            old = (await guest.receive()).stream
+            for kind, payload, channel in [*frames, again, again]:
+                await guest.send(kind, old, payload, channel)
+            results.append(await first)
+            second = group.create_task(run(control))
+            new = (await guest.receive()).stream
+            await guest.send(again[0], old, again[1], again[2])
+            for kind, payload, channel in [STARTED, (DATA, b"second", 1), ENDED]:
+                await guest.send(kind, new, payload, channel)
+            results.append(await second)
+
+    assert [result.stdout for result in results] == ["first", "second"]
+    assert new != old
+    assert lost == []
+
+
+async def test_half_a_frame_and_then_silence_is_a_lost_guest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The rest of a megabyte that was announced never comes: what asks after the guest ends everything that waits."""
+    monkeypatch.setattr(control_module, "PROBE_TIMEOUT_S", 0.05)
+    async with control_and_guest() as (control, guest), asyncio.timeout(PATIENCE_S):
+        lost: list[Exception] = []
+        control.on_lost = lost.append
+        async with asyncio.TaskGroup() as group:
+            waiting = group.create_task(settled(run(control)))
+            opened = await guest.receive()
+            frame = encode_frame(REPLY, 0, opened.stream, bytes(MAX_MAP))
+            await guest.send_bytes(frame[: len(frame) // 2])
+            asking = await settled(control.probe("look after the guest"))
+            error = await waiting
+
+    assert isinstance(asking, SandboxLostError)
+    assert isinstance(error, SandboxLostError)
+    assert [type(item) for item in lost] == [SandboxLostError]
+
+
+# A program, so that nothing of the runner's hides its peak. A thread floods one port until its neighbour, another one,
+# has answered 200 pings, and then answers too. It prints how many MiB came and how far memory rose.
+FLOOD = """
+import asyncio, socket, sys, threading
+import msgspec
+from tests.support.peak import Peak
+from taskvm.vm.control import Control
+from taskvm.wire import control as messages
+from taskvm.wire.frames import FrameDecoder, FrameType, encode_frame
+
+kind = FrameType[sys.argv[1]]
+payload, least = (bytes(1 << 20), 32 << 20) if kind is FrameType.REPLY else (b"", 4 << 20)
+frames = encode_frame(kind, 0, 1, payload) * max(1, (1 << 18) // (12 + len(payload)))
+done, flooded = threading.Event(), [0]
+
+def flood(sock):
+    while not done.is_set() or flooded[0] < least:
+        sock.sendall(frames)
+        flooded[0] += len(frames)
+    answer(sock)
+
+def answer(sock):
+    decoder = FrameDecoder()
+    while data := sock.recv(65536):
+        for frame in decoder.feed(data):
+            sock.sendall(encode_frame(FrameType.REPLY, 0, frame.stream, msgspec.msgpack.encode({})))
+
+async def ask(control):
+    await control.request(messages.PingRequest(), messages.Done, "ping", timeout_s=100)
+
+async def main():
+    (ours, hostile), (ours_too, healthy) = socket.socketpair(), socket.socketpair()
+    flooding, neighbour = await Control.open(ours), await Control.open(ours_too)
+    call = flooding.open_call(messages.PingRequest(), "ping")
+    call.forget()  # its stream may still get frames
+    threading.Thread(target=answer, args=(healthy,), daemon=True).start()
+    await ask(neighbour)
+    peak = Peak()
+    threading.Thread(target=flood, args=(hostile,), daemon=True).start()
+    for _ in range(200):
+        await ask(neighbour)
+    done.set()
+    await ask(flooding)
+    print(flooded[0] >> 20, peak.growth_mib())
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(("kind", "least_mib"), [("REPLY", 32), ("END", 4)])
+def test_a_flood_of_late_frames_is_not_kept_and_starves_no_neighbour(
+    kind: str, least_mib: int
+) -> None:
+    """Frames for a stream that has ended cannot be told from a lie; there may be any number of them."""
+    flooded_mib, growth_mib = printed_by(FLOOD, kind)
+
+    assert int(flooded_mib) >= least_mib
+    assert float(growth_mib) < 10
 
 
 async def test_a_stream_that_was_never_opened_is_a_lie() -> None:

@@ -38,9 +38,11 @@ class Guest:
         self, kind: FrameType, stream: int, payload: object = b"", channel: int = 0
     ) -> None:
         body = payload if isinstance(payload, bytes) else msgspec.msgpack.encode(payload)
-        await asyncio.get_running_loop().sock_sendall(
-            self._sock, encode_frame(kind, channel, stream, body)
-        )
+        await self.send_bytes(encode_frame(kind, channel, stream, body))
+
+    async def send_bytes(self, data: bytes) -> None:
+        """What need not be a whole frame."""
+        await asyncio.get_running_loop().sock_sendall(self._sock, data)
 
 
 @contextlib.asynccontextmanager
