@@ -1,6 +1,7 @@
 """The way into a real guest (taskvm.net.ingress): real servers there, real clients here."""
 
 import asyncio
+import base64
 import contextlib
 import hashlib
 import json
@@ -19,6 +20,7 @@ from tests.support.waiting import PATIENCE_S, until
 
 from taskvm import Forward, Process, Sandbox, SandboxStateError
 from taskvm.sync import Sandbox as BlockingSandbox
+from taskvm.wire.websocket import acceptance_of
 
 pytestmark = pytest.mark.vm
 
@@ -112,6 +114,109 @@ async def test_sixty_parallel_requests_reach_a_web_server(vm: Sandbox) -> None:
     assert events[0]["reason"] == "listening"
     assert sum(event.get("reason") == "closed" for event in events) == 60
     assert {event["guest_port"] for event in events} == {8000}
+
+
+# A server of the standard library only, with RFC 6455 by hand: it answers in capitals, pings, and closes when told to.
+WEBSOCKET = """
+import base64, hashlib, struct
+from http.server import *
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_GET(self):
+        key = self.headers["Sec-WebSocket-Key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+        self.send_response(101)
+        self.send_header("Upgrade", "websocket")
+        self.send_header("Connection", "Upgrade")
+        self.send_header("Sec-WebSocket-Accept", base64.b64encode(hashlib.sha1(key.encode()).digest()).decode())
+        self.end_headers()
+        self.frame(0x89, b"are you there")
+        while self.answer(): pass
+        self.close_connection = True
+    def answer(self):
+        kind, length = self.rfile.read(2)
+        size = length & 127
+        if size > 125: size = int.from_bytes(self.rfile.read(2 if size == 126 else 8), "big")
+        mask, data = self.rfile.read(4), self.rfile.read(size)
+        whole = (mask * (size // 4 + 1))[:size]
+        plain = (int.from_bytes(data, "big") ^ int.from_bytes(whole, "big")).to_bytes(size, "big")
+        self.frame(0x8A if kind == 0x89 else kind, plain.upper() if kind & 15 < 8 else plain)
+        return kind != 0x88
+    def frame(self, kind, data):
+        size = len(data)
+        head = bytes([kind, size]) if size < 126 else bytes([kind, 127]) + struct.pack(">Q", size)
+        self.wfile.write(head + data)
+    def log_message(self, *arguments): pass
+
+s = ThreadingHTTPServer(("", 8000), Handler)
+print("ready", flush=True)
+s.serve_forever()
+"""
+
+
+async def websocket_send(writer: asyncio.StreamWriter, kind: int, data: bytes) -> None:
+    """Send one frame as a client does: masked (RFC 6455, 5.2)."""
+    mask = os.urandom(4)
+    whole = int.from_bytes((mask * (len(data) // 4 + 1))[: len(data)])
+    masked = (int.from_bytes(data) ^ whole).to_bytes(len(data))
+    size = bytes([0x80 | len(data)]) if len(data) < 126 else b"\xff" + len(data).to_bytes(8)
+    writer.write(bytes([kind]) + size + mask + masked)
+    await writer.drain()
+
+
+async def websocket_receive(reader: asyncio.StreamReader) -> tuple[int, bytes]:
+    kind, size = await reader.readexactly(2)
+    if size == 127:
+        size = int.from_bytes(await reader.readexactly(8))
+    return kind, await reader.readexactly(size)
+
+
+async def websocket_open(forward: Forward) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Shake hands, and check the server's answer to a key of our own."""
+    key = base64.b64encode(os.urandom(16))
+    reader, writer = await asyncio.open_connection(forward.host, forward.port)
+    writer.write(
+        b"GET /chat HTTP/1.1\r\nHost: %b\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Key: %b\r\nSec-WebSocket-Version: 13\r\n\r\n" % (str(forward).encode(), key)
+    )
+    head = await reader.readuntil(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 101 ")
+    assert b"Sec-WebSocket-Accept: " + acceptance_of(key) + b"\r\n" in head
+    return reader, writer
+
+
+async def test_a_websocket_carries_messages_of_both_sides_until_it_is_closed(vm: Sandbox) -> None:
+    """Two at once to a server in the guest: text, a megabyte, a ping from each side, and the closing handshake."""
+    large = os.urandom(1 << 20)
+    async with await vm.spawn(["python3", "-c", WEBSOCKET]) as process:
+        await ready(process)
+        async with vm.forward(8000) as forward, asyncio.timeout(PATIENCE_S):
+            idle_reader, idle_writer = await websocket_open(forward)
+            reader, writer = await websocket_open(forward)
+            received = [await websocket_receive(reader)]
+            for kind, data in [
+                (0x81, b"hello"),
+                (0x82, large),
+                (0x89, b"ping"),
+                (0x88, b"\x03\xe8"),
+            ]:
+                await websocket_send(writer, kind, data)
+                received.append(await websocket_receive(reader))
+            rest = await reader.read()
+            await websocket_send(idle_writer, 0x81, b"still here")
+            idle = [await websocket_receive(idle_reader) for _ in range(2)]
+            writer.close()
+            idle_writer.close()
+
+    assert received == [
+        (0x89, b"are you there"),
+        (0x81, b"HELLO"),
+        (0x82, large.upper()),
+        (0x8A, b"ping"),
+        (0x88, b"\x03\xe8"),
+    ]
+    assert rest == b""
+    assert idle[1] == (0x81, b"STILL HERE")
 
 
 async def test_an_upload_is_whole_and_its_end_leaves_the_answer_open(vm: Sandbox) -> None:
