@@ -29,9 +29,11 @@ from taskfactory.runner import Summary
 from taskfactory.sandboxconfig import SWITCH_VARIABLE, SandboxConfig, SandboxSecret
 from taskfactory.settings import HOME_VARIABLE
 from taskvm.egress.audit import AuditEvent
+from taskvm.egress.policyfile import PolicyDocument, RuleTable, parse_document
 from taskvm.supervisor.place import RUNTIME_VARIABLE
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 PAGE = (DOCS / "configuration.md").read_text(encoding="utf-8")
 EXTENSIONS = (DOCS / "extensions.md").read_text(encoding="utf-8")
 # "## Heading" to its text.
@@ -52,25 +54,81 @@ def _keys(*types: type[msgspec.Struct]) -> set[str]:
     return {field.encode_name for each in types for field in msgspec.structs.fields(each)}
 
 
-def _options(command: click.Command) -> Iterator[str]:
-    for parameter in command.params:
-        if isinstance(parameter, click.Option):
-            yield from parameter.opts
-    if isinstance(command, click.Group):
-        for each in command.commands.values():
-            yield from _options(each)
+def _commands(command: click.Command, path: str = "") -> Iterator[tuple[str, click.Command]]:
+    """Yield each command that does something, with its words after the program's name."""
+    if not isinstance(command, click.Group):
+        yield path, command
+    else:
+        for name, each in command.commands.items():
+            yield from _commands(each, f"{path} {name}".strip())
 
 
-@pytest.mark.parametrize(
-    ("heading", "command"),
-    [("taskvm", taskvm.cli.commands.main), ("taskfactory run", taskfactory.cli.main)],
-)
-def test_every_option_is_named(heading: str, command: click.Group) -> None:
-    written = {
-        word for span in re.findall(r"`([^`\n]+)`", _section(heading)) for word in span.split()
-    }
+COMMANDS = dict(_commands(taskvm.cli.commands.main))
+# The long table of options is theirs; a row that is not for all of them says for which.
+STARTING = {"run", "shell", "start"}
 
-    assert set(_options(command)) - {"--help", "--version", "-h"} <= written
+
+def _options(command: click.Command) -> set[str]:
+    options = (each for each in command.params if isinstance(each, click.Option))
+    return {name for each in options for name in each.opts} - {"--help", "--version", "-h"}
+
+
+def _written(text: str) -> set[str]:
+    """Return the options in `code` spans: `--publish [HOST_PORT:]GUEST_PORT` names `--publish`."""
+    words = (word for span in re.findall(r"`([^`\n]+)`", text) for word in re.split(r"[\s/]", span))
+    return {word for word in words if re.fullmatch(r"--?[a-z][a-z-]*", word)}
+
+
+def _lines_about(path: str) -> list[str]:
+    """Return the rows of the page for one command."""
+    group, _, name = path.rpartition(" ")
+    rows = [line for line in _section("taskvm").splitlines() if line.startswith("| `")]
+    if path in STARTING:
+        found = [line for line in rows if line.startswith("| `-")]
+        for_some = re.compile(r"^\| [^|]*\(((?:`[a-z -]+`(?:, )?)+)(?: only)?\)")
+        return [
+            line
+            for line in found
+            if not (some := for_some.search(line)) or f"`{path}" in some.group(1)
+        ]
+    start = re.compile(
+        rf"^\| `taskvm {group} ?(?:[^|]*`)?{name}\b" if group else rf"^\| `taskvm {name}\b"
+    )
+    return [line for line in rows if start.search(line)]
+
+
+@pytest.mark.parametrize("path", COMMANDS)
+def test_every_option_is_named_with_its_command(path: str) -> None:
+    lines = _lines_about(path)
+
+    assert lines, f"no row of docs/configuration.md is about taskvm {path}"
+    assert _options(COMMANDS[path]) <= set().union(*map(_written, lines))
+
+
+@pytest.mark.parametrize("path", COMMANDS)
+def test_a_row_of_a_command_names_no_option_that_it_does_not_have(path: str) -> None:
+    lines = _lines_about(path)
+    if path in STARTING:
+        lines = [re.split(r"[|(]", line)[1] for line in lines]
+
+    assert set().union(*map(_written, lines)) <= _options(COMMANDS[path])
+
+
+def test_every_option_of_the_application_is_named() -> None:
+    section = _written(_section("taskfactory run"))
+
+    for _, command in _commands(taskfactory.cli.main):
+        assert _options(command) <= section
+
+
+def test_every_key_of_a_policy_file_is_named() -> None:
+    page = (ROOT / "docs" / "policy.md").read_text(encoding="utf-8")
+    table = [line for line in page.splitlines() if line.startswith("| `")]
+    (example,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+
+    assert _keys(RuleTable) <= {line.split("`")[1] for line in table}
+    assert _keys(PolicyDocument) <= set(re.findall(r"^(?:\[\[)?(\w+)", example, re.MULTILINE))
+    assert parse_document(example, "docs/policy.md").rules
 
 
 def test_every_key_of_a_sandbox_is_named_twice() -> None:
@@ -153,7 +211,7 @@ async def test_the_pages_extension_keeps_the_tests(tmp_path: Path) -> None:
 @pytest.mark.vm
 def test_the_first_lines_of_the_readme_do_what_they_say(tmp_path: Path) -> None:
     """They show a change and leave the file as it was."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = readme.partition("```python\n")[2].partition("```")[0]
     (tmp_path / "page.txt").write_text("the colour is red\n")
 
