@@ -23,9 +23,11 @@ from tests.support.h2_lab import (
     h2_client,
     h2_server,
 )
-from tests.support.waiting import PATIENCE_S
+from tests.support.waiting import PATIENCE_S, until
 
 from taskvm.egress.secret import Secret
+from taskvm.net import inflight
+from taskvm.wire.message import MAX_FIELDS, Asked, HttpRefused
 
 VALUE = "sk-live-0123456789abcdef"
 FRANK = {"validate_outbound_headers": False, "normalize_outbound_headers": False}
@@ -240,6 +242,77 @@ def _bomb() -> bytes:
     return len(block).to_bytes(3, "big") + b"\x01\x05" + (1).to_bytes(4, "big") + block
 
 
+async def test_requests_and_their_heads_are_bounded_over_all_connections(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The limits of connections and streams multiply: what is left open in all of them is not more than this."""
+    monkeypatch.setattr(inflight, "MAX_REQUESTS", 5)
+
+    async with h2_server(lambda call, ended: None) as server, lab_for(server) as lab:
+        authority = f"api.test:{server.port}"
+        async with (
+            h2_client(lab, "api.test", server.port) as one,
+            h2_client(lab, "api.test", server.port) as other,
+        ):
+            for client, arrived in (one, 4), (other, 5):
+                for _ in range(4):
+                    client.open(fields(authority, method="POST"))
+                await client.flush()
+                await until(lambda arrived=arrived: len(server.requests) == arrived)
+            while len(_refused(other)) < 3:
+                await other.receive()
+
+            crowded = await lab.connect("api.test", server.port)
+            await crowded.write(f"GET / HTTP/1.1\r\nHost: {authority}\r\n\r\n".encode())
+            assert b" 429 " in await crowded.read_response()
+            crowded.reset()
+            one.stream.abort()
+            await until(lambda: lab.gateway.connections == 1)
+            again = [other.open(fields(authority, method="POST")) for _ in range(4)]
+            await other.flush()
+            await until(lambda: len(server.requests) == 9)
+
+            assert {other.answers[number].reset for number in again} == {None}
+        assert {event.rule for event in lab.denials("request")} == {"request-limit"}
+        assert len(lab.denials("request")) == 4
+    assert {answer.reset for answer in _refused(other)} == {ErrorCodes.REFUSED_STREAM}
+
+
+def _refused(client: H2Client) -> list[Answer]:
+    return [answer for answer in client.answers.values() if answer.reset is not None]
+
+
+async def test_a_head_of_many_small_fields_is_refused_and_not_kept(
+    canary: HttpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An indexed field is one byte on the wire, and a hundred in memory."""
+    kept: list[Asked] = []
+    take = inflight.InFlight.take
+    monkeypatch.setattr(
+        inflight.InFlight, "take", lambda self, asked: kept.append(asked) or take(self, asked)
+    )
+    async with lab_for(canary) as lab, h2_client(lab, "api.test", canary.port) as client:
+        authority = f"api.test:{canary.port}"
+        many = await client.ask([*fields(authority), *[("x", "y")] * MAX_FIELDS])
+        some = await client.ask([*fields(authority), *[("x", "y")] * 50])
+
+    assert (many.status, some.status) == (431, 200)
+    refused = kept[0].head
+    assert isinstance(refused, HttpRefused)
+    assert (refused.__traceback__, refused.__cause__, refused.__context__) == (None, None, None)
+
+
+async def test_heads_that_are_held_are_bounded_in_bytes(
+    canary: HttpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inflight, "MAX_HEADS_BYTES", 3000)
+    async with lab_for(canary) as lab, h2_client(lab, "api.test", canary.port) as client:
+        authority = f"api.test:{canary.port}"
+        for _ in range(3):
+            assert (await client.ask(fields(authority, x="y" * 2000))).status == 200
+        assert (await client.ask(fields(authority, x="y" * 3000))).reset is not None
+
+
 # Servers.
 
 
@@ -261,6 +334,27 @@ async def test_a_hostile_server_is_a_bad_gateway(frame: bytes) -> None:
 
         assert answer.status == 502
         assert lab.failure is None
+
+
+async def test_a_server_that_sends_very_many_fields_is_a_bad_gateway() -> None:
+    def answer(call: Call, ended: bool) -> None:
+        many = [("x", "y")] * MAX_FIELDS
+        head = [(":status", "200"), *(many if call.path == "/head" else [])]
+        call.connection.send_headers(call.number, head)
+        if call.path != "/head":
+            call.connection.send_headers(call.number, [*many, ("z", "")], end_stream=True)
+
+    async with (
+        h2_server(answer) as server,
+        lab_for(server) as lab,
+        h2_client(lab, "api.test", server.port) as client,
+    ):
+        authority = f"api.test:{server.port}"
+        head = await client.ask(fields(authority, "/head"))
+        trailer = await client.ask(fields(authority, "/trailer"))
+
+    assert (head.status, trailer.status, trailer.reset) == (502, 200, ErrorCodes.INTERNAL_ERROR)
+    assert b"too many fields" in head.body
 
 
 async def test_interim_answers_without_end_are_stopped_where_the_guest_does_not_read() -> None:

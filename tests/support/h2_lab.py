@@ -58,6 +58,13 @@ class H2Client:
         await self.flush()
         return number
 
+    def open(self, fields: Fields) -> int:
+        """Queue the head of a request whose body is to follow; return its stream."""
+        number = self.connection.get_next_available_stream_id()
+        self.answers[number] = Answer()
+        self.connection.send_headers(number, fields)
+        return number
+
     async def write(self, number: int, body: bytes, *, end: bool = False) -> None:
         """Send a body as the windows allow."""
         while body:
@@ -206,6 +213,9 @@ class Call:
 
     def reset(self, code: int) -> None:
         self.connection.reset_stream(self.number, code)
+        self._server.flush()
+
+    def flush(self) -> None:
         self._server.flush()
 
     def raw(self, data: bytes) -> None:

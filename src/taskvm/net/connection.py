@@ -181,8 +181,10 @@ class GuestConnection:
             if isinstance(stream, TlsStream) and stream.protocol == H2:
                 # Imported when first spoken: h2 doubles what importing this package costs.
                 from taskvm.net.http2guest import Http2Guest
+                from taskvm.wire.http2 import CONNECTION_WINDOW
 
-                await Http2Guest(session, stream, denied).run()
+                with self._egress.in_flight.window(CONNECTION_WINDOW) as window:
+                    await Http2Guest(session, stream, denied, window).run()
             else:
                 await Http1Guest(session, stream, denied).run()
             async with asyncio.timeout(LINGER_S):

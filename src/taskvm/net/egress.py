@@ -12,6 +12,7 @@ from taskvm.egress.passthrough import NOTHING, Passthrough
 from taskvm.egress.policy import Decision, Policy, decide_name
 from taskvm.net.approvals import Approvals
 from taskvm.net.auditlog import AuditLog
+from taskvm.net.inflight import InFlight
 from taskvm.net.keyring import Keyring
 from taskvm.net.names import SyntheticNames
 from taskvm.net.upstream import Dialer
@@ -39,6 +40,7 @@ class Egress:
     passthrough: Passthrough = NOTHING
     oversight: Oversight = field(default_factory=Oversight)
     widen: Callable[[str], None] = lambda host: None
+    in_flight: InFlight = field(init=False, default_factory=InFlight)
     approvals: Approvals | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -115,6 +117,10 @@ class Refusal(Exception):  # noqa: N818 - an answer for the guest, not a fault
 
 
 ASKED_LATER = Decision(True, "ask", "a person is asked when a request is made")
+CROWDED = Decision(
+    False, "request-limit", "too many requests of this sandbox are under way",
+    "Wait for answers before asking for more",
+)  # fmt: skip
 UNRECORDED = Decision(
     False, "audit", "the decision cannot be recorded",
     "The audit log of this sandbox is full or cannot be written",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import h11
 
 from taskvm.net.streams import ByteStream
-from taskvm.wire.message import Header, trailer_fields
+from taskvm.wire.message import Header, HttpRefused, trailer_fields
 
 
 class Http1Body:
@@ -42,7 +42,10 @@ class Http1Body:
             if isinstance(event, h11.Data):
                 return bytes(event.data)
             if isinstance(event, h11.EndOfMessage):
-                self._trailer = trailer_fields(event.headers.raw_items())
+                try:
+                    self._trailer = trailer_fields(event.headers.raw_items())
+                except HttpRefused as refused:
+                    raise ConnectionResetError("the trailer is too long") from refused
                 return b""
             raise ConnectionResetError("the connection was closed within a message")
 

@@ -43,12 +43,22 @@ class Http1Guest:
         try:
             wait_s = HEAD_TIMEOUT_S
             while (exchange := await self._next_exchange(wait_s)) is not None:
-                await self._relay.serve(exchange)
+                await self._serve(exchange)
                 if not self._prepare_next():
                     return
                 wait_s = IDLE_TIMEOUT_S
         finally:
             self._upstreams.close()
+
+    async def _serve(self, exchange: _GuestExchange) -> None:
+        in_flight = self._relay.session.egress.in_flight
+        if not in_flight.take(exchange.asked):
+            await self._relay.refuse_crowded(exchange)
+            return
+        try:
+            await self._relay.serve(exchange)
+        finally:
+            in_flight.give_back(exchange.asked)
 
     async def _next_exchange(self, wait_s: float) -> _GuestExchange | None:
         exchange = _GuestExchange(self._h11, self._stream, _NO_REQUEST)

@@ -13,21 +13,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import h2.events
+import h2.exceptions
 from h2.errors import ErrorCodes
 
 from taskvm.net.streams import ByteStream
-from taskvm.wire.http2 import Http2Codec, Http2Error, render_trailer
-from taskvm.wire.message import Header, trailer_fields
+from taskvm.wire.http2 import CONNECTION_WINDOW, Http2Codec, Http2Error, render_trailer
+from taskvm.wire.message import MAX_FIELDS, MAX_HEAD, Header, HttpRefused, trailer_fields
 
 # Bytes of one look, a TLS record: up to 1800 frames, 60 ms of work, then others have their turn.
 READ_SIZE = 16 * 1024
 MAX_BACKLOG = 256 * 1024  # bytes that wait for the writer
 MAX_PIECE = 64 * 1024  # of a body, read or written at once
-MAX_HEADS = 16  # informational responses that nobody has read
+MAX_HEADS = 16  # informational responses that nobody has read, of MAX_HEAD bytes together
 GOAWAY_TIMEOUT_S = 5.0  # to say why a connection is over
+
+AnswerHead: TypeAlias = h2.events.ResponseReceived | h2.events.InformationalResponseReceived
 
 # A frame of this size costs little more than one of 16 KiB, where the peer takes it.
 _MAX_FRAME = 64 * 1024
@@ -39,7 +43,7 @@ class Http2Stream:
     def __init__(self, link: Http2Link, number: int) -> None:
         self.number = number
         self.error: OSError | None = None
-        self.heads: deque[h2.events.Event] = deque()
+        self.heads: deque[AnswerHead] = deque()
         self.trailer: list[Header] = []
         self.sent_end = False
         self.got_end = False
@@ -113,16 +117,25 @@ class Http2Stream:
         self._owed += size
         self._changed.set()
 
-    def feed_head(self, event: h2.events.Event) -> None:
-        if len(self.heads) >= MAX_HEADS:
-            self.fail(ConnectionResetError("too many informational responses"))
+    def feed_head(self, event: AnswerHead) -> None:
+        waiting = sum(map(_head_size, self.heads)) + _head_size(event)
+        if len(self.heads) >= MAX_HEADS or waiting > MAX_HEAD:
+            self.fail(Http2Excess("the response's heads are too long"))
             self.release(ErrorCodes.ENHANCE_YOUR_CALM)
             return
         self.heads.append(event)
         self._changed.set()
 
+    def feed_trailer(self, fields: Sequence[Header]) -> None:
+        try:
+            self.trailer = trailer_fields(fields)
+        except HttpRefused:
+            self.fail(Http2Excess("the trailer is too long"))
+
     def feed_end(self) -> None:
-        self.got_end = True
+        self.got_end = not isinstance(
+            self.error, Http2Excess
+        )  # without its trailer it is not whole
         self._changed.set()
 
     def fail(self, error: OSError) -> None:
@@ -150,18 +163,25 @@ class Http2Reset(ConnectionResetError):  # noqa: N818 - what a peer may do
         self.code = code
 
 
+class Http2Excess(ConnectionResetError):  # noqa: N818 - what a peer may do
+    """Raised when the peer has sent more of heads or trailers than is taken."""
+
+
 class Http2Link:
-    """The connection. `on_request` is called for each new stream of a client."""
+    """The connection. `on_request` is called for each new stream of a client; `window` is how much of all
+    bodies may be unread.
+    """
 
     def __init__(
         self,
         stream: ByteStream,
         *,
         on_request: Callable[[Http2Stream, h2.events.RequestReceived], None] | None = None,
+        window: int = CONNECTION_WINDOW,
     ) -> None:
         self._stream = stream
         self._on_request = on_request
-        self._codec = Http2Codec(client_side=on_request is None)
+        self._codec = Http2Codec(client_side=on_request is None, window=window)
         self._h2 = self._codec.h2
         self._streams: dict[int, Http2Stream] = {}
         self._outgoing = bytearray()
@@ -244,10 +264,10 @@ class Http2Link:
                 stream.feed(bytes(event.data), event.flow_controlled_length)
         elif stream is None:
             return
-        elif isinstance(event, _HEADS):
+        elif isinstance(event, AnswerHead):
             stream.feed_head(event)
         elif isinstance(event, h2.events.TrailersReceived):
-            stream.trailer = trailer_fields(event.headers)
+            stream.feed_trailer(event.headers)
         elif isinstance(event, h2.events.StreamEnded):
             stream.feed_end()
         elif isinstance(event, h2.events.StreamReset):
@@ -307,7 +327,9 @@ class Http2Link:
             return
         over = stream.sent_end and stream.got_end
         if not over and not isinstance(stream.error, Http2Reset):
-            self._h2.reset_stream(stream.number, code)
+            # The peer's own reset may have come in the bytes that we are still looking at.
+            with contextlib.suppress(h2.exceptions.StreamClosedError):
+                self._h2.reset_stream(stream.number, code)
         if not self._streams:
             self._set_idle(self._idle_s)
         self._h2.acknowledge_received_data(unread, stream.number)
@@ -361,4 +383,7 @@ def _opens_all(event: h2.events.Event) -> bool:
     return isinstance(event, h2.events.WindowUpdated) and not event.stream_id
 
 
-_HEADS = (h2.events.ResponseReceived, h2.events.InformationalResponseReceived)
+def _head_size(event: AnswerHead) -> int:
+    if len(event.headers) > MAX_FIELDS:
+        return MAX_HEAD + 1  # not to be counted again and again
+    return sum(len(name) + len(value) for name, value in event.headers)

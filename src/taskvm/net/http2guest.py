@@ -11,7 +11,7 @@ import asyncio
 import h2.events
 from h2.errors import ErrorCodes
 
-from taskvm.net.egress import Refusal, Session
+from taskvm.net.egress import CROWDED, Refusal, Session
 from taskvm.net.http2 import Http2Link, Http2Stream
 from taskvm.net.relay import Relay
 from taskvm.net.streams import ByteStream
@@ -25,10 +25,12 @@ IDLE_TIMEOUT_S = 120.0  # without a request
 class Http2Guest:
     """Serves a guest's connection of HTTP/2. With `denied`, each request gets that for an answer."""
 
-    def __init__(self, session: Session, stream: ByteStream, denied: Refusal | None = None) -> None:
+    def __init__(
+        self, session: Session, stream: ByteStream, denied: Refusal | None, window: int
+    ) -> None:
         self._session = session
         self._denied = denied
-        self._link = Http2Link(stream, on_request=self._begin)
+        self._link = Http2Link(stream, on_request=self._begin, window=window)
         self._tasks: asyncio.TaskGroup | None = None
         self._relay: Relay | None = None
         self._serving: set[asyncio.Task[None]] = set()
@@ -54,9 +56,16 @@ class Http2Guest:
         assert self._tasks is not None, "the link is run inside the group"
         ended = event.stream_ended is not None
         asked = read_request(event.headers, self._session.origin, ended=ended)
-        task = self._tasks.create_task(self._serve(_GuestExchange(stream, asked)))
+        if not self._session.egress.in_flight.take(asked):
+            self._session.record("request", "deny", rule=CROWDED.rule, reason=CROWDED.reason)
+            # Nothing was done with it: a client may ask again (RFC 9113 section 8.7).
+            stream.release(ErrorCodes.REFUSED_STREAM)
+            return
+        exchange = _GuestExchange(stream, asked)
+        task = self._tasks.create_task(self._serve(exchange))
         self._serving.add(task)
-        task.add_done_callback(self._serving.discard)
+        # Not in the task itself: one that is cancelled before it starts runs none of its code.
+        task.add_done_callback(lambda task: self._served(task, exchange))
         stream.on_fail = task.cancel
 
     async def _serve(self, exchange: _GuestExchange) -> None:
@@ -65,8 +74,11 @@ class Http2Guest:
             await self._relay.serve(exchange)
         except OSError:
             exchange.break_off()  # the stream was reset, or the guest took no answer
-        finally:
-            exchange.release()
+
+    def _served(self, task: asyncio.Task[None], exchange: _GuestExchange) -> None:
+        self._serving.discard(task)
+        exchange.release()
+        self._session.egress.in_flight.give_back(exchange.asked)
 
 
 class _GuestExchange:

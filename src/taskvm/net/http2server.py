@@ -11,7 +11,7 @@ from h2.errors import ErrorCodes
 
 from taskvm.errors import UpstreamError
 from taskvm.net.exchange import StreamEnded
-from taskvm.net.http2 import Http2Link, Http2Reset, Http2Stream
+from taskvm.net.http2 import Http2Excess, Http2Link, Http2Reset, Http2Stream
 from taskvm.net.upstream import Upstream
 from taskvm.wire.http2 import MAX_STREAMS, Http2Error, read_response, render_request
 from taskvm.wire.message import Header, HttpRefused, Origin, RequestHead, ResponseHead
@@ -20,9 +20,9 @@ from taskvm.wire.message import Header, HttpRefused, Origin, RequestHead, Respon
 class Http2Server:
     """The connection. `run` carries it; exchanges wait while the server takes no more streams."""
 
-    def __init__(self, upstream: Upstream, origin: Origin) -> None:
+    def __init__(self, upstream: Upstream, origin: Origin, window: int) -> None:
         self.origin = origin
-        self.link = Http2Link(upstream.stream)
+        self.link = Http2Link(upstream.stream, window=window)
         self.failure = "the server's connection broke off"
         self._upstream = upstream
         self._open = 0
@@ -93,9 +93,6 @@ class Http2ServerExchange:
                     raise stream.error
                 await stream.wait_change()
         event = stream.heads.popleft()
-        assert isinstance(
-            event, h2.events.ResponseReceived | h2.events.InformationalResponseReceived
-        )
         ended = isinstance(event, h2.events.ResponseReceived) and event.stream_ended is not None
         try:
             return read_response(event.headers, ended=ended)
@@ -125,6 +122,8 @@ class Http2ServerExchange:
             yield
         except Http2Reset as error:
             raise StreamEnded(operation, error.code) from error
+        except Http2Excess as error:
+            raise UpstreamError(operation, "the server's response has too many fields") from error
         except TimeoutError:
             raise  # the stall timer's
         except OSError as error:

@@ -18,7 +18,7 @@ from taskvm.egress.policy import Decision, Intent, decide_request
 from taskvm.egress.redaction import Redactor, is_readable
 from taskvm.egress.replacing import Replacer
 from taskvm.net.approvals import ONCE
-from taskvm.net.egress import UNRECORDED, Refusal, Session
+from taskvm.net.egress import CROWDED, UNRECORDED, Refusal, Session
 from taskvm.net.following import Following
 from taskvm.net.hooked import HookAnswer, Hooked, both
 from taskvm.wire.message import (
@@ -121,6 +121,11 @@ class Judge:
         reason = "the request is not valid HTTP"
         self._session.record("request", "deny", rule="http", reason=reason)
         return Refusal(status, "bad_request", "http", reason)
+
+    def refuse_crowded(self) -> Refusal:
+        """Record a request that there is no room for; return the refusal that answers it."""
+        self._session.record("request", "deny", rule=CROWDED.rule, reason=CROWDED.reason)
+        return Refusal(429, "egress_denied", CROWDED.rule, CROWDED.reason, CROWDED.hint)
 
     # Deciding.
 

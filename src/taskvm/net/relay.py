@@ -74,6 +74,10 @@ class Relay:
         """Answer bytes that are no request."""
         await self.refuse(guest, self._judge.refuse_unread(status))
 
+    async def refuse_crowded(self, guest: GuestExchange) -> None:
+        """Answer a request that there is no room for."""
+        await self.refuse(guest, self._judge.refuse_crowded())
+
     async def admit_trailer(self, fields: list[Header]) -> list[Header]:
         """Return the trailer of a request to send. Raises Refusal."""
         return self._judge.admit_trailer(fields)

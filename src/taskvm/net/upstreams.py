@@ -9,6 +9,7 @@ Rule 2: a guest that speaks HTTP/1.1 has one at a time, which is also spoken to 
 from __future__ import annotations
 
 import asyncio
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from taskvm.errors import UpstreamError
@@ -69,10 +70,17 @@ class ServerConnections:
                 self._fresh = Http1Server(upstream, self._session.origin)
                 return None
             from taskvm.net.http2server import Http2Server  # with h2, as a guest of HTTP/2 has it
+            from taskvm.wire.http2 import CONNECTION_WINDOW
 
             assert self._tasks is not None, "only a guest of HTTP/2 is offered it"
-            self._shared = Http2Server(upstream, self._session.origin)
-            self._running.append(self._tasks.create_task(self._shared.run()))
+            held = ExitStack()
+            in_flight = self._session.egress.in_flight
+            window = held.enter_context(in_flight.window(CONNECTION_WINDOW))
+            self._shared = Http2Server(upstream, self._session.origin, window)
+            running = self._tasks.create_task(self._shared.run())
+            # Not in the task itself: one that is cancelled before it starts runs none of its code.
+            running.add_done_callback(lambda _: held.close())
+            self._running.append(running)
         return await self._shared.exchange()
 
     async def _take_idle(self) -> Http1Server:

@@ -54,7 +54,7 @@ def read_request(request: h11.Request, origin: Origin) -> Asked:
     try:
         head = check_request(request, origin)
     except HttpRefused as refused:
-        head = refused
+        head = refused.without_frames()
     return Asked(request.method, request.target, head)
 
 

@@ -112,7 +112,7 @@ class _FrameSizes:
 class Http2Codec:
     """One side of a connection: bytes to h2's events, and h2's frames to bytes."""
 
-    def __init__(self, *, client_side: bool) -> None:
+    def __init__(self, *, client_side: bool, window: int = CONNECTION_WINDOW) -> None:
         self.h2 = h2.connection.H2Connection(h2.config.H2Configuration(client_side=client_side))
         self.h2.state_machine = _Machine()
         codes = h2.settings.SettingCodes
@@ -128,7 +128,8 @@ class Http2Codec:
         )
         self.h2.max_inbound_frame_size = MAX_FRAME
         self.h2.initiate_connection()
-        self.h2.increment_flow_control_window(CONNECTION_WINDOW - _DEFAULT_WINDOW)
+        if window > _DEFAULT_WINDOW:
+            self.h2.increment_flow_control_window(window - _DEFAULT_WINDOW)
         self._disable_indexing()
         self._idle_frames = MAX_IDLE_FRAMES
         self._sizes = _FrameSizes(0 if client_side else len(_PREFACE))
@@ -179,7 +180,7 @@ def read_request(headers: Iterable[Header], origin: Origin, *, ended: bool) -> A
     try:
         head = _check_request(fields, method, target, origin, ended=ended)
     except HttpRefused as refused:
-        head = refused
+        head = refused.without_frames()
     return Asked(method, target, head)
 
 

@@ -8,7 +8,7 @@ Rule 3: a message whose length two parsers could read differently is refused, no
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -17,6 +17,8 @@ import msgspec
 from taskvm.wire.hostname import HostNameError, parse_authority, render_authority
 
 MAX_HEAD = 64 * 1024  # bytes of a request's or a response's head; servers refuse from 8 to 64 KiB
+# Fields of a head or a trailer. Apache takes 100; a client of HTTP/2 may send 180 cookies one by one.
+MAX_FIELDS = 256
 
 Header = tuple[bytes, bytes]
 Scheme = Literal["http", "https"]
@@ -55,6 +57,11 @@ class HttpRefused(Exception):  # noqa: N818 - an outcome, not a fault of ours
         super().__init__(reason)
         self.status = status
         self.reason = reason
+
+    def without_frames(self) -> HttpRefused:
+        """Return it without what raising it keeps alive: frames, and in them the whole message."""
+        self.__cause__ = self.__context__ = None
+        return self.with_traceback(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +184,11 @@ def check_header(name: bytes, value: bytes) -> None:
         raise HttpRefused(400, "a header's value has control characters or outer spaces")
 
 
-def check_size(headers: Iterable[Header], target: bytes = b"") -> None:
+def check_size(headers: Sequence[Header], target: bytes = b"") -> None:
     """Refuse a head that is too long. Raises HttpRefused."""
+    # An indexed field of HTTP/2 is one byte on the wire, and a hundred here.
+    if len(headers) > MAX_FIELDS:
+        raise HttpRefused(431, f"the request has more than {MAX_FIELDS} header fields")
     # h11 bounds a head that is incomplete; one that arrives whole in two reads it takes.
     if sum(len(name) + len(value) + 4 for name, value in headers) + len(target) > MAX_HEAD:
         raise HttpRefused(431, "the request's head is too long")
@@ -223,8 +233,9 @@ def without_length(headers: Iterable[Header]) -> list[Header]:
     return [item for item in headers if item[0].lower() != b"content-length"]
 
 
-def trailer_fields(headers: Iterable[Header]) -> list[Header]:
-    """Return the fields of a trailer that may stand there."""
+def trailer_fields(headers: Sequence[Header]) -> list[Header]:
+    """Return the fields of a trailer that may stand there. Raises HttpRefused for too many."""
+    check_size(headers)
     return [(name, value) for name, value in headers if name.lower() not in _NOT_IN_TRAILERS]
 
 

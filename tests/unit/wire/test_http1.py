@@ -17,6 +17,7 @@ from taskvm.wire.http1 import (
     render_request,
 )
 from taskvm.wire.message import (
+    MAX_FIELDS,
     HttpRefused,
     Origin,
     RequestHead,
@@ -123,6 +124,11 @@ def test_a_field_that_cannot_be_sent_is_refused_without_being_quoted() -> None:
 
     with pytest.raises(HttpRefused, match=r"^a header cannot be sent$"):
         render_request(head, ORIGIN)
+
+
+def test_a_trailer_of_very_many_fields_is_refused() -> None:
+    with pytest.raises(HttpRefused):
+        trailer_fields([(b"x", b"y")] * (MAX_FIELDS + 1))
 
 
 def test_a_trailer_cannot_bring_what_frames_or_authorizes() -> None:
