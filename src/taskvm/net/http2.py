@@ -169,7 +169,7 @@ class Http2Excess(ConnectionResetError):  # noqa: N818 - what a peer may do
 
 class Http2Link:
     """The connection. `on_request` is called for each new stream of a client; `window` is how much of all
-    bodies may be unread.
+    bodies may be unread. `on_change` is called when the peer has changed how many streams it takes.
     """
 
     def __init__(
@@ -192,6 +192,7 @@ class Http2Link:
         self._busy = False
         self._closed = False
         self.going_away = False
+        self.on_change: Callable[[], object] = lambda: None
         self._flush()
 
     async def run(self, idle_s: float | None = None) -> None:
@@ -218,9 +219,14 @@ class Http2Link:
         """Open a stream as a client does, by its head. Raises OSError when there can be none."""
         if self.going_away:
             raise ConnectionResetError("the connection takes no more streams")
-        number = self._h2.get_next_available_stream_id()
-        stream = self._streams[number] = Http2Stream(self, number)
-        stream.write_head(fields, end=end)
+        number = 0
+        try:
+            number = self._h2.get_next_available_stream_id()
+            stream = self._streams[number] = Http2Stream(self, number)
+            stream.write_head(fields, end=end)
+        except (h2.exceptions.TooManyStreamsError, h2.exceptions.NoAvailableStreamIDError) as error:
+            self._streams.pop(number, None)
+            raise ConnectionResetError("the server takes no more streams") from error
         return stream
 
     @property
@@ -252,6 +258,7 @@ class Http2Link:
             self._go_away(event)
         elif isinstance(event, h2.events.RemoteSettingsChanged) or _opens_all(event):
             self._wake_all()
+            self.on_change()
         else:
             self._take_for_stream(event)
 
@@ -286,6 +293,7 @@ class Http2Link:
         for number, stream in self._streams.items():
             if number > (event.last_stream_id or 0):
                 stream.fail(Http2Reset(int(ErrorCodes.REFUSED_STREAM)))
+        self.on_change()
 
     def _wake_all(self) -> None:
         for stream in self._streams.values():

@@ -27,6 +27,7 @@ class Http2Server:
         self._upstream = upstream
         self._open = 0
         self._room = asyncio.Event()
+        self.link.on_change = self._room.set
 
     async def run(self) -> None:
         """Carry the connection until it ends."""

@@ -28,6 +28,7 @@ from taskvm.wire.message import (
 REFUSAL_TIMEOUT_S = 10.0
 STALL_TIMEOUT_S = 600.0  # without a byte in either direction; models think for minutes
 WEBSOCKET_TIMEOUT_S = 3600.0  # the same, of a WebSocket
+_STALLED = "nothing moved for too long"
 
 
 class Upstreams(Protocol):
@@ -64,11 +65,19 @@ class Relay:
         """Serve one request to its end. Raises OSError when the guest is gone."""
         try:
             admitted = await self._judge.admit(guest.asked)
-            server = await self._upstreams.open()
+            server = await self._open()
         except Refusal as refusal:
             await self.refuse(guest, refusal)
             return
         await _Forwarding(self, guest, server, admitted).run()
+
+    async def _open(self) -> ServerExchange:
+        try:
+            async with asyncio.timeout(STALL_TIMEOUT_S):
+                return await self._upstreams.open()
+        except TimeoutError as error:
+            self.session.record("connect", "error", reason=_STALLED)
+            raise Refusal(502, "upstream_failed", "", _STALLED) from error
 
     async def refuse_unread(self, guest: GuestExchange, status: int) -> None:
         """Answer bytes that are no request."""
@@ -147,7 +156,7 @@ class _Forwarding:
                 else:
                     await self._relay_response()
         except TimeoutError as error:
-            raise UpstreamError("wait for the server", "nothing moved for too long") from error
+            raise UpstreamError("wait for the server", _STALLED) from error
         except HttpRefused as refused:
             raise Refusal(refused.status, "bad_request", "http", refused.reason) from refused
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import h2.connection
 import h2.settings
 import pytest
 from h2.errors import ErrorCodes
@@ -13,7 +14,7 @@ from tests.support.egress_lab import HttpServer, Lab, egress_lab, http_server
 from tests.support.h2_lab import Answer, Call, H2Server, echo, fields, h2_client, h2_server
 from tests.support.waiting import PATIENCE_S, until_settled
 
-from taskvm.net import http2guest, relay
+from taskvm.net import http2guest, http2server, inflight, relay
 from taskvm.wire.http2 import MAX_STREAMS, STREAM_WINDOW
 
 
@@ -313,6 +314,70 @@ async def test_more_streams_than_the_server_takes_wait_for_their_turn() -> None:
     assert [answer.status for answer in answers] == [200] * 6
 
 
+async def test_a_server_that_takes_streams_later_is_waited_for() -> None:
+    """It may begin with none (RFC 9113 section 6.5.2), and its SETTINGS is all that comes."""
+
+    def answer(call: Call, ended: bool) -> None:
+        call.head(200, end=True)
+        if call.path == "/first":
+            allow(call.connection, 0)
+            loop.call_later(0.1, lambda: (allow(call.connection, 100), call.flush()))
+
+    def allow(connection: h2.connection.H2Connection, number: int) -> None:
+        connection.update_settings({h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: number})
+
+    loop = asyncio.get_running_loop()
+    async with (
+        h2_server(answer) as server,
+        sandbox(server) as lab,
+        h2_client(lab, "api.test", server.port) as client,
+    ):
+        first = await client.ask(fields(f"api.test:{server.port}", "/first"))
+        second = await client.ask(fields(f"api.test:{server.port}", "/second"))
+
+    assert (first.status, second.status) == (200, 200)
+    assert server.connections == 1
+
+
+async def test_a_server_that_never_takes_a_stream_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def answer(call: Call, ended: bool) -> None:
+        call.head(200, end=True)
+        call.connection.update_settings({h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: 0})
+
+    async with (
+        h2_server(answer) as server,
+        sandbox(server) as lab,
+        h2_client(lab, "api.test", server.port) as client,
+    ):
+        first = await client.ask(fields(f"api.test:{server.port}"))
+        monkeypatch.setattr(relay, "STALL_TIMEOUT_S", 0.1)
+        second = await client.ask(fields(f"api.test:{server.port}"))
+
+    assert (first.status, second.status) == (200, 502)
+    assert b"nothing moved for too long" in second.body
+
+
+async def test_a_stream_that_the_server_has_just_ceased_to_take_is_a_bad_gateway() -> None:
+    async with h2_server() as server, sandbox(server) as lab:
+        async with h2_client(lab, "api.test", server.port) as client:
+            await client.ask(fields(f"api.test:{server.port}"))
+            open_stream = http2server.Http2Link.open_stream
+
+            def late(link: http2server.Http2Link, *given: object, **more: object) -> object:
+                link._h2.remote_settings[h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS] = 0
+                link._h2.remote_settings.acknowledge()
+                return open_stream(link, *given, **more)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(http2server.Http2Link, "open_stream", late)
+                answer = await client.ask(fields(f"api.test:{server.port}"))
+        assert not [event for event in lab.events if event.reason == "internal error"]
+
+    assert answer.status == 502
+
+
 async def test_a_connection_without_requests_is_closed_with_a_goaway(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -361,6 +426,29 @@ async def test_a_guest_that_leaves_takes_its_servers_connections_along() -> None
             client.stream.abort()
             while lab.gateway.connections:
                 await asyncio.sleep(0.01)
+
+
+async def test_a_large_body_passes_through_the_least_window(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where a sandbox has many connections, the later ones have the windows that HTTP/2 begins with."""
+    monkeypatch.setattr(inflight, "WINDOWS_BYTES", 0)
+    body = bytes(range(256)) * 2048
+
+    def answer(call: Call, ended: bool) -> None:
+        if ended:
+            call.head(200, end=True)
+
+    async with (
+        h2_server(answer) as server,
+        sandbox(server) as lab,
+        h2_client(lab, "api.test", server.port) as client,
+    ):
+        await client.ask(fields(f"api.test:{server.port}", "/sink", "POST"), body)
+        room = client.connection.outbound_flow_control_window
+
+    assert server.requests[0].body == body
+    assert room <= inflight.LEAST_WINDOW
 
 
 async def test_a_guest_has_no_more_streams_than_it_was_told() -> None:
