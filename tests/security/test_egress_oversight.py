@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import pytest
 from tests.support.egress_lab import HttpServer, Lab, egress_lab, http_server
-from tests.support.waiting import PATIENCE_S
+from tests.support.waiting import PATIENCE_S, until, until_settled
 
 from taskvm.egress.oversight import (
     Answer,
@@ -201,17 +201,77 @@ async def test_a_guest_can_ask_so_often_and_not_more(
     assert len(person.asked) == 2
 
 
-async def test_a_guest_that_goes_away_leaves_the_question_to_the_next(server: HttpServer) -> None:
-    person = Person("once", "once", delay_s=0.3)
-    async with lab_for(server.port, person.answer) as lab:
-        first = await lab.connect("new.test", server.port)
-        await first.write(request("new.test", server.port))
-        await asyncio.sleep(0.05)
-        waiting = asyncio.gather(ask(lab, "new.test", server.port))
-        await asyncio.sleep(0.05)
-        first.reset()
+class Dialog:
+    """A plain function that blocks its thread until somebody answers."""
 
-        assert await waiting == [200]
+    def __init__(self, answer: Answer) -> None:
+        self.asked: list[Question] = []
+        self.answered = threading.Event()
+        self._answer = answer
+
+    def ask(self, question: Question) -> Answer:
+        self.asked.append(question)
+        assert self.answered.wait(PATIENCE_S)
+        return self._answer
+
+
+async def _come_and_go(lab: Lab, port: int) -> None:
+    """Ask for a host, and be gone before the answer."""
+    sock = await lab.connect("new.test", port)
+    await sock.write(request("new.test", port))
+    await until_settled(lambda: lab.gateway.connections, for_s=0.1)
+    sock.reset()
+    await until(lambda: not lab.gateway.connections)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+async def test_a_guest_that_comes_and_goes_asks_one_question(
+    server: HttpServer, plain: bool
+) -> None:
+    dialog, person = Dialog("once"), Person("once")
+    person.ready.clear()
+    async with lab_for(server.port, dialog.ask if plain else person.answer) as lab:
+        for _ in range(5):
+            await _come_and_go(lab, server.port)
+        async with asyncio.TaskGroup() as group:
+            last = group.create_task(ask(lab, "new.test", server.port))
+            await until(lambda: lab.gateway.connections)
+            person.ready.set()
+            dialog.answered.set()
+
+        assert last.result() == 200
+        assert len(dialog.asked + person.asked) == 1
+
+
+async def test_a_question_whose_time_is_over_stands_alone_and_its_late_yes_is_none(
+    server: HttpServer,
+) -> None:
+    """No thread can be ended: while it asks, nothing else does, and a yes that nobody waits for opens nothing."""
+    dialog = Dialog("sandbox")
+    async with lab_for(server.port, dialog.ask, deadline_s=0.2) as lab:
+        answers = [await ask(lab, "new.test", server.port) for _ in range(3)]
+        asked = len(dialog.asked)
+        dialog.answered.set()
+        assert lab.gateway._egress.approvals is not None
+        await until(lambda: not lab.gateway._egress.approvals._pending)
+
+        assert (answers, asked) == ([403, 403, 403], 1)
+        assert lab.gateway.policy.is_silent_about("new.test")
+        assert await ask(lab, "new.test", server.port) == 200  # asked again, and answered in time
+    assert len(dialog.asked) == 2
+
+
+async def test_people_who_do_not_answer_hold_up_no_other_sandbox(server: HttpServer) -> None:
+    dialog = Dialog("deny")
+    hook = HttpHook(lambda request: None)
+    async with lab_for(server.port, dialog.ask, deadline_s=0.2) as lab:
+        answers = [ask(lab, f"n{number}.test", server.port) for number in range(40)]
+        assert set(await asyncio.gather(*answers)) == {403}
+
+        async with lab_for(server.port, hook=hook, allow=("api.test",)) as other:
+            assert await ask(other, "api.test", server.port) == 200
+            assert await asyncio.to_thread(lambda: 1) == 1
+        dialog.answered.set()
 
 
 # Hooks.

@@ -12,6 +12,7 @@ from taskvm.egress.passthrough import NOTHING, Passthrough
 from taskvm.egress.policy import Decision, Policy, decide_name
 from taskvm.net.approvals import Approvals
 from taskvm.net.auditlog import AuditLog
+from taskvm.net.consulting import Consulting
 from taskvm.net.inflight import InFlight
 from taskvm.net.keyring import Keyring
 from taskvm.net.names import SyntheticNames
@@ -40,6 +41,7 @@ class Egress:
     passthrough: Passthrough = NOTHING
     oversight: Oversight = field(default_factory=Oversight)
     widen: Callable[[str], None] = lambda host: None
+    consulting: Consulting = field(init=False, default_factory=Consulting)
     in_flight: InFlight = field(init=False, default_factory=InFlight)
     approvals: Approvals | None = field(init=False, default=None)
 
@@ -58,6 +60,13 @@ class Egress:
         literal = parse_address(host)
         is_special = literal is not None and bool(special_range(literal))
         return self.approvals is not None and not is_special and self.policy.is_silent_about(host)
+
+    async def aclose(self) -> None:
+        """Ask no person, hook and secret's source any more; none is waited for."""
+        self.consulting.close()
+        self.keyring.close()
+        if self.approvals is not None:
+            await self.approvals.aclose()
 
     def change_policy(self, policy: Policy) -> None:
         """Judge by `policy` from now on. Connections that are open are not touched."""

@@ -125,6 +125,7 @@ class Gateway:
             reason = await self._serve_port()
         finally:
             await self.ingress.aclose()
+            await self._egress.aclose()
         raise reason
 
     async def _serve_port(self) -> Exception:

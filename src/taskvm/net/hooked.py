@@ -20,7 +20,7 @@ from taskvm.egress.oversight import (
     HttpResponse,
     Refuse,
 )
-from taskvm.net.consulting import consult
+from taskvm.net.consulting import Consulting
 from taskvm.net.egress import Refusal
 from taskvm.wire.message import (
     BodyFilter,
@@ -60,9 +60,10 @@ class HookAnswer(Refusal):
 class Hooked:
     """The hooks of one sandbox, for the requests of one connection."""
 
-    def __init__(self, hooks: Sequence[HttpHook], origin: Origin) -> None:
+    def __init__(self, hooks: Sequence[HttpHook], origin: Origin, consulting: Consulting) -> None:
         self._hooks = hooks
         self._origin = origin
+        self._consulting = consulting
 
     def __bool__(self) -> bool:
         return bool(self._hooks)
@@ -72,7 +73,7 @@ class Hooked:
         seen = self._see(head)
         for hook in self._hooks:
             if hook.on_request is not None:
-                wanted = await _call(consult(hook.on_request, seen))
+                wanted = await _call(self._consulting.call(hook.on_request, seen))
                 if isinstance(wanted, Refuse):
                     raise _refuse(wanted)
                 if isinstance(wanted, HttpAnswer):
@@ -87,7 +88,9 @@ class Hooked:
         seen = HttpResponse(response.status, _to_text(response.headers))
         for hook in self._hooks:
             if hook.on_response is not None:
-                wanted = await _call(consult(hook.on_response, self._see(request), seen))
+                wanted = await _call(
+                    self._consulting.call(hook.on_response, self._see(request), seen)
+                )
                 if isinstance(wanted, Refuse):
                     raise _refuse(wanted)
                 seen = _chain(seen, wanted or seen)

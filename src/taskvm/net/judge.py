@@ -63,7 +63,9 @@ class Judge:
     def __init__(self, session: Session, denied: Refusal | None = None) -> None:
         self._session = session
         self._denied = denied
-        self._hooked = Hooked(session.egress.oversight.hooks, session.origin)
+        self._hooked = Hooked(
+            session.egress.oversight.hooks, session.origin, session.egress.consulting
+        )
         self._approved = False  # by a person, for this connection
 
     async def admit(self, asked: Asked) -> Admitted:

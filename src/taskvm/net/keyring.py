@@ -16,8 +16,10 @@ from taskvm.egress.injection import InjectionRefused, Injector
 from taskvm.egress.policy import Policy
 from taskvm.egress.secret import Secret
 from taskvm.errors import UsageError
+from taskvm.net.consulting import Consulting
 
 RENEW_TIMEOUT_S = 60.0
+MAX_SOURCES = 4  # that are asked at once: one, and some that did not answer in time
 
 
 class Keyring:
@@ -27,6 +29,7 @@ class Keyring:
         self._secrets = {bound.secret.name: bound for bound in secrets}
         self._fresh_since = dict.fromkeys(self._secrets, time.monotonic())
         self._renewing = asyncio.Lock()
+        self._sources = Consulting(MAX_SOURCES)
         self.injector = Injector(self._secrets.values())
 
     @property
@@ -76,6 +79,10 @@ class Keyring:
                     if self._is_old(name):  # not renewed while we waited
                         await self._renew(name)
 
+    def close(self) -> None:
+        """Ask no source any more."""
+        self._sources.close()
+
     def _is_old(self, name: str) -> bool:
         refresh_s = self._secrets[name].secret.refresh_s
         return refresh_s is not None and time.monotonic() - self._fresh_since[name] >= refresh_s
@@ -85,7 +92,7 @@ class Keyring:
         secret = None
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(RENEW_TIMEOUT_S):
-                secret = await asyncio.to_thread(_ask_source, before.secret)
+                secret = await self._sources.call(_ask_source, before.secret)
         if secret is None:
             raise InjectionRefused(
                 name, "the secret's source gave no value", "Ask the owner of this sandbox"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import threading
 
 import pytest
+from tests.support.waiting import PATIENCE_S
 
 from taskvm.egress.oversight import Oversight
 from taskvm.errors import UsageError
-from taskvm.net.consulting import consult
+from taskvm.net.consulting import Consulting
 from taskvm.net.hooked import both
 
 
@@ -19,11 +22,29 @@ async def test_a_plain_function_runs_in_a_thread_and_a_coroutine_function_here()
     def there(number: int) -> tuple[int, int]:
         return number, threading.get_ident()
 
-    assert await consult(here, 1) == (1, threading.get_ident())
-    number, thread = await consult(there, 2)
+    consulting = Consulting()
+    assert await consulting.call(here, 1) == (1, threading.get_ident())
+    number, thread = await consulting.call(there, 2)
     assert number == 2
     assert thread != threading.get_ident()
-    assert (await consult(lambda: here(3)))[0] == 3
+    assert (await consulting.call(lambda: here(3)))[0] == 3
+    consulting.close()
+
+
+async def test_what_blocks_takes_no_thread_of_anybody_elses() -> None:
+    """A function outlives its deadline: the loop's own threads, which everything shares, stay free."""
+    go_on = threading.Event()
+    consulting, other = Consulting(max_threads=2), Consulting()
+    for _ in range(20):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await consulting.call(go_on.wait, PATIENCE_S)
+
+    assert await asyncio.to_thread(lambda: 1) == 1
+    assert await other.call(lambda: 2) == 2
+    consulting.close()  # and waits for nothing
+    go_on.set()
+    other.close()
 
 
 class Marks:
