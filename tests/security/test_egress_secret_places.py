@@ -344,3 +344,23 @@ async def test_a_source_is_asked_again_when_its_value_is_old(server: HttpServer)
         assert "gave no value" in lab.denials("secret")[0].reason
     sent = [(seen.path, seen.header("Authorization")) for seen in server.requests]
     assert sent == [("/", "second-value"), ("/plain", None)]
+
+
+async def test_a_source_is_asked_again_before_a_body_that_may_have_its_value(
+    server: HttpServer,
+) -> None:
+    values = iter(["first-value", "second-value"])
+    async with lab_for(server.port) as lab:
+        secret = Secret.from_callback(
+            "T", lambda: next(values), hosts=["api.test"], refresh_s=0.001, places=["body"]
+        )
+        placeholder = lab.gateway.keyring.put(lab.policy, secret).encode()
+        bodies = [placeholder, placeholder, b"plain"]
+        await asyncio.sleep(0.01)
+        for body in bodies:
+            length = f"Content-Length: {len(body)}"
+            await send(lab, server, "POST / HTTP/1.1", length, body=[body])
+
+        assert ["gave no value" in e.reason for e in lab.denials("secret") if not e.rule] == [True]
+    # The source has ended: nothing old is sent, and what has no value of it is.
+    assert [seen.body for seen in server.requests] == [b"second-value", b"plain"]

@@ -98,6 +98,14 @@ class Injector:
         found = {match.group() for text in texts for match in self._placeholders.finditer(text)}
         return {self._by_placeholder[placeholder].secret.name for placeholder in found}
 
+    def for_bodies(self, scheme: Scheme, host: str, port: int) -> list[str]:
+        """Return the names of the secrets that a body to this origin may have."""
+        return [
+            bound.secret.name
+            for bound in self.secrets
+            if bound.is_for("body") and bound.may_go_to(scheme, host, port)
+        ]
+
     def body(
         self, scheme: Scheme, host: str, port: int, kind: bytes, on_use: Callable[[str], None]
     ) -> tuple[Replacer | None, bool]:

@@ -80,7 +80,7 @@ class Judge:
                 rule = await self._decide(head)
             else:
                 body = None
-            await self._renew(head)
+            stale = await self._renew(head)
             injected = self._inject(head)
         except HookAnswer as answer:
             self._record_request("allow", answer.rule, answer.reason, seen)
@@ -93,7 +93,7 @@ class Judge:
         self._record_request("allow", rule, "", seen, injected.used)
         for name in injected.used:
             self._record_use(name)
-        return self._admitted(head, injected, body)
+        return self._admitted(head, injected, body, stale)
 
     async def admit_response(self, admitted: Admitted, response: ResponseHead) -> Answered:
         """Return an answer to an admitted request, as the guest gets it. Raises Refusal.
@@ -172,12 +172,22 @@ class Judge:
 
     # Secrets.
 
-    async def _renew(self, head: RequestHead) -> None:
-        keyring = self._session.egress.keyring
+    async def _renew(self, head: RequestHead) -> dict[str, InjectionRefused]:
+        """Renew what the request uses. What its body may use and is too old is returned: it must not be put in."""
+        keyring, origin = self._session.egress.keyring, self._session.origin
+        stale: dict[str, InjectionRefused] = {}
         try:
             await keyring.renew(keyring.injector.mentioned(head.target, head.headers))
         except InjectionRefused as error:
             raise self._refuse_secret(error) from error
+        # Nobody knows yet which of them the body has: one whose source fails refuses only where it stands.
+        for name in keyring.injector.for_bodies(origin.scheme, origin.host, origin.port):
+            if head.has_body:
+                try:
+                    await keyring.renew([name])
+                except InjectionRefused as error:
+                    stale[name] = error
+        return stale
 
     def _inject(self, head: RequestHead) -> Injected:
         origin = self._session.origin
@@ -222,7 +232,11 @@ class Judge:
         return Answered(head, Following(keyring, body), trailer)
 
     def _admitted(
-        self, head: RequestHead, injected: Injected, wanted: BodyFilter | None
+        self,
+        head: RequestHead,
+        injected: Injected,
+        wanted: BodyFilter | None,
+        stale: Mapping[str, InjectionRefused],
     ) -> Admitted:
         origin, body, headers = self._session.origin, wanted, injected.headers
         if head.websocket:
@@ -231,8 +245,13 @@ class Judge:
             kind = next((value for name, value in headers if name.lower() == b"content-type"), b"")
             tell = _once(self._record_use)
 
+            def use(name: str) -> None:
+                if name in stale:
+                    raise stale[name]
+                tell(name)
+
             def injecting(injector: Injector) -> tuple[Replacer | None, bool]:
-                return injector.body(origin.scheme, origin.host, origin.port, kind, tell)
+                return injector.body(origin.scheme, origin.host, origin.port, kind, use)
 
             _, changes = injecting(self._injector)
             following = Following(
