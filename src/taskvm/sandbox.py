@@ -184,7 +184,8 @@ class Sandbox:
         """Add a secret, or replace the one of this name, and return its placeholder, which stays the same.
 
         Commands that start from now on find it in the variable of its name. A value that was replaced is still
-        looked for in what leaves. Raises UsageError when one of its hosts is not allowed, or `env` has the name.
+        looked for in what leaves; connections to a host that it is no longer for are cut. Raises UsageError when
+        one of its hosts is not allowed, or `env` has the name.
         """
         self._require_running("give a sandbox a secret")
         if secret.name in self._options.env:
@@ -192,7 +193,7 @@ class Sandbox:
                 f"give a sandbox the secret {secret.name}", "env has a variable of the same name"
             )
         self._options.passthrough.check_secret(secret)
-        return self._gateway.keyring.put(self._gateway.policy, secret)
+        return self._gateway.put_secret(secret)
 
     def revoke_secret(self, name: str) -> None:
         """Let a secret go nowhere from now on; requests with its placeholder are refused.

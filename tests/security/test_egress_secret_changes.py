@@ -163,6 +163,47 @@ async def test_a_revoked_secret_cuts_its_hosts_and_no_others() -> None:
         assert lab.gateway.connections == 1
 
 
+async def test_a_host_that_a_secret_is_taken_from_is_cut_and_still_cannot_show_it() -> None:
+    echo = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\nit was %s" % VALUE.encode()
+    async with scripted_server(echo) as echoing, stream(EVENTS) as server:
+        addresses = [f"127.0.0.1:{port}" for port in (server.port, echoing.port)]
+        hosts = [
+            f"{name}.test:{port}"
+            for name in ("api", "other")
+            for port in (server.port, echoing.port)
+        ]
+        async with egress_lab(
+            allow=["api.test", "other.test"], allow_addresses=addresses,
+            hosts={"api.test": ["127.0.0.1"], "other.test": ["127.0.0.1"]},
+            secrets=[Secret("KEY", VALUE, hosts=hosts)],
+        ) as lab:  # fmt: skip
+            mine = await lab.connect("api.test", server.port)
+            await mine.write(head(lab, server.port))
+            kept = await lab.connect("other.test", server.port)
+            await kept.write(b"GET / HTTP/1.1\r\nHost: other.test:%d\r\n\r\n" % server.port)
+            for sock in (mine, kept):
+                await read_until(sock, b"begun")
+            for _ in range(2):
+                narrowed = Secret("KEY", NEXT, hosts=[f"other.test:{server.port}"])
+                lab.gateway.put_secret(narrowed)
+            with pytest.raises(StreamReset):
+                await mine.read_all()
+            echoed = []
+            for name in ("api", "other"):
+                sock = await lab.connect(f"{name}.test", echoing.port)
+                line = f"GET / HTTP/1.1\r\nHost: {name}.test:{echoing.port}\r\nConnection: close\r\n\r\n"
+                echoed.append(await sock.exchange(line.encode()))
+            refused = await lab.connect("api.test", server.port)
+            await refused.write(head(lab, server.port))
+
+            assert b" 403 " in await refused.read_response()
+            assert [(e.rule, e.host) for e in lab.denials("connect")] == [
+                ("secret-changed", "api.test")
+            ]
+        assert VALUE.encode() not in b"".join(echoed)
+        assert echoed[0].count(lab.secrets[0].placeholder.encode()) == 1
+
+
 async def test_a_body_that_is_on_its_way_gets_the_value_of_now() -> None:
     """A rotated value does not travel any more, and one that the guest knows by now is refused."""
     async with (

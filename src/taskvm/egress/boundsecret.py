@@ -25,13 +25,14 @@ _LETTERS = string.ascii_letters + string.digits
 class BoundSecret:
     """A secret, its placeholder in one sandbox, and its hosts as patterns.
 
-    `former` are values that it had before; `revoked`: it goes nowhere any more.
+    `former` are values that it had before, `former_hosts` patterns; `revoked`: it goes nowhere any more.
     """
 
     secret: Secret
     placeholder: str
     hosts: tuple[HostPattern, ...]
     former: tuple[bytes, ...] = field(default=(), repr=False)
+    former_hosts: tuple[HostPattern, ...] = ()
     revoked: bool = False
 
     def may_go_to(self, scheme: Scheme, host: str, port: int) -> bool:
@@ -42,7 +43,11 @@ class BoundSecret:
         )
 
     def is_known_to(self, host: str, port: int) -> bool:
-        """Say whether the host may have seen the value."""
+        """Say whether the host may have seen a value of it, now or before."""
+        return any(pattern.matches(host, port) for pattern in (*self.hosts, *self.former_hosts))
+
+    def is_of(self, host: str, port: int) -> bool:
+        """Say whether the host is one of its hosts, also when it is revoked."""
         return any(pattern.matches(host, port) for pattern in self.hosts)
 
     def is_for(self, place: Place) -> bool:
@@ -57,7 +62,10 @@ class BoundSecret:
 
     def rotated(self, secret: Secret, policy: Policy) -> BoundSecret:
         """Return it with what `secret` says, under the same placeholder. Raises UsageError as `bind_secret`."""
-        return replace(self.renewed(secret), hosts=_check_hosts(policy, secret), revoked=False)
+        hosts = _check_hosts(policy, secret)
+        before = tuple(dict.fromkeys((*self.hosts, *self.former_hosts)))
+        former = tuple(host for host in before if host not in hosts)
+        return replace(self.renewed(secret), hosts=hosts, former_hosts=former, revoked=False)
 
     def renewed(self, secret: Secret) -> BoundSecret:
         """Return it with another value; its value of now is a former one then."""

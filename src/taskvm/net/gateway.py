@@ -26,6 +26,7 @@ from taskvm.egress.boundsecret import BoundSecret
 from taskvm.egress.oversight import Oversight
 from taskvm.egress.passthrough import NOTHING, Passthrough
 from taskvm.egress.policy import Policy
+from taskvm.egress.secret import Secret
 from taskvm.errors import SandboxLostError
 from taskvm.net.auditlog import AuditLog
 from taskvm.net.connection import Destination, GuestConnection
@@ -161,13 +162,28 @@ class Gateway:
             "policy-changed", "the policy was changed while the connection was open",
         )  # fmt: skip
 
+    def put_secret(self, secret: Secret) -> str:
+        """Add a secret, or give the one of its name another value and other hosts; return its placeholder.
+
+        Connections to hosts that it had, and has no more, are cut. Raises UsageError for a host that is not allowed.
+        """
+        before = self.keyring.find(secret.name)
+        placeholder = self.keyring.put(self.policy, secret)
+        after = self.keyring.find(secret.name)
+        if before is not None and after is not None:
+            self._cut(
+                lambda host, port: before.is_of(host, port) and not after.is_of(host, port),
+                "secret-changed", f"the host was taken from the secret {secret.name}",
+            )  # fmt: skip
+        return placeholder
+
     def revoke_secret(self, name: str) -> None:
         """Let a secret go nowhere from now on, and cut the connections to its hosts: a request may be on its way
         with the value. Raises UsageError for one that is not there.
         """
         bound = self.keyring.revoke(name)
         self._cut(
-            bound.is_known_to,
+            bound.is_of,
             "secret-revoked", f"the secret {name} was revoked while the connection was open",
         )  # fmt: skip
 

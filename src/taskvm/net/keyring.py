@@ -47,6 +47,10 @@ class Keyring:
             if not bound.revoked and all(map(policy.covers, bound.hosts))
         )
 
+    def find(self, name: str) -> BoundSecret | None:
+        """Return a secret as it is now, also when it is revoked."""
+        return self._secrets.get(name)
+
     def put(self, policy: Policy, secret: Secret) -> str:
         """Add a secret, or give the one of this name another value; return its placeholder.
 

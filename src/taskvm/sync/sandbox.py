@@ -121,7 +121,8 @@ class Sandbox:
         """Add a secret, or replace the one of this name, and return its placeholder, which stays the same.
 
         Commands that start from now on find it in the variable of its name. A value that was replaced is still
-        looked for in what leaves. Raises UsageError when one of its hosts is not allowed, or `env` has the name.
+        looked for in what leaves; connections to a host that it is no longer for are cut. Raises UsageError when
+        one of its hosts is not allowed, or `env` has the name.
         """
 
         async def put() -> str:
