@@ -32,6 +32,8 @@ Header = tuple[bytes, bytes]
 _BASIC = re.compile(rb"(basic[ \t]+)([A-Za-z0-9+/_=-]+)\Z", re.IGNORECASE)
 # What a path's segment may hold unescaped besides letters and digits (RFC 3986 section 3.3).
 _SEGMENT_SAFE = "!$&'()*+,;=:@~"
+# A server may ignore Range (RFC 9110 section 14.2): the guest must not have a value in two halves.
+_CHOOSING_PARTS = frozenset({b"accept-encoding", b"range", b"if-range"})
 _FIX_OTHER_PLACE = "Send it in one of the secret's headers, such as Authorization"
 
 
@@ -87,8 +89,8 @@ class Injector:
             self.refuse_traces(name, "a header's name")
             self._refuse_values(value, "a header")
             sent.append((name, pass_.header(name.decode("latin-1").lower(), value)))
-        if pass_.used:
-            sent = asking_plainly(sent)
+        if any(bound.is_known_to(host, port) for bound in self.secrets):
+            sent = _asking_plainly(sent)
         return Injected(new_target, sent, tuple(sorted(pass_.used)), pass_.echoes)
 
     def mentioned(self, target: bytes, headers: Iterable[Header]) -> set[str]:
@@ -213,9 +215,12 @@ class _Pass:
         return bound.secret.reveal()
 
 
-def asking_plainly(headers: Iterable[Header]) -> list[Header]:
-    """Return the headers of a request whose answer must be readable: what it repeats is turned back."""
-    others = [item for item in headers if item[0].lower() != b"accept-encoding"]
+def _asking_plainly(headers: Iterable[Header]) -> list[Header]:
+    """Return the headers of a request whose answer must be whole and readable: what it repeats is turned back.
+
+    Also where the request has no value itself: a server may have stored one that another request brought.
+    """
+    others = [item for item in headers if item[0].lower() not in _CHOOSING_PARTS]
     return [*others, (b"Accept-Encoding", b"identity")]
 
 

@@ -1,7 +1,7 @@
 """Secrets in responses: what a server repeats of a value comes back to the guest as the placeholder.
 
-Looked at are the headers, and bodies of text that are not compressed, of any length, as they
-stream; answers of a secret's own hosts only, since nobody else has the value. Found is the value as
+Looked at are the headers, and bodies that are not compressed nor of a type that is known to be binary, of any
+length, as they stream; answers of a secret's own hosts only, since nobody else has the value. Found is the value as
 it is, as URLs, JSON and HTML write it, and within base64 (a page that shows Basic credentials). A
 server that encodes it in another way, or cuts it into pieces, still shows it: a secret belongs only
 to hosts that do not repeat it.
@@ -27,13 +27,23 @@ _HTML_IN_NUMBERS = _HTML | str.maketrans({'"': "&#34;", "'": "&#39;"})  # Go's h
 _ESCAPED_IN_JSON = ("&<>", "&<>'+")  # by Go and Rails; by C#
 _URL_SAFE = bytes.maketrans(b"+/", b"-_")
 _ESCAPE = re.compile(r"%[0-9A-F]{2}")
-_TEXT = frozenset(
+# What is none of these is taken for text: a type that nobody has heard of hides nothing.
+_BINARY = frozenset(
     {
-        b"", b"application/javascript", b"application/json", b"application/x-javascript",
-        b"application/x-ndjson", b"application/x-www-form-urlencoded", b"application/xml",
-        b"application/yaml", b"application/graphql",
+        b"application/cbor", b"application/gzip", b"application/java-archive", b"application/msgpack",
+        b"application/octet-stream", b"application/pdf", b"application/protobuf", b"application/wasm",
+        b"application/x-7z-compressed", b"application/x-bzip2", b"application/x-debian-package",
+        b"application/x-gzip", b"application/x-msgpack", b"application/x-protobuf", b"application/x-rpm",
+        b"application/x-tar", b"application/x-xz", b"application/zip", b"application/zstd",
+        b"binary/octet-stream",
     }
 )  # fmt: skip
+_BINARY_BEGINNINGS = (
+    b"application/grpc", b"application/vnd.debian.binary", b"application/vnd.google.protobuf",
+    b"application/x-git-", b"audio/", b"font/", b"image/", b"video/",
+)  # fmt: skip
+_BINARY_ENDINGS = (b"+cbor", b"+gzip", b"+zip", b"+zstd", b".gzip")
+_TEXT_ENDINGS = (b"+json", b"+xml", b"+yaml")  # image/svg+xml
 
 
 class Redactor:
@@ -75,7 +85,7 @@ class Redactor:
 
 
 def is_readable(headers: Iterable[Header]) -> bool:
-    """Say whether a response's body is text that is not compressed; with two types, whether one of them is text."""
+    """Say whether a response's body may be text that is not compressed; with two types, whether one of them may."""
     media = [value.partition(b";")[0] for value in _values_of(headers, b"content-type")] or [b""]
     codings = b",".join(_values_of(headers, b"content-encoding")).split(b",")
     return any(map(_is_text, media)) and {each.strip() for each in codings} <= {b"", b"identity"}
@@ -87,11 +97,10 @@ def _values_of(headers: Iterable[Header], name: bytes) -> list[bytes]:
 
 def _is_text(media: bytes) -> bool:
     kind = media.strip()
-    # A multipart body has texts in it, and a message is one (TRACE's answer).
-    return (
-        kind.startswith((b"text/", b"multipart/", b"message/"))
-        or kind in _TEXT
-        or kind.endswith((b"+json", b"+xml"))
+    if kind.endswith(_TEXT_ENDINGS):
+        return True
+    return not (
+        kind in _BINARY or kind.startswith(_BINARY_BEGINNINGS) or kind.endswith(_BINARY_ENDINGS)
     )
 
 

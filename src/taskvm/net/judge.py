@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from taskvm.egress.audit import Verdict
-from taskvm.egress.injection import Injected, InjectionRefused, Injector, asking_plainly
+from taskvm.egress.injection import Injected, InjectionRefused, Injector
 from taskvm.egress.oversight import Question
 from taskvm.egress.policy import Decision, Intent, decide_request
 from taskvm.egress.redaction import Redactor, is_readable
@@ -258,7 +258,7 @@ class Judge:
                 self._session.egress.keyring, lambda injector: injecting(injector)[0]
             )
             body = both(wanted, _Refusing(following, self._refuse_secret))
-            headers = asking_plainly(without_length(headers)) if changes else headers
+            headers = without_length(headers) if changes else headers
         sent = replace(head, target=injected.target, headers=headers)
         return Admitted(sent, head, body, injected.echoes)
 

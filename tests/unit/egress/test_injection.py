@@ -34,7 +34,8 @@ def inject(*headers: tuple[str, str], host: str = "api.test", target: str = "/")
     pairs = [(name.encode(), value.encode()) for name, value in headers]
     injected = INJECTOR.inject("https", host, 443, target.encode(), pairs)
     sent = {name.decode(): value.decode() for name, value in injected.headers}
-    assert (sent.pop("Accept-Encoding", "") == "identity") is bool(injected.used)
+    knows = host in ("api.test", "a.other.test")  # a value: what it answers must be readable
+    assert (sent.pop("Accept-Encoding", "") == "identity") is knows
     return sent
 
 
@@ -145,8 +146,10 @@ def test_a_request_without_traces_passes_unchanged(
     headers: list[tuple[bytes, bytes]], target: bytes
 ) -> None:
     injected = INJECTOR.inject("https", "api.test", 443, target, headers)
+    elsewhere = INJECTOR.inject("https", "stranger.test", 443, target, headers)
 
-    assert injected.headers == headers
+    assert injected.headers == [*headers, (b"Accept-Encoding", b"identity")]
+    assert elsewhere.headers == headers
     assert injected.used == ()
 
 

@@ -57,6 +57,13 @@ def test_a_short_value_is_not_looked_for() -> None:
         ([(b"Content-Encoding", b"identity, identity")], True),
         ([(b"Content-Encoding", b"identity"), (b"Content-Encoding", b"br")], False),
         ([(b"Content-Type", b"application/grpc")], False),
+        ([(b"Content-Type", b"application/ndjson")], True),
+        ([(b"Content-Type", b"application/x-yaml")], True),
+        ([(b"Content-Type", b"application/toml")], True),
+        ([(b"Content-Type", b"x-unheard/of")], True),
+        ([(b"Content-Type", b"no type at all")], True),
+        ([(b"Content-Type", b"image/svg+xml")], True),
+        ([(b"Content-Type", b"application/vnd.oci.image.layer.v1.tar+gzip")], False),
     ],
 )
 def test_text_that_is_not_compressed_is_readable(
