@@ -81,6 +81,10 @@ async def test_what_a_rule_allows_arrives(canary: HttpServer) -> None:
         (b"GET /public//admin HTTP/1.1", "ambiguous-path"),
         (b"GET /public/a HTTP/1.1\r\nX-HTTP-Method-Override: DELETE", "ambiguous-method"),
         (b"GET /public/a HTTP/1.1\r\nx-method-override: DELETE", "ambiguous-method"),
+        (b"GET /public/a HTTP/1.1\r\nX_HTTP_Method_Override: DELETE", "ambiguous-method"),
+        (b"GET /public/a?a=b&%5fmethod=DELETE HTTP/1.1", "ambiguous-method"),
+        (b"GET /public/a HTTP/1.1\r\nX-Original-URL: /admin", "ambiguous-path"),
+        (b"GET /public/a HTTP/1.1\r\nx_rewrite_url: /admin", "ambiguous-path"),
     ],
 )
 async def test_no_spelling_goes_around_a_rule(canary: HttpServer, line: bytes, rule: str) -> None:

@@ -68,6 +68,8 @@ async def lab_for(server: HttpServer | H2Server, *secrets: Secret) -> AsyncItera
         ({"path": "a"}, 400),
         ({"path": "/#x"}, 400),
         ({"method": "TRACE"}, 501),
+        ({"method": "Trace"}, 501),
+        ({"method": "connect"}, 403),
         ({"method": "GET / HTTP/1.1"}, 400),
     ],
 )

@@ -8,8 +8,9 @@ Rule 2: a name is judged before it is looked up (`decide_name`), each request be
 Rule 3: internal, loopback, metadata and other special addresses are refused whatever the name says,
         unless an address rule names them. An IPv4 address inside an IPv6 one (NAT64, 6to4, …) must
         pass by itself as well.
-Rule 4: where paths decide, a path that servers read in more than one way is refused; where methods
-        decide, a header that overrides the method is. Allowing is strict, denying generous.
+Rule 4: where paths decide, a path that servers read in more than one way is refused, and so is a
+        header that overrides it; where methods decide, one that overrides the method. Allowing is
+        strict, denying generous.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Decision:
 class Intent:
     """A request, as far as rules speak of it. `target` is as it is sent, query and all.
 
-    `overrides_method`: a header asks the server to take another method than the one it sees.
+    `overrides_method`, `overrides_path`: a header asks the server to take another one than it sees.
     """
 
     scheme: Scheme
@@ -72,6 +73,7 @@ class Intent:
     method: str = "GET"
     target: bytes = b"/"
     overrides_method: bool = False
+    overrides_path: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,6 +290,8 @@ def decide_request(policy: Policy, intent: Intent) -> Decision:
             segments = plain_segments(intent.target)
         except AmbiguousPathError as error:
             return _ambiguous("path", f"the path can be read in more than one way: {error}")
+        if intent.overrides_path:
+            return _ambiguous("path", "a header overrides the request's path")
     if intent.overrides_method and any(rule.methods for rule in speaking):
         return _ambiguous("method", "a header overrides the request's method")
     for rule in speaking:

@@ -8,8 +8,10 @@ Rule 2: secrets come last, after every decision, so nothing that decides or reco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from urllib.parse import unquote_to_bytes
 
 from taskvm.egress.audit import Verdict
 from taskvm.egress.injection import Injected, InjectionRefused, Injector
@@ -31,8 +33,11 @@ from taskvm.wire.message import (
     without_length,
 )
 
-# What frameworks take for the method instead of the one in the request line.
+# What servers take for the method, or for the path, instead of the one in the request line: frameworks;
+# Symfony and IIS's rewriting.
 _METHOD_OVERRIDES = frozenset({b"x-http-method-override", b"x-http-method", b"x-method-override"})
+_METHOD_PARAMETER = re.compile(rb"[?&;]_method=")  # Laravel, Symfony
+_PATH_OVERRIDES = frozenset({b"x-original-url", b"x-rewrite-url"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +152,9 @@ class Judge:
         egress, origin = self._session.egress, self._session.origin
         intent = Intent(
             origin.scheme, origin.host, origin.port, head.method.decode("ascii"), head.target,
-            overrides_method=any(name.lower() in _METHOD_OVERRIDES for name, _ in head.headers),
+            overrides_method=_has_any(head.headers, _METHOD_OVERRIDES)
+            or _METHOD_PARAMETER.search(unquote_to_bytes(head.target)) is not None,
+            overrides_path=_has_any(head.headers, _PATH_OVERRIDES),
         )  # fmt: skip
         decision = decide_request(egress.policy, intent)
         if not decision.allowed and egress.may_ask(origin.host):
@@ -323,6 +330,11 @@ class _Refusing:
             return self._inner.finish()
         except InjectionRefused as error:
             raise self._refuse(error) from None
+
+
+def _has_any(headers: Iterable[Header], wanted: frozenset[bytes]) -> bool:
+    # CGI and WSGI servers make the same variable of x_a and x-a.
+    return any(name.lower().replace(b"_", b"-") in wanted for name, _ in headers)
 
 
 def _redacted(redactor: Redactor, response: ResponseHead) -> ResponseHead:

@@ -133,9 +133,10 @@ def check_method(method: bytes) -> None:
     """Refuse methods that are not for origins. Raises HttpRefused."""
     if not _TOKEN.match(method):
         raise HttpRefused(400, "the request's method is no token")
-    if method == b"CONNECT":
+    meant = method.upper()  # methods have case; servers that do not know it take "trace" for TRACE
+    if meant == b"CONNECT":
         raise HttpRefused(403, "CONNECT is refused: connections need no proxy here")
-    if method in (b"TRACE", b"TRACK"):  # the answer would show the guest our headers
+    if meant in (b"TRACE", b"TRACK"):  # the answer would show the guest our headers
         raise HttpRefused(501, "TRACE is refused: its answer repeats what was sent, secrets too")
 
 

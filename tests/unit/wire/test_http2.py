@@ -79,6 +79,7 @@ def test_a_request_is_read_and_rendered() -> None:
         (request(scheme=b"http"), 400),
         (request(method=b"CONNECT"), 403),
         (request(method=b"TRACE"), 501),
+        (request(method=b"track"), 501),
         (request(method=b"GET /x HTTP/1.1"), 400),
         (request(path=b"/a b HTTP/1.1"), 400),
         (request(path=b"http://evil.test/"), 400),
