@@ -32,11 +32,13 @@ def policy() -> None:
 
 @policy.command()
 @policy_options
+@click.option("--passthrough", multiple=True, metavar="HOST", help="TLS to it is not intercepted.")
 @click.option("--method", default="GET", show_default=True, help="The request's method.")
 @click.argument("url")
 def check(
     url: str,
     method: str,
+    passthrough: tuple[str, ...],
     policy_file: str | None,
     allow: tuple[str, ...],
     allow_addresses: tuple[str, ...],
@@ -48,7 +50,9 @@ def check(
     with 0 when the request is allowed, with 1 when it is refused.
     """
     rules = read_policy(policy_file, allow, allow_addresses)
-    explanation = taskvm.explain(rules, url, method=method.upper(), resolve=read_table(resolve))
+    explanation = taskvm.explain(
+        rules, url, method=method.upper(), resolve=read_table(resolve), passthrough=passthrough
+    )
     click.echo(explanation.request)
     for step in explanation.steps:
         click.echo(f"  {step.subject:8} {_say(step.decision)}")

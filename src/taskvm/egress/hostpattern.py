@@ -62,8 +62,8 @@ class HostPattern:
             if network is not None:
                 return cls(str(network), network=network, port=port)
             if host.startswith("*."):
-                return cls(_check_wildcard(_to_ascii(host[2:])), wildcard=True, port=port)
-            return cls(_to_ascii(host), port=port)
+                return cls(_check_wildcard(to_ascii(host[2:])), wildcard=True, port=port)
+            return cls(to_ascii(host), port=port)
         except HostNameError as error:
             raise UsageError(
                 f"read the host pattern {text!r}", str(error), _PATTERN_HELP
@@ -176,7 +176,8 @@ def _check_wildcard(suffix: str) -> str:
     return suffix
 
 
-def _to_ascii(host: str) -> str:
+def to_ascii(host: str) -> str:
+    """Return the canonical form of a host name as a person writes it. Raises HostNameError."""
     if "*" in host:
         raise HostNameError("a * stands only for whole labels at the start, as in *.example.com")
     if host.isascii():

@@ -32,6 +32,47 @@ def test_the_rule_that_decides_is_named(url: str, allowed: bool, rule: str) -> N
     assert explanation.steps[-1].decision.rule == rule
 
 
+@pytest.mark.parametrize(
+    ("url", "method", "rule", "word"),
+    [
+        ("https://api.test/", "CONNECT", "http", "CONNECT"),
+        ("https://api.test/", "Trace", "http", "TRACE"),
+        ("https://api.test/a\\b", "GET", "http", "target"),
+        ("https://api.test/", "GE T", "http", "method"),
+        ("https://[2606:4700::1111]/", "GET", "no-ipv6", "IPv6"),
+    ],
+)
+def test_what_the_gateway_itself_refuses_is_refused(
+    url: str, method: str, rule: str, word: str
+) -> None:
+    explanation = explain(POLICY.allowing("2606:4700::1111"), url, method=method)
+
+    assert not explanation.allowed
+    assert explanation.steps[-1].decision.rule == rule
+    assert word in explanation.steps[-1].decision.reason
+
+
+def test_an_internationalized_name_is_that_of_its_rule() -> None:
+    explanation = explain(Policy.parse(["bücher.example"]), "https://bücher.example:443/")
+
+    assert explanation.allowed
+    assert explanation.request == "GET https://xn--bcher-kva.example/"
+
+
+@pytest.mark.parametrize(
+    ("policy", "allowed"), [(POLICY, True), (POLICY.denying("api.test:443"), False)]
+)
+def test_what_is_passed_through_is_judged_as_a_whole(policy: Policy, allowed: bool) -> None:
+    explanation = explain(policy, "https://api.test/x", method="PUT", passthrough=["api.test"])
+    clear = explain(policy, "http://api.test/x", passthrough=["api.test"])
+
+    assert explanation.allowed is allowed
+    assert ("tls" in [step.subject for step in explanation.steps]) is allowed
+    assert clear.steps[-1].subject == "request"
+    with pytest.raises(UsageError, match="not within the allowed hosts"):
+        explain(policy, "https://api.test/", passthrough=["other.test"])
+
+
 def test_a_known_address_is_judged() -> None:
     explanation = explain(POLICY, "https://api.test/", resolve={"api.test": "169.254.169.254"})
 
