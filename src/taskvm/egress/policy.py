@@ -417,8 +417,13 @@ def _check_name(text: str) -> str:
     return text
 
 
+def is_method(text: str) -> bool:
+    """Say whether a rule can name this method."""
+    return _METHOD.match(text) is not None
+
+
 def _check_method(text: str) -> str:
-    if not _METHOD.match(text):
+    if not is_method(text):
         raise UsageError(f"read the method {text!r}", "it is not a word like GET, in capitals")
     return text
 

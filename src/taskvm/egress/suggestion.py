@@ -1,7 +1,8 @@
 """A small policy from an audit log: what a sandbox used, and nothing that it did not.
 
 Each host gets one rule with the methods it was asked with, and its paths: exactly where they are
-few, else what they have in common. A person reads it before it is used: what was used was not
+few, else what they have in common. One whose TLS was passed through is allowed as a whole. What the guest
+wrote into the log makes no rule that cannot be read back. A person reads it before it is used: what was used was not
 always needed.
 """
 
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from taskvm.egress.audit import AuditEvent
 from taskvm.egress.hostpattern import AddressRule, HostPattern
 from taskvm.egress.pathpattern import AmbiguousPathError, PathPattern, plain_segments
-from taskvm.egress.policy import Policy, Rule, Scheme
+from taskvm.egress.policy import MAX_NAME, Policy, Rule, Scheme, is_method
 from taskvm.errors import UsageError
 
 MAX_PATHS = 8  # of one rule; more are widened
@@ -21,15 +22,24 @@ MAX_PATHS = 8  # of one rule; more are widened
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
-    """The policy that allows what was used, and how often each other host was refused."""
+    """The policy that allows what was used, and how often each other host was refused.
+
+    `unsaid` are hosts that were asked by methods that no rule can name, `passed` those to name in `passthrough` too.
+    """
 
     policy: Policy
     denied: dict[str, int]
+    unsaid: tuple[str, ...] = ()
+    passed: tuple[str, ...] = ()
 
     def to_toml(self) -> str:
-        """Return it as a policy file, the refused hosts as comments."""
-        refused = [f"# refused {count} times: {host}\n" for host, count in self.denied.items()]
-        return self.policy.to_toml() + ("\n" + "".join(refused) if refused else "")
+        """Return it as a policy file, what it cannot say as comments."""
+        notes = [
+            *(f"# passed through unread: name it in passthrough too: {host}\n" for host in self.passed),
+            *(f"# not allowed here, asked by a method that is not in capitals: {host}\n" for host in self.unsaid),
+            *(f"# refused {count} times: {host}\n" for host, count in self.denied.items()),
+        ]  # fmt: skip
+        return self.policy.to_toml() + ("\n" + "".join(notes) if notes else "")
 
 
 @dataclass(slots=True)
@@ -39,24 +49,34 @@ class _Used:
 
 
 def suggest_policy(events: Iterable[AuditEvent]) -> Suggestion:
-    """Return the smallest policy of this form that allows every request that was allowed."""
+    """Return the smallest policy of this form that allows every request that was allowed and a rule can name."""
     used: dict[tuple[str, int, Scheme], _Used] = {}
     addresses: dict[str, None] = {}
     denied: dict[str, int] = {}
+    passed: dict[str, None] = {}
+    unsaid: dict[str, None] = {}
     for event in events:
         host = event.host or event.address
         if event.kind == "request" and event.decision == "allow" and event.scheme in _SCHEMES:
+            if not is_method(event.method):
+                unsaid[_authority(host, event.port)] = None
+                continue
             entry = used.setdefault((host, event.port, _SCHEMES[event.scheme]), _Used())
             entry.methods.add(event.method)
             entry.paths.add(event.path)
+        elif event.kind == "tls" and event.decision == "allow" and event.rule == "passthrough":
+            passed[_authority(host, event.port)] = None
         elif event.kind == "connect" and event.decision == "allow" and event.rule != "public":
             addresses[_authority(event.address, event.port)] = None
         elif event.decision == "deny" and event.kind in ("dns", "connect", "request") and host:
             shown = _authority(host, event.port)
             denied[shown] = denied.get(shown, 0) + 1
-    rules = tuple(_rule(*origin, entry) for origin, entry in sorted(used.items()))
+    seen = {
+        origin: entry for origin, entry in used.items() if _authority(*origin[:2]) not in passed
+    }
+    rules = tuple(_rule(*origin, entry) for origin, entry in sorted(seen.items()))
     policy = Policy(rules, tuple(AddressRule.parse(address) for address in addresses))
-    return Suggestion(policy, denied)
+    return Suggestion(policy.allowing(*sorted(passed)), denied, tuple(unsaid), tuple(passed))
 
 
 _SCHEMES: dict[str, Scheme] = {"http": "http", "https": "https"}
@@ -66,7 +86,7 @@ def _rule(host: str, port: int, scheme: Scheme, used: _Used) -> Rule:
     authority = _authority(host, port)
     methods = used.methods - ({"HEAD"} if "GET" in used.methods else set())
     return Rule(
-        name=f"use {authority}",
+        name=f"use {authority}"[:MAX_NAME],
         allow=True,
         hosts=(HostPattern.parse(authority),),
         scheme=scheme,

@@ -57,6 +57,37 @@ def test_an_address_rule_that_was_needed_is_suggested_and_refusals_are_told() ->
     assert Policy.from_text(suggestion.to_toml()) == suggestion.policy
 
 
+def test_a_host_that_was_passed_through_is_allowed_as_a_whole() -> None:
+    passage = {"host": "pinned.test", "port": 443, "rule": "passthrough"}
+    events = [event("tls", **passage), asked("/x", host="pinned.test"), event("tls", **passage)]
+
+    suggestion = suggest_policy(events)
+
+    policy = Policy.from_text(suggestion.to_toml())
+    assert policy == suggestion.policy
+    assert policy.allows_all("pinned.test", 443)
+    assert "passthrough too: pinned.test:443" in suggestion.to_toml()
+
+
+def test_what_a_guest_writes_makes_no_file_that_cannot_be_read() -> None:
+    """A method in lower case, or a word of a guest's own; a name longer than a rule's may be."""
+    long = ".".join(["a" * 60] * 4)
+    events = [
+        *(asked("/x", method) for method in ("get", "GET", 'A"]\n', "GET...", "")),
+        asked("/y", "get", host="other.test"),
+        asked("/z", host=long),
+    ]
+
+    suggestion = suggest_policy(events)
+
+    policy = Policy.from_text(suggestion.to_toml())
+    assert {rule.hosts[0].host: rule.methods for rule in policy.rules} == {
+        "api.test": ("GET",),
+        long: ("GET",),
+    }
+    assert "# not allowed here, asked by a method" in suggestion.to_toml()
+
+
 PATH = st.lists(st.text("ab*%2 .é", max_size=3), max_size=4).map(
     lambda parts: "/" + "/".join(parts)
 )
