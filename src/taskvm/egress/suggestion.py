@@ -68,6 +68,8 @@ def suggest_policy(events: Iterable[AuditEvent]) -> Suggestion:
             passed[_authority(host, event.port)] = None
         elif event.kind == "connect" and event.decision == "allow" and event.rule != "public":
             addresses[_authority(event.address, event.port)] = None
+        elif event.rule == "dns-type":
+            continue  # no rule lets it be answered
         elif event.decision == "deny" and event.kind in ("dns", "connect", "request") and host:
             shown = _authority(host, event.port)
             denied[shown] = denied.get(shown, 0) + 1

@@ -38,7 +38,7 @@ class NameServer:
         self._judge = judge
         self._names = names
         self._audit = audit
-        self._recorded: OrderedDict[tuple[str, Verdict], None] = OrderedDict()
+        self._recorded: OrderedDict[tuple[str, Verdict, str], None] = OrderedDict()
 
     def answer(self, message: bytes) -> bytes:
         """Return the answer to one message, or b"" where there is none."""
@@ -48,6 +48,8 @@ class NameServer:
             self._record("", "deny", "dns", str(error))
             return error.reply
         if query.qtype not in _KNOWN_TYPES:
+            # TXT, NULL, ANY and others: what carries data out of elsewhere by names.
+            self._record(query.name, "deny", "dns-type", f"type {query.qtype} is not answered")
             return build_answer(query, RCode.REFUSED)
         return self._answer_pointer(query) if query.qtype == QType.PTR else self._answer_name(query)
 
@@ -75,7 +77,7 @@ class NameServer:
         return build_answer(query, RCode.NOERROR, name)
 
     def _record(self, name: str, verdict: Verdict, rule: str, reason: str) -> bool:
-        key = (name or reason, verdict)
+        key = (name or reason, verdict, rule if rule == "dns-type" else "")
         if key in self._recorded:
             self._recorded.move_to_end(key)
             return True

@@ -48,6 +48,7 @@ def test_an_address_rule_that_was_needed_is_suggested_and_refusals_are_told() ->
         event("connect", rule="127.0.0.1", host="api.test", address="127.0.0.1", port=443),
         event("connect", rule="public", host="b.test", address="8.8.8.8", port=443),
         *[event("dns", "deny", host="evil.test")] * 2,
+        event("dns", "deny", host="api.test", rule="dns-type"),
     ]
 
     suggestion = suggest_policy(events)

@@ -57,6 +57,23 @@ def test_a_name_that_is_asked_for_again_makes_no_second_line() -> None:
     ]  # fmt: skip
 
 
+def test_a_query_of_another_type_is_refused_and_makes_one_line() -> None:
+    """TXT, NULL and ANY are what carries data by names elsewhere."""
+    dns, names, lines = server()
+    answers = [
+        dns.answer(dns_query(name, qtype))
+        for name in ("evil.test", "a.api.test")
+        for qtype in (1, 16, 10, 255, 16)
+    ]
+
+    assert {rcode(answer) for answer in [*answers[1:5], *answers[6:]]} == {RCode.REFUSED}
+    assert [(e.host, e.decision, e.rule) for e in map(parse_event, lines)] == [
+        ("evil.test", "deny", "default"), ("evil.test", "deny", "dns-type"),
+        ("a.api.test", "allow", "*.api.test"), ("a.api.test", "deny", "dns-type"),
+    ]  # fmt: skip
+    assert names.export() == ("a.api.test",)
+
+
 def test_what_cannot_be_recorded_is_not_answered() -> None:
     names = SyntheticNames()
     log = AuditLog(lambda line: None, "box", max_bytes=0)
