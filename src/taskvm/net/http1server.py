@@ -50,6 +50,10 @@ class Http1Server:
         """Say whether the last exchange was complete, and get ready for another."""
         if (self._h11.our_state, self._h11.their_state) != (h11.DONE, h11.DONE):
             return False
+        if any(
+            self._h11.trailing_data
+        ):  # more than was asked for, or the end, has been read already
+            return False
         self._h11.start_next_cycle()
         return True
 
