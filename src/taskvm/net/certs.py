@@ -1,7 +1,8 @@
 """The certificate authority of one sandbox, and the TLS contexts that it makes for each host.
 
-Rule 1: the keys are made for this sandbox and exist in memory only; nothing signed here means
-        anything elsewhere.
+Rule 1: the keys are made for this sandbox, and nothing signed here means anything elsewhere. They are in
+        memory only, but for the authority's own in a memory checkpoint (`export`): its copies' guests
+        trust it.
 Rule 2: the certificates satisfy RFC 5280 as OpenSSL's strict mode reads it (Python 3.13's default):
         key identifiers, key usage and criticality are all there.
 """
