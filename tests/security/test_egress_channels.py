@@ -28,6 +28,7 @@ from tests.support.egress_lab import (
 )
 from tests.support.waiting import until
 
+from taskvm.egress.oversight import Oversight, Question
 from taskvm.egress.policy import Policy
 from taskvm.egress.secret import Secret
 from taskvm.net.resolver import HostResolver
@@ -126,6 +127,36 @@ async def test_an_alias_that_leads_inside_leads_nowhere(monkeypatch: pytest.Monk
     with pytest.raises(AddressRefused):
         await dialer.reach(Origin("https", "api.test", 443))
     resolver.close()
+
+
+@pytest.mark.parametrize("asks", [False, True])
+async def test_a_value_in_a_name_is_not_looked_up_and_not_written_down(asks: bool) -> None:
+    """Under an allowed wildcard, or where a person is asked, the zone's owner would see the name."""
+    asked: list[Question] = []
+    secret = Secret("KEY", VALUE.upper(), hosts=["api.test"])
+    async with egress_lab(
+        allow=["api.test", "*.evil.test"], secrets=[secret], hosts=HOSTS,
+        oversight=Oversight(asked.append) if asks else None,  # type: ignore[arg-type]  # it answers nothing
+    ) as lab:  # fmt: skip
+        answers = [
+            await lab.guest.resolve(name)
+            for name in (f"{VALUE}.evil.test", f"x-{VALUE}.other.test", "plain.evil.test")
+        ]
+
+        assert [rcode for rcode, _ in answers] == [3, 3, 0]
+        assert lab.resolver.asked == []
+        assert [(e.host, e.rule) for e in lab.denials("dns")] == [
+            ("{KEY}.evil.test", "secret"), ("x-{KEY}.other.test", "secret"),
+        ]  # fmt: skip
+        assert VALUE.encode() not in b"".join(lab.lines).lower()
+    assert asked == []
+
+
+async def test_a_host_that_a_rule_writes_may_have_the_words_of_a_value() -> None:
+    secret = Secret("TENANT", "acme-corp", hosts=["api.test"])
+    async with egress_lab(allow=["api.test", "acme-corp.test"], secrets=[secret]) as lab:
+        assert (await lab.guest.resolve("acme-corp.test"))[0] == 0
+        assert [event.host for event in lab.events] == ["acme-corp.test"]
 
 
 # Servers that want something.

@@ -77,6 +77,9 @@ class Injector:
             if len(value) >= MIN_TRACED_VALUE
         }
         self._values = any_of(self._by_value)
+        # Names of hosts have no case: they come in lower case.
+        self._by_lowered = {value.lower(): bound for value, bound in self._by_value.items()}
+        self._lowered = any_of(self._by_lowered)
 
     def inject(
         self, scheme: Scheme, host: str, port: int, target: bytes, headers: Sequence[Header]
@@ -157,6 +160,13 @@ class Injector:
             lambda match: replace(self._by_placeholder[match.group()]), text
         )
         return done, self._placeholders.sub(b" ", text)
+
+    def without_values(self, host: str) -> str:
+        """Return the name of a host with the secret's name in brackets for each value in it."""
+        return self._lowered.sub(
+            lambda match: b"{%s}" % self._by_lowered[match.group()].secret.name.encode(),
+            host.encode(),
+        ).decode()
 
     def _refuse_values(self, text: bytes, place: str) -> None:
         basic = _decode_basic(text)

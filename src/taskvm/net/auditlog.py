@@ -39,6 +39,8 @@ class AuditLog:
         self._listener = listener
         self._room = max_bytes
         self._broken = False
+        # What of a host's name is not written down: the guest may put anything into the names that it asks for.
+        self.conceal: Callable[[str], str] = str
         self._close: Callable[[], None] = lambda: None
 
     @classmethod
@@ -67,6 +69,8 @@ class AuditLog:
         if self._broken:
             return False
         now = render_time(time.time_ns())
+        if host := fields.get("host"):
+            fields["host"] = self.conceal(host)
         event = AuditEvent(time=now, sandbox=self.sandbox, kind=kind, decision=decision, **fields)
         line = render_event(event)
         if len(line) > self._room:

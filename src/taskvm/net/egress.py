@@ -46,14 +46,28 @@ class Egress:
     approvals: Approvals | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
+        self.audit.conceal = self._conceal
         seen = self.oversight
         if seen.approver is not None:
             self.approvals = Approvals(seen.approver, seen.deadline_s, self.widen)
 
     def judge_name(self, host: str, port: int | None = None) -> Decision:
         """Judge a canonical name or literal before anything is looked up; without a port, for DNS."""
+        if self._conceal(host) != host:
+            return NAMES_A_VALUE
         decision = decide_name(self.policy, host, port)
         return ASKED_LATER if not decision.allowed and self.may_ask(host) else decision
+
+    def _conceal(self, host: str) -> str:
+        """Return a host's name without values, unless a rule has written this very name."""
+        shown = self.keyring.injector.without_values(host)
+        if shown != host and any(
+            pattern.host == host and not pattern.wildcard
+            for rule in self.policy.rules
+            for pattern in rule.hosts
+        ):
+            return host
+        return shown
 
     def may_ask(self, host: str) -> bool:
         """Say whether a person is asked about this host. Never about an internal address."""
@@ -126,6 +140,10 @@ class Refusal(Exception):  # noqa: N818 - an answer for the guest, not a fault
 
 
 ASKED_LATER = Decision(True, "ask", "a person is asked when a request is made")
+NAMES_A_VALUE = Decision(
+    False, "secret", "the value of a secret stands in the host's name",
+    "The guest must not know it: replace the secret",
+)  # fmt: skip
 CROWDED = Decision(
     False, "request-limit", "too many requests of this sandbox are under way",
     "Wait for answers before asking for more",
