@@ -107,11 +107,9 @@ class Coherence:
             directory.watched = Watched(wd)
             self._by_wd[wd] = directory
 
-    def lifetime(self, node: HostNode, attr: Attr) -> Lifetime:
-        """Return how long the guest may believe `attr` of `node`, and where it is; note that it was told."""
-        left = self._tree.nodes.left
-        while left:
-            self._tell(Change(*left.pop()))
+    def lifetime(self, node: HostNode, attr: Attr, directory: HostNode | None = None) -> Lifetime:
+        """Return how long the guest may believe `attr`, and that `node` is in `directory`; note that it was told."""
+        self._tell_left()
         node.told = (attr.st_ctime_ns, attr.st_size)
         node.told_ns = time.time_ns()
         if not self._by_wd:
@@ -120,7 +118,7 @@ class Coherence:
         lasts = node.watched is not None if is_directory else attr.st_nlink == 1
         if not node.places:
             return _LONG if lasts and node is self._tree.nodes.root else SHORT
-        if node.places[-1][0].watched is None:
+        if node.astray or (directory or node.places[-1][0]).watched is None:
             return SHORT
         return _LONG if lasts else _NAME_ONLY
 
@@ -194,6 +192,7 @@ class Coherence:
         told, self._told = self._told, {}
         for change in told:
             self._tell(change)
+        self._tell_left()
 
     def doubt_everything(self) -> None:
         """Tell that whatever the guest believes may be wrong."""
@@ -217,6 +216,11 @@ class Coherence:
             else:
                 if node.told != (attr.st_ctime_ns, attr.st_size):
                     self._doubt(node)
+
+    def _tell_left(self) -> None:
+        left = self._tree.nodes.left
+        while left:
+            self._tell(Change(*left.pop()))
 
     def _watch_again(self, directory: HostNode, absent: list[bytes]) -> None:
         with suppress(OSError):  # it is not there, and will be told so
@@ -269,8 +273,16 @@ class Coherence:
         watched = directory.watched
         if watched is None:
             return
-        if event.name in watched.absent or event.name in directory.children:
+        known = directory.children.get(event.name)
+        if event.name in watched.absent or known is not None:
             self._told[Change(directory.id, event.name)] = None
+        if known is not None and known.kind == stat.S_IFREG:
+            known.astray = (
+                True  # somebody may have it open, and no event tells of it until it is found again
+            )
+            if known.told is not None:
+                known.told = None
+                self._told[Change(known.id)] = None
         self.present(directory, event.name)
         if directory.told is not None or watched.listed:  # its times, and a listing that was kept
             directory.told = None

@@ -134,7 +134,7 @@ class HostDir(Provider):
                 self._nodes.unbind(directory, name)
                 raise Absent(self._coherence.absent(directory, name)) from None
             attr = special
-        return self._entry(self._nodes.bind(directory, name, attr), attr)
+        return self._entry(directory, self._nodes.bind(directory, name, attr), attr)
 
     def forget(self, node: Node, count: int) -> None:
         gone = self._nodes.forget(node, count)
@@ -185,7 +185,7 @@ class HostDir(Provider):
         self._tree.keep_created(node, fd)
         if changed:
             self._coherence.contents_changed(node, inotify.ATTRIB)
-        return self._entry(node, attr)
+        return self._entry(directory, node, attr)
 
     def mknod(self, parent: Node, name: bytes, mode: int) -> Entry:
         kind = stat.S_IFMT(mode)
@@ -198,7 +198,7 @@ class HostDir(Provider):
             raise refuse(errno.EEXIST)
         special = self._specials.make(directory.identity, name, kind | (mode & MODE))
         self._coherence.present(directory, name)
-        return self._entry(self._nodes.bind(directory, name, special), special)
+        return self._entry(directory, self._nodes.bind(directory, name, special), special)
 
     def mkdir(self, parent: Node, name: bytes, mode: int) -> Entry:
         directory = self._for_change(parent)
@@ -224,12 +224,11 @@ class HostDir(Provider):
 
     def link(self, node: Node, parent: Node, name: bytes) -> Entry:
         target, directory = self._nodes[node], self._for_change(parent)
-        parents = self._tree.walk_two(self._tree.parent_of(target), directory)
-        with parents as (source, destination):
-            old_name = target.places[-1][1]
-            os.link(
-                old_name, name, src_dir_fd=source, dst_dir_fd=destination, follow_symlinks=False
-            )
+        if target.kind == stat.S_IFDIR or self._specials.known(target.identity):
+            raise refuse(errno.EPERM)
+        with self._tree.handle(target) as fd:
+            # The inode itself, whatever has its names by now: what /proc leads to is followed (AT_SYMLINK_FOLLOW).
+            os.link(through_proc(fd), name, dst_dir_fd=self._tree.walk(directory))
         self._coherence.names_changed(directory, name, inotify.CREATE)
         return self.lookup(parent, name)
 
@@ -411,8 +410,8 @@ class HostDir(Provider):
         if moved is not None:
             moved.told = None
 
-    def _entry(self, node: HostNode, attr: HostAttr | Special) -> Entry:
-        return Entry(node.id, attr, self._coherence.lifetime(node, attr))
+    def _entry(self, directory: HostNode, node: HostNode, attr: HostAttr | Special) -> Entry:
+        return Entry(node.id, attr, self._coherence.lifetime(node, attr, directory))
 
     def _stat(self, node: HostNode) -> HostAttr | Special:
         return self._specials.known(node.identity) or self._tree.stat(node)
@@ -430,7 +429,7 @@ class HostDir(Provider):
                 return entry
             os.ftruncate(self._tree.content(node, write=True), 0)
             self._coherence.contents_changed(node, inotify.MODIFY)
-            return self._entry(node, self._stat(node))
+            return self._entry(self._nodes[parent], node, self._stat(node))
         except OSError:
             self.forget(entry.node, 1)
             raise

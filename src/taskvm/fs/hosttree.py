@@ -17,8 +17,9 @@ import os
 import stat
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import TypeVar
 
 from taskvm.fs import syscalls
 from taskvm.fs.descriptors import DescriptorSet, Held, descriptor_budget
@@ -33,6 +34,7 @@ CONTENT = os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC
 NODE = os.O_PATH | os.O_NOFOLLOW
 
 _SET_ID = stat.S_ISUID | stat.S_ISGID
+_T = TypeVar("_T")
 # linux/magic.h. The birth of a file there is that of the layer it is in, and changes when it is copied up.
 _OVERLAYFS = 0x794C7630
 
@@ -112,12 +114,6 @@ class HostTree:
         finally:
             os.close(fd)
 
-    def parent_of(self, node: HostNode) -> HostNode:
-        """Return the directory that `node` was last seen in."""
-        if not node.places:
-            raise refuse(errno.ESTALE)
-        return node.places[-1][0]
-
     # Attributes.
 
     def stat_name(self, directory: HostNode, name: bytes) -> HostAttr:
@@ -135,14 +131,34 @@ class HostTree:
             return self.stat_fd(held.fd)
         if node.kind == stat.S_IFDIR:
             return self.stat_fd(self.walk(node))
-        parent = self.parent_of(node)
+        return self._at_its_place(node, lambda parent, name: self._stat_at(node, parent, name))
+
+    def _stat_at(self, node: HostNode, parent: HostNode, name: bytes) -> HostAttr:
         try:
-            attr = self.stat_name(parent, node.places[-1][1])
+            attr = self.stat_name(parent, name)
         except FileNotFoundError:
             raise refuse(errno.ESTALE) from None
         if identity(attr) != node.identity:
             raise refuse(errno.ESTALE)
         return attr
+
+    def _at_its_place(self, node: HostNode, use: Callable[[HostNode, bytes], _T]) -> _T:
+        """Return what `use` makes of a name of `node`; it says ESTALE of one that stands for something else.
+
+        Such a name is dropped if there are others. The last one stays: the host may move things to and fro.
+        """
+        while node.places:
+            parent, name = node.places[-1]
+            try:
+                used = use(parent, name)
+            except OSError as error:
+                if error.errno != errno.ESTALE or len(node.places) == 1:
+                    raise
+                self.nodes.leave(parent, name)
+            else:
+                node.astray = False
+                return used
+        raise refuse(errno.ESTALE)
 
     def exists(self, directory: HostNode, name: bytes) -> bool:
         """Tell whether `name` stands for anything."""
@@ -164,8 +180,9 @@ class HostTree:
         elif node.kind == stat.S_IFDIR:
             yield self.walk(node)
         else:
-            parent = self.walk(self.parent_of(node))
-            fd = self._open_node(parent, node, node.places[-1][1], NODE)
+            fd = self._at_its_place(
+                node, lambda parent, name: self._open_node(self.walk(parent), node, name, NODE)
+            )
             try:
                 yield fd
             finally:
@@ -200,15 +217,25 @@ class HostTree:
                 self._contents.drop(number)
 
     def pin(self, parent: HostNode, name: bytes) -> None:
-        """Keep what is about to lose its name `name`, if the guest has it and knows no other name of it."""
+        """Keep what is about to lose its name `name`, if the guest has it and knows no other name that it has."""
         node = parent.children.get(name)
-        if node is None or len(node.places) > 1 or node.kind not in (stat.S_IFREG, stat.S_IFDIR):
+        if node is None or node.kind not in (stat.S_IFREG, stat.S_IFDIR):
+            return
+        if len(node.places) > 1 and self._has_other_name(node, parent, name):
             return
         try:
             fd = self._open_node(self.walk(parent), node, name, NODE)
         except OSError:
             return  # the host was faster: what is there by now is not what the guest has
         self._pins.put(node.id, Held(fd))
+
+    def _has_other_name(self, node: HostNode, parent: HostNode, name: bytes) -> bool:
+        for place in [one for one in reversed(node.places) if one != (parent, name)]:
+            with suppress(OSError):
+                self._stat_at(node, *place)
+                return True
+            self.nodes.leave(*place)
+        return False
 
     def _held_content(self, node: HostNode) -> Held | None:
         """Return the descriptor that is kept for a file, unless the host has moved the file out."""

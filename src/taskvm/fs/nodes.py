@@ -2,7 +2,7 @@
 
 A node is an inode (device, number, type, birth), so hard links are one node, and lives while the guest's kernel holds
 references. Its places are the names it was last seen under; nothing here touches the host, and a place may be out of
-date: who uses one compares the identity of what it finds.
+date: who uses one compares the identity of what it finds, and drops it (`leave`) when there is another.
 """
 
 from __future__ import annotations
@@ -39,6 +39,13 @@ class Identified(Protocol):
     def st_birth_ns(self) -> int: ...
 
 
+class Seen(Identified, Protocol):
+    """What tells also whether there can be another name."""
+
+    @property
+    def st_nlink(self) -> int: ...
+
+
 def identity(attr: Identified) -> Identity:
     """Return what tells one inode from another.
 
@@ -73,10 +80,12 @@ class NodeState(msgspec.Struct, frozen=True, array_like=True):
 class HostNode:
     """One inode that the guest knows.
 
-    `told` is (ctime, size) as the guest was last told them, at the time `told_ns`; None when it trusts nothing.
+    `told` is (ctime, size) as the guest was last told them, at the time `told_ns`; None when it trusts nothing. It is
+    `astray` from when the host took a name of it away until it is seen under one: no watch tells of it.
     """
 
     __slots__ = (
+        "astray",
         "children",
         "id",
         "identity",
@@ -96,6 +105,7 @@ class HostNode:
         self.told: tuple[int, int] | None = None
         self.told_ns: int = 0
         self.watched: Watched | None = None
+        self.astray: bool = False
 
     @property
     def kind(self) -> int:
@@ -112,7 +122,7 @@ class NodeTable:
         self._by_identity: dict[Identity, HostNode] = {self.root.identity: self.root}
         self._next = ROOT + 1
         self._names = 0
-        # Names of directories that the host moved and the guest met at another place: it may know them still.
+        # Names of what the host moved and the guest met at another place: it may know them still.
         self.left: list[tuple[Node, bytes]] = []
 
     def __len__(self) -> int:
@@ -127,7 +137,7 @@ class NodeTable:
         except KeyError:
             raise refuse(errno.ESTALE) from None
 
-    def bind(self, parent: HostNode, name: bytes, attr: Identified) -> HostNode:
+    def bind(self, parent: HostNode, name: bytes, attr: Seen) -> HostNode:
         """Return the node of what was just seen as `name` in `parent`, with one reference more."""
         if self._names >= MAX_NODES and name not in parent.children:
             raise refuse(errno.ENFILE)  # hard links: no new node, and memory all the same
@@ -136,9 +146,19 @@ class NodeTable:
         if node is None:
             node = self._add(key)
         node.references += 1
+        node.astray = False
         if parent.children.get(name) is not node:
             self._place(node, parent, name)
+        if attr.st_nlink == 1 and len(node.places) > 1:  # it was moved here by the host
+            self.unbind(parent, name)
+            self._leave_all(node)
+            self._place(node, parent, name)
         return node
+
+    def leave(self, parent: HostNode, name: bytes) -> None:
+        """Note that `name` in `parent` is not what the guest knows by it, and has yet to be told."""
+        self.unbind(parent, name)
+        self.left.append((parent.id, name))
 
     def unbind(self, parent: HostNode, name: bytes) -> None:
         """Note that `name` in `parent` no longer stands for what it did."""
@@ -240,11 +260,14 @@ class NodeTable:
     def _place(self, node: HostNode, parent: HostNode, name: bytes) -> None:
         self.unbind(parent, name)
         if node.kind == stat.S_IFDIR:  # a directory has one name: it was moved by the host
-            self.left += [(old_parent.id, old_name) for old_parent, old_name in node.places]
-            self._unplace(node)
+            self._leave_all(node)
         self._names += 1
         node.places.append((parent, name))
         parent.children[name] = node
+
+    def _leave_all(self, node: HostNode) -> None:
+        self.left += [(parent.id, name) for parent, name in node.places]
+        self._unplace(node)
 
     def _unplace(self, node: HostNode) -> None:
         for parent, name in node.places:

@@ -199,6 +199,37 @@ def test_one_guest_sees_what_another_does(kernel_mount: Mount, host: Path) -> No
     assert eventually(lambda: seen(second.path) == seen(first.path) == seen(host))
 
 
+def test_a_log_that_the_host_rotates_is_followed(kernel_mount: Mount, host: Path) -> None:
+    """By who has it open: no event tells of its new name, which the guest does not know."""
+    (host / "log").write_bytes(b"one")
+    mount = kernel_mount(HostDir(host))
+    log = os.open(mount.path / "log", os.O_RDONLY)
+    assert os.read(log, 99) == b"one"
+    assert (
+        os.fstat(log).st_size == 3
+    )  # not before: a read makes the kernel ask for the attributes once more
+
+    (host / "log").rename(host / "log.1")
+    append(host / "log.1")
+
+    assert eventually(lambda: os.read(log, 99) == b"more")
+    os.close(log)
+
+
+def test_a_name_that_turned_out_to_be_wrong_is_told(kernel_mount: Mount, host: Path) -> None:
+    """By a use of another name, which may come before the event."""
+    (host / "a").write_bytes(b"text")
+    os.link(host / "a", host / "b")
+    mount = kernel_mount(HostDir(host))
+    assert (mount.path / "a").stat().st_nlink == (mount.path / "b").stat().st_nlink == 2
+    with (mount.path / "a").open("rb", buffering=0) as file:
+        (host / "b").unlink()
+
+        assert file.read() == b"text"
+
+        assert eventually(lambda: not (mount.path / "b").exists())
+
+
 def test_lost_events_make_everything_doubtful(
     kernel_mount: Mount, host: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,6 +105,78 @@ def test_hard_links_are_one_node(provider: HostDir, host: Path) -> None:
     assert (host / "a").read_text() == "text"
 
 
+def test_a_file_is_found_by_the_name_that_the_host_has_left_it(
+    provider: HostDir, host: Path
+) -> None:
+    (host / "a").write_text("text")
+    (host / "b").hardlink_to(host / "a")
+    file = node(provider, b"a")
+    assert node(provider, b"b") == file
+
+    (host / "b").unlink()
+
+    assert provider.read(file, 0, 10) == b"text"
+    provider.link(file, ROOT, b"c")
+    assert (host / "c").read_text() == "text"
+    assert provider.getattr(file)[0].st_nlink == 2
+
+
+def test_a_file_is_found_when_the_host_has_moved_it_there_and_back(
+    provider: HostDir, host: Path
+) -> None:
+    (host / "there").write_text("text")
+    file = node(provider, b"there")
+    for old, new in (("there", "away"), ("away", "there"), ("there", "away"), ("away", "there")):
+        (host / old).rename(host / new)
+        assert node(provider, os.fsencode(new)) == file
+
+    assert provider.getattr(file)[0].st_size == 4
+    (host / "there").rename(host / "away")
+    assert failure(provider.getattr, file) == errno.ESTALE
+    (host / "away").rename(host / "there")
+    assert provider.read(file, 0, 10) == b"text"  # although nobody has looked it up again
+
+
+def test_an_open_file_survives_its_removal_under_a_name_that_the_host_gave_it(
+    provider: HostDir, host: Path
+) -> None:
+    (host / "a").write_text("text")
+    file = node(provider, b"a")
+    (host / "a").rename(host / "b")
+    assert node(provider, b"b") == file
+
+    provider.unlink(ROOT, b"b")
+
+    assert provider.read(file, 0, 10) == b"text"
+
+
+def test_an_open_file_survives_its_removal_when_the_host_has_removed_its_other_name(
+    provider: HostDir, host: Path
+) -> None:
+    (host / "a").write_text("text")
+    (host / "b").hardlink_to(host / "a")
+    (host / "kept").hardlink_to(host / "a")  # so that its other name may be anywhere
+    file = node(provider, b"a")
+    assert node(provider, b"b") == file
+    (host / "a").unlink()
+
+    provider.unlink(ROOT, b"b")
+
+    assert provider.read(file, 0, 10) == b"text"
+
+
+def test_a_link_of_the_host_gets_a_further_name_itself(provider: HostDir, host: Path) -> None:
+    (host / "link").symlink_to("nowhere")
+
+    provider.link(node(provider, b"link"), ROOT, b"other")
+
+    assert (host / "other").readlink() == Path("nowhere")
+    directory = provider.mkdir(ROOT, b"d", 0o755).node
+    fifo = provider.mknod(ROOT, b"fifo", stat.S_IFIFO | 0o600).node
+    assert failure(provider.link, directory, ROOT, b"x") == errno.EPERM
+    assert failure(provider.link, fifo, ROOT, b"x") == errno.EPERM
+
+
 def test_a_node_follows_what_the_guest_renames(provider: HostDir, host: Path) -> None:
     (host / "d" / "e").mkdir(parents=True)
     (host / "d" / "e" / "file").write_text("text")

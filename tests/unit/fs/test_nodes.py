@@ -13,10 +13,15 @@ from taskvm.fs.nodes import NodeTable
 
 
 def seen(
-    ino: int, kind: int = stat.S_IFREG, mtime_ns: int = 0, birth_ns: int = 0
+    ino: int, kind: int = stat.S_IFREG, mtime_ns: int = 0, birth_ns: int = 0, links: int = 2
 ) -> SimpleNamespace:
     return SimpleNamespace(
-        st_dev=1, st_ino=ino, st_mode=kind | 0o644, st_mtime_ns=mtime_ns, st_birth_ns=birth_ns
+        st_dev=1,
+        st_ino=ino,
+        st_mode=kind | 0o644,
+        st_nlink=links,
+        st_mtime_ns=mtime_ns,
+        st_birth_ns=birth_ns,
     )
 
 
@@ -61,6 +66,16 @@ def test_a_directory_has_one_place_and_a_file_may_have_more(table: NodeTable) ->
         node = table.bind(table.root, b"a%d" % kind, seen(kind, kind))
         table.bind(table.root, b"b%d" % kind, seen(kind, kind))
         assert len(node.places) == places
+
+
+def test_what_is_seen_with_one_link_has_left_the_names_it_had(table: NodeTable) -> None:
+    node = table.bind(table.root, b"a", seen(5))
+    table.bind(table.root, b"b", seen(5))
+    assert table.bind(table.root, b"a", seen(5, links=1)) is node
+
+    assert node.places == [(table.root, b"a")]
+    assert table.root.children == {b"a": node}
+    assert table.left == [(table.root.id, b"b")]
 
 
 def test_a_link_that_was_made_anew_is_another_node(table: NodeTable) -> None:
