@@ -32,6 +32,7 @@ SHARED = (
     "taskvm.interruption",
     "taskvm.opening",
     "taskvm.paths",
+    "taskvm.room",
 )
 IO = (*PURE, *SHARED)
 VALUES = ("taskfactory.errors", "taskfactory.task", "taskfactory.events")

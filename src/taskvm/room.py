@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import os
 import resource
+import threading
 from collections.abc import Iterator
 
 from taskvm.errors import HostError
@@ -18,6 +19,7 @@ from taskvm.errors import HostError
 DESCRIPTORS = 32
 _starting: set[int] = set()
 _numbers = itertools.count()
+_raising = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -46,4 +48,13 @@ def _make_room(wanted: int) -> None:
             f"this process has {used} files open, of at most {hard}",
             "Raise its limit of open files (`ulimit -Hn`, LimitNOFILE= of systemd), or close sandboxes",
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(2 * (used + wanted), hard), hard))
+    raise_limit(2 * (used + wanted))
+
+
+def raise_limit(wanted: int) -> None:
+    """Let this process open so many files, or as many as it may by itself. From any thread; nothing is ever lowered."""
+    if wanted <= resource.getrlimit(resource.RLIMIT_NOFILE)[0]:
+        return
+    with _raising:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(wanted, hard)), hard))

@@ -17,12 +17,12 @@ import os
 import stat
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from taskvm.fs import syscalls
-from taskvm.fs.descriptors import DescriptorSet, Held, descriptor_budget
+from taskvm.fs.descriptors import DescriptorSet, Held, Pins
 from taskvm.fs.nodes import HostNode, NodeTable, identity
 from taskvm.fs.provider import refuse
 from taskvm.fs.syscalls import HostAttr
@@ -45,20 +45,18 @@ class HostTree:
     def __init__(self, root: int) -> None:
         self.root = root
         self.filesystem = syscalls.filesystem_type(root)
-        self._release_root = weakref.finalize(self, os.close, root)
         self._has_births = self.filesystem != _OVERLAYFS
         self.nodes = NodeTable(self.stat_fd(root))
-        budget = descriptor_budget()
-        self._contents = DescriptorSet(budget)
-        self._directories = DescriptorSet(budget)
+        self._contents = DescriptorSet()
+        self._directories = DescriptorSet()
         # Unlinked files that the guest still uses. O_PATH: opened for reading or writing through /proc when needed.
-        self._pins = DescriptorSet(budget)
+        self._pins = Pins()
+        held = (self._contents, self._directories, self._pins)
+        self._release = weakref.finalize(self, _close, root, held)
 
     def close(self) -> None:
         """Close every descriptor. Idempotent."""
-        for held in (self._contents, self._directories, self._pins):
-            held.close()
-        self._release_root()
+        self._release()
         self.root = -1
 
     def forget(self, node: HostNode) -> None:
@@ -225,7 +223,9 @@ class HostTree:
             return
         try:
             fd = self._open_node(self.walk(parent), node, name, NODE)
-        except OSError:
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise refuse(errno.ENFILE) from None  # better to refuse than to lose what is open
             return  # the host was faster: what is there by now is not what the guest has
         self._pins.put(node.id, Held(fd))
 
@@ -294,6 +294,12 @@ class HostTree:
             os.close(fd)
             raise refuse(errno.ESTALE)
         return fd
+
+
+def _close(root: int, sets: Iterable[DescriptorSet]) -> None:
+    for held in sets:
+        held.close()
+    os.close(root)
 
 
 def through_proc(fd: int) -> str:
