@@ -8,7 +8,8 @@ name causes no event here), and for directories that nobody has looked into yet.
 2. The guest's own changes are expected: an event for a name is dropped if this server caused it. The kernel queues
    events before the call returns, so whatever is expected has arrived by the next reading.
 3. An event for contents or attributes counts when (ctime, size) is not what the guest was told last; also when they
-   were told within TICK of the ctime, for a second change in that time has the same one (before Linux 6.13).
+   were told within TICK of the ctime, for a second change in that time has the same one (before Linux 6.13). A close
+   after writing counts unless it is this server's: a second store to a page that is dirty already changes no time.
 4. What the guest no longer believes is not told again: the host may write a file a thousand times for one message.
 5. Lost events make everything doubtful, and the guest is told so.
 """
@@ -26,7 +27,7 @@ from taskvm.fs import inotify
 from taskvm.fs.hosttree import HostTree
 from taskvm.fs.inotify import Event, Inotify
 from taskvm.fs.nodes import HostNode, NodeState, Watched
-from taskvm.fs.provider import Change
+from taskvm.fs.provider import Change, Node
 from taskvm.wire.fuse_replies import Attr, Lifetime
 
 _SECOND_NS = 1_000_000_000
@@ -40,6 +41,8 @@ YOUNG_NS = _SECOND_NS
 MAX_ABSENT_IN_DIRECTORY = 1024
 MAX_ABSENT = 100_000
 SHORT = Lifetime(entry_ns=SHORT_NS, attr_ns=SHORT_NS)
+# Of each there is one event for one cause; of others the kernel makes one of several that follow each other.
+_COUNTED = inotify.NAMES | inotify.CLOSE_WRITE
 _NAME_ONLY = Lifetime(entry_ns=LONG_NS, attr_ns=SHORT_NS)
 _LONG = Lifetime(entry_ns=LONG_NS, attr_ns=LONG_NS)
 
@@ -179,6 +182,13 @@ class Coherence:
         if node.watched is not None:
             self._expected[node.watched.wd, b"", event] = 1
 
+    def closed(self, number: Node) -> None:
+        """Expect the event of a descriptor for writing that this server has just closed."""
+        node = self._tree.nodes.get(number)
+        for directory, name in node.places if node is not None else ():
+            if directory.watched is not None:
+                self._expected[directory.watched.wd, name, inotify.CLOSE_WRITE] += 1
+
     # What the host does.
 
     def attend(self) -> None:
@@ -257,10 +267,10 @@ class Coherence:
             return
         key = (event.wd, event.name, event.mask & ~inotify.IS_DIRECTORY)
         ours = self._expected[key] > 0
+        if ours and event.mask & _COUNTED:
+            self._expected[key] -= 1
         if event.mask & inotify.NAMES:
-            if ours:
-                self._expected[key] -= 1
-            else:
+            if not ours:
                 self._name_changed(directory, event)
         elif not event.name:
             if self._counts(directory, event, ours=ours):
@@ -301,17 +311,15 @@ class Coherence:
     def _counts(self, node: HostNode, event: Event, *, ours: bool) -> bool:
         if node.told is None:
             return False
+        if event.mask & inotify.CLOSE_WRITE and not ours:
+            return True
         try:
             attr = self._tree.stat(node)
         except OSError:
             return False  # not there any more: an event for its name follows
         if node.told != (attr.st_ctime_ns, attr.st_size):
             return True
-        return (
-            not ours
-            and not event.mask & inotify.CLOSE_WRITE
-            and node.told_ns - attr.st_ctime_ns < TICK_NS
-        )
+        return not ours and node.told_ns - attr.st_ctime_ns < TICK_NS
 
     def _lost(self, directory: HostNode) -> None:
         # Removed, or its file system is unmounted. What is in it is as doubtful as it is.

@@ -80,6 +80,7 @@ class HostDir(Provider):
         self._specials = Specials()
         self._umask = read_umask()
         self._coherence = Coherence(self._tree, lambda change: self.changes(change), live=live)
+        self._tree.closed = self._coherence.closed
         self.lasting = self._coherence.fd is not None
         self.prompt = (
             self._tree.filesystem in LOCAL

@@ -24,7 +24,7 @@ from typing import TypeVar
 from taskvm.fs import syscalls
 from taskvm.fs.descriptors import DescriptorSet, Held, Pins
 from taskvm.fs.nodes import HostNode, NodeTable, identity
-from taskvm.fs.provider import refuse
+from taskvm.fs.provider import Node, refuse
 from taskvm.fs.syscalls import HostAttr
 
 WALK_AGE_S = 1.0
@@ -47,6 +47,7 @@ class HostTree:
         self.filesystem = syscalls.filesystem_type(root)
         self._has_births = self.filesystem != _OVERLAYFS
         self.nodes = NodeTable(self.stat_fd(root))
+        self.closed: Callable[[Node], None] = _nobody  # is told of what was open for writing
         self._contents = DescriptorSet()
         self._directories = DescriptorSet()
         # Unlinked files that the guest still uses. O_PATH: opened for reading or writing through /proc when needed.
@@ -61,8 +62,9 @@ class HostTree:
 
     def forget(self, node: HostNode) -> None:
         """Let go of what is open for a node."""
-        for held in (self._contents, self._directories, self._pins):
-            held.drop(node.id)
+        self._drop_content(node.id)
+        self._directories.drop(node.id)
+        self._pins.drop(node.id)
 
     # Directories.
 
@@ -196,7 +198,7 @@ class HostTree:
         if node.kind != stat.S_IFREG:
             raise refuse(errno.EISDIR if node.kind == stat.S_IFDIR else errno.EINVAL)
         opened = self._open_writable(node) if write else self._open_content(node, os.O_RDONLY)
-        self._contents.put(node.id, opened)
+        self._keep(node, opened)
         return opened.fd
 
     def any_content(self, node: HostNode) -> int:
@@ -206,13 +208,13 @@ class HostTree:
 
     def keep_created(self, node: HostNode, fd: int) -> None:
         """Keep the descriptor of a file that was just created, which its mode may not allow to be opened again."""
-        self._contents.put(node.id, Held(fd, True, True, time.monotonic() + WALK_AGE_S))
+        self._keep(node, Held(fd, True, True, time.monotonic() + WALK_AGE_S))
 
     def close_writable(self) -> None:
         """Close what can be opened again: the host cannot run a program that is open for writing (ETXTBSY)."""
         for number, held in self._contents.items():
             if held.writable and os.fstat(held.fd).st_mode & stat.S_IWUSR:
-                self._contents.drop(number)
+                self._drop_content(number)
 
     def pin(self, parent: HostNode, name: bytes) -> None:
         """Keep what is about to lose its name `name`, if the guest has it and knows no other name that it has."""
@@ -237,6 +239,16 @@ class HostTree:
             self.nodes.leave(*place)
         return False
 
+    def _keep(self, node: HostNode, opened: Held) -> None:
+        for number, held in self._contents.put(node.id, opened):
+            if held.writable:
+                self.closed(number)
+
+    def _drop_content(self, number: Node) -> None:
+        held = self._contents.drop(number)
+        if held is not None and held.writable:
+            self.closed(number)
+
     def _held_content(self, node: HostNode) -> Held | None:
         """Return the descriptor that is kept for a file, unless the host has moved the file out."""
         held = self._contents.get(node.id)
@@ -245,7 +257,7 @@ class HostTree:
         now = time.monotonic()
         if held.until <= now:
             if not self._is_inside(held.fd):
-                self._contents.drop(node.id)
+                self._drop_content(node.id)
                 return None
             self._contents.renew(node.id, now + WALK_AGE_S)
         return held
@@ -294,6 +306,10 @@ class HostTree:
             os.close(fd)
             raise refuse(errno.ESTALE)
         return fd
+
+
+def _nobody(number: Node) -> None:
+    """Nobody asked to be told."""
 
 
 def _close(root: int, sets: Iterable[DescriptorSet]) -> None:

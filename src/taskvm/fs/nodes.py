@@ -137,6 +137,10 @@ class NodeTable:
         except KeyError:
             raise refuse(errno.ESTALE) from None
 
+    def get(self, number: Node) -> HostNode | None:
+        """Return the node, if the guest knows it."""
+        return self._by_id.get(number)
+
     def bind(self, parent: HostNode, name: bytes, attr: Seen) -> HostNode:
         """Return the node of what was just seen as `name` in `parent`, with one reference more."""
         if self._names >= MAX_NODES and name not in parent.children:

@@ -19,6 +19,7 @@ from tests.support.kernel_mount import KernelMount
 from tests.support.waiting import PATIENCE_S
 
 from taskvm.fs import coherence as coherence_module
+from taskvm.fs.descriptors import KEPT
 from taskvm.fs.hostdir import HostDir
 from taskvm.fs.inotify import OVERFLOW, Event
 from taskvm.fs.provider import ROOT, Change, Provider
@@ -323,6 +324,52 @@ def test_a_directory_that_the_guest_forgets_is_watched_no_longer(host: Path) -> 
     source.ready()
 
     assert told == []
+    provider.close()
+
+
+def test_what_the_host_stores_twice_through_a_mapping_shows_when_it_closes(
+    kernel_mount: Mount, host: Path
+) -> None:
+    """The second store finds the page dirty, so that no time changes."""
+    (host / "file").write_bytes(bytes(100))
+    mount = kernel_mount(HostDir(host))
+    with (host / "file").open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        mapped[:3] = b"one"
+        assert eventually(lambda: (mount.path / "file").read_bytes()[:3] == b"one")
+        time.sleep(0.03)  # longer than a tick of the host's clock
+        assert (mount.path / "file").read_bytes()[:3] == b"one"
+        mapped[:3] = b"two"
+
+    assert eventually(lambda: (mount.path / "file").read_bytes()[:3] == b"two")
+
+
+@pytest.mark.parametrize("why", ["rest", "room"])
+def test_what_this_server_closes_is_not_told(
+    host: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    """And what others close after writing is, as nobody knows what they wrote."""
+    if why == "room":
+        monkeypatch.setattr(KEPT, "_limit", lambda: 0)
+    told: list[Change] = []
+    provider = HostDir(host).opened()
+    provider.changes = told.append
+    assert provider.readdir(ROOT, 0, 1024)  # from here on it is watched
+    nodes = [provider.create(ROOT, b"%d" % number, 0o600, 0).node for number in range(9)]
+    for node in nodes:
+        provider.write(node, 0, memoryview(b"text"), append=False)
+        provider.getattr(node)
+    if why == "rest":
+        provider.rest()
+    (source,) = provider.sources()
+
+    source.ready()
+    assert told == []
+    time.sleep(0.03)  # longer than a tick of the host's clock
+    with (host / "0").open("r+b"):
+        pass
+    source.ready()
+
+    assert Change(nodes[0]) in told
     provider.close()
 
 
