@@ -256,7 +256,7 @@ class HostTree:
             return None
         now = time.monotonic()
         if held.until <= now:
-            if not self._is_inside(held.fd):
+            if not self._is_inside(node, held.fd):
                 self._drop_content(node.id)
                 return None
             self._contents.renew(node.id, now + WALK_AGE_S)
@@ -265,15 +265,33 @@ class HostTree:
     def _pinned(self, node: HostNode) -> Held | None:
         """Return the pin of a file or directory, unless it kept its name after all and the host has moved it out."""
         pin = self._pins.get(node.id)
-        if pin is not None and not self._is_inside(pin.fd):
+        if pin is not None and not self._is_inside(node, pin.fd):
             self._pins.drop(node.id)
             return None
         return pin
 
-    def _is_inside(self, fd: int) -> bool:
+    def _is_inside(self, node: HostNode, fd: int) -> bool:
         # The kernel tells the place a descriptor has now, and for an unlinked file the one it had.
-        root, place = (os.readlink(through_proc(one)) for one in (self.root, fd))  # noqa: PTH115
+        try:
+            root, place = (os.readlink(through_proc(one)) for one in (self.root, fd))  # noqa: PTH115
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            return self._is_where_it_was(node, fd)
         return place.startswith(root.rstrip("/") + "/")
+
+    def _is_where_it_was(self, node: HostNode, fd: int) -> bool:
+        """Tell whether a descriptor is of what can be reached from the root, where its path is too long to be told."""
+        if not os.fstat(fd).st_nlink:
+            return True  # nobody can have moved it out
+        try:
+            if node.kind == stat.S_IFDIR:
+                self.walk(node)
+            else:
+                self._at_its_place(node, lambda parent, name: self._stat_at(node, parent, name))
+        except OSError:
+            return False
+        return True
 
     def _open_writable(self, node: HostNode) -> Held:
         try:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taskvm.errors import UsageError
+from taskvm.fs import hosttree
 from taskvm.fs.descriptors import LEAST, Account
 from taskvm.fs.hostdir import HostDir
 from taskvm.fs.provider import ROOT
@@ -254,6 +255,34 @@ def test_a_deep_tree_needs_no_deep_descriptors(host: Path) -> None:
     assert open_descriptors(host) - before <= 2 * LEAST
     provider.close()
     assert open_descriptors(host) == 0
+
+
+def test_what_is_too_deep_for_a_path_stays_usable(
+    provider: HostDir, host: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PATH_MAX is 4096 bytes; a guest that goes down step by step makes longer ones."""
+    monkeypatch.setattr(hosttree, "WALK_AGE_S", 0)  # as if each request came a second later
+    at = ROOT
+    for _ in range(25):
+        at = provider.mkdir(at, b"d" * 250, 0o755).node
+    file = provider.create(at, b"file", 0o444, 0).node
+    open_file, empty = provider.create(at, b"open", 0o600, 0).node, provider.mkdir(at, b"e", 0o755)
+    for one in (file, open_file):
+        put(provider, one, b"text")
+    provider._tree.close_writable()
+    provider.unlink(at, b"open")
+    provider.rmdir(at, b"e")
+
+    for _ in range(2):
+        assert put(provider, file, b"more", 4) == 4
+        assert provider.read(file, 0, 10) == b"textmore"
+        assert provider.getattr(file)[0].st_size == 8
+        assert provider.read(open_file, 0, 10) == b"text"
+        assert provider.getattr(empty.node)[0].st_nlink == 0
+
+    (host / ("d" * 250)).rename(host.parent / "outside")
+    assert failure(provider.read, file, 0, 10) == errno.ESTALE
+    assert failure(put, provider, file, b"text") == errno.ESTALE
 
 
 def open_descriptors(below: Path) -> int:
