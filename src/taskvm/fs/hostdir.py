@@ -297,6 +297,8 @@ class HostDir(Provider):
         if changes.valid & SetAttrField.SIZE:
             os.ftruncate(self._tree.content(target, write=True), changes.size)
             self._coherence.contents_changed(target, inotify.MODIFY)
+        if changes.valid & SetAttrField.MODE:
+            self._tree.keep_rights(target, changes.mode)
         with self._tree.handle(target) as fd:
             set_mode_and_times(fd, target.kind, changes)
             attr = self._tree.stat_fd(fd)
@@ -369,7 +371,7 @@ class HostDir(Provider):
     def seek(self, node: Node, offset: int, whence: int) -> int:
         if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
             raise refuse(errno.EINVAL)
-        return os.lseek(self._tree.content(self._nodes[node], write=False), offset, whence)
+        return os.lseek(self._tree.any_content(self._nodes[node]), offset, whence)
 
     def copy_range(
         self, node: Node, offset: int, target: Node, target_offset: int, length: int

@@ -34,6 +34,7 @@ CONTENT = os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC
 NODE = os.O_PATH | os.O_NOFOLLOW
 
 _SET_ID = stat.S_ISUID | stat.S_ISGID
+_OWNER = stat.S_IRUSR | stat.S_IWUSR
 _T = TypeVar("_T")
 # linux/magic.h. The birth of a file there is that of the layer it is in, and changes when it is copied up.
 _OVERLAYFS = 0x794C7630
@@ -204,7 +205,21 @@ class HostTree:
     def any_content(self, node: HostNode) -> int:
         """Return a descriptor of the contents, such as fsync(2) needs."""
         held = self._held_content(node)
-        return held.fd if held is not None else self.content(node, write=False)
+        if held is not None:
+            return held.fd
+        try:
+            return self.content(node, write=False)
+        except PermissionError:
+            return self.content(node, write=True)
+
+    def keep_rights(self, node: HostNode, mode: int) -> None:
+        """Open a file that with `mode` cannot be opened again: who has it open in the guest goes on, as everywhere."""
+        if node.kind != stat.S_IFREG or not self.stat(node).st_mode & ~mode & _OWNER:
+            return
+        for write in (True, False):
+            with suppress(OSError):
+                self.content(node, write=write)
+                return
 
     def keep_created(self, node: HostNode, fd: int) -> None:
         """Keep the descriptor of a file that was just created, which its mode may not allow to be opened again."""
@@ -213,7 +228,7 @@ class HostTree:
     def close_writable(self) -> None:
         """Close what can be opened again: the host cannot run a program that is open for writing (ETXTBSY)."""
         for number, held in self._contents.items():
-            if held.writable and os.fstat(held.fd).st_mode & stat.S_IWUSR:
+            if held.writable and os.access(through_proc(held.fd), os.W_OK, effective_ids=True):
                 self._drop_content(number)
 
     def pin(self, parent: HostNode, name: bytes) -> None:

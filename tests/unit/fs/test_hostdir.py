@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.capabilities import as_an_ordinary_user
 
 from taskvm.errors import UsageError
 from taskvm.fs import hosttree
@@ -56,6 +57,10 @@ def failure(call: Callable[..., object], *arguments: object) -> int:
 
 def truncated(size: int) -> SetAttr:
     return SetAttr(SetAttrField.SIZE, size, 0, 0, 0, 0, 0)
+
+
+def mode(permissions: int) -> SetAttr:
+    return SetAttr(SetAttrField.MODE, 0, 0, 0, permissions, 0, 0)
 
 
 def listed(provider: HostDir, directory: int, size: int = 1024) -> list[bytes]:
@@ -220,6 +225,35 @@ def test_a_file_without_write_permission_is_written_by_its_creator(
     file = provider.create(ROOT, b"object", 0o444, os.O_EXCL).node
     assert put(provider, file, b"content") == 7
     assert stat.S_IMODE((host / "object").stat().st_mode) == 0o444
+
+
+def test_who_has_a_file_open_goes_on_when_its_mode_changes(provider: HostDir, host: Path) -> None:
+    """As on a disk of the guest's own; nobody here knows whether it has it open."""
+    for name in ("read-only", "write-only", "orphan"):
+        (host / name).write_text("text")
+    read_only, write_only, orphan = (
+        node(provider, name) for name in (b"read-only", b"write-only", b"orphan")
+    )
+    with as_an_ordinary_user():
+        provider.unlink(ROOT, b"orphan")
+        provider.setattr(read_only, mode(0o444))
+        provider.setattr(write_only, mode(0o200))
+        provider.setattr(orphan, mode(0))
+        for file in (read_only, write_only, orphan):
+            assert put(provider, file, b"more", 4) == 4
+            assert provider.read(file, 0, 10) == b"textmore"
+            assert provider.seek(file, 0, os.SEEK_HOLE) == 8
+            provider.fsync(file, data_only=False)
+        provider.rest()
+        assert put(provider, read_only, b"!", 8) == 1
+
+
+def test_what_can_only_be_written_can_be_synced(provider: HostDir, host: Path) -> None:
+    (host / "file").touch(0o200)
+    file = node(provider, b"file")
+    with as_an_ordinary_user():
+        provider.fsync(file, data_only=True)
+        assert failure(provider.read, file, 0, 1) == errno.EACCES
 
 
 def test_creating_what_exists_opens_it(provider: HostDir, host: Path) -> None:
