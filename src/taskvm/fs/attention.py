@@ -7,6 +7,7 @@ have four fifths of the thread, and hears of changes later, but within REST_S.
 
 from __future__ import annotations
 
+import math
 import select
 import time
 from collections.abc import Iterable
@@ -18,6 +19,35 @@ SHARE = 4
 REST_S = 0.05
 # Below this, leaving the sources alone costs more than it saves.
 _WORTH_S = 0.001
+
+
+class Pauses:
+    """When providers let go of what is only kept for speed: once in each `every_s` with requests, and once more."""
+
+    def __init__(self, every_s: float) -> None:
+        self._every_s = every_s
+        self._asked = False
+        self._next = math.inf
+
+    def asked(self) -> None:
+        """Note that the guest asks for something."""
+        self._asked = True
+        if self._next == math.inf:
+            self._next = time.monotonic() + self._every_s
+
+    @property
+    def left_s(self) -> float | None:
+        """For how long there is nothing to do; None is for ever."""
+        return None if self._next == math.inf else max(0.0, self._next - time.monotonic())
+
+    def is_due(self) -> bool:
+        """Tell whether it is time, which it is once."""
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + self._every_s if self._asked else math.inf
+        self._asked = False
+        return True
 
 
 class Attention:

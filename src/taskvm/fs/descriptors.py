@@ -13,13 +13,14 @@ that takes what it can gets half, two get a third each, and there is always some
 from __future__ import annotations
 
 import errno
+import math
 import os
 import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from taskvm.fs.provider import Node, refuse
 from taskvm.room import raise_limit
@@ -45,14 +46,15 @@ def pinned_limit() -> int:
     return min(MOST_PINNED, _limit(resource.getrlimit(resource.RLIMIT_NOFILE)[1]) // SHARE)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Held:
-    """One descriptor. `until` (of time.monotonic) is when its place has to be looked at again."""
+    """One descriptor. By time.monotonic, its place is known `until` then, and it was last `written` to."""
 
     fd: int
     readable: bool = False
     writable: bool = False
-    until: float = float("inf")
+    until: float = math.inf
+    written: float = -math.inf
 
 
 class Account:
@@ -104,10 +106,6 @@ class DescriptorSet:
             eldest = next(iter(self._held))
             closed.append((eldest, self._close(eldest)))
         return closed
-
-    def renew(self, node: Node, until: float) -> None:
-        """Note that the descriptor of `node` was looked at."""
-        self._held[node] = replace(self._held[node], until=until)
 
     def drop(self, node: Node) -> Held | None:
         """Close the descriptor of `node`, and return what it was, if there is one."""

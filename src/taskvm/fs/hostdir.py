@@ -109,7 +109,7 @@ class HostDir(Provider):
         return () if fd is None else (Source(fd, self._coherence.attend),)
 
     def rest(self) -> None:
-        self._tree.close_writable()
+        self._tree.rest()
 
     def export_state(self) -> bytes:
         state = HostDirState(nodes=self._nodes.export(), specials=self._specials.export())

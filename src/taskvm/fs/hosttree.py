@@ -28,6 +28,7 @@ from taskvm.fs.provider import Node, refuse
 from taskvm.fs.syscalls import HostAttr
 
 WALK_AGE_S = 1.0
+WRITE_AGE_S = 1.0
 # Far deeper than PATH_MAX allows; ends the walk when the host has moved directories into a circle of stale places.
 MAX_DEPTH = 4096
 CONTENT = os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC
@@ -194,13 +195,14 @@ class HostTree:
     def content(self, node: HostNode, *, write: bool) -> int:
         """Return a descriptor to read from or write to."""
         held = self._held_content(node)
-        if held is not None and (held.writable if write else held.readable):
-            return held.fd
-        if node.kind != stat.S_IFREG:
-            raise refuse(errno.EISDIR if node.kind == stat.S_IFDIR else errno.EINVAL)
-        opened = self._open_writable(node) if write else self._open_content(node, os.O_RDONLY)
-        self._keep(node, opened)
-        return opened.fd
+        if held is None or not (held.writable if write else held.readable):
+            if node.kind != stat.S_IFREG:
+                raise refuse(errno.EISDIR if node.kind == stat.S_IFDIR else errno.EINVAL)
+            held = self._open_writable(node) if write else self._open_content(node, os.O_RDONLY)
+            self._keep(node, held)
+        if write:
+            held.written = time.monotonic()
+        return held.fd
 
     def any_content(self, node: HostNode) -> int:
         """Return a descriptor of the contents, such as fsync(2) needs."""
@@ -223,12 +225,22 @@ class HostTree:
 
     def keep_created(self, node: HostNode, fd: int) -> None:
         """Keep the descriptor of a file that was just created, which its mode may not allow to be opened again."""
-        self._keep(node, Held(fd, True, True, time.monotonic() + WALK_AGE_S))
+        now = time.monotonic()
+        self._keep(node, Held(fd, True, True, until=now + WALK_AGE_S, written=now))
 
-    def close_writable(self) -> None:
-        """Close what can be opened again: the host cannot run a program that is open for writing (ETXTBSY)."""
+    def rest(self) -> None:
+        """Close directories that are too old to be used, and what was written and can be opened again.
+
+        The host cannot run a program that is open for writing (ETXTBSY).
+        """
+        now = time.monotonic()
+        for number, held in self._directories.items():
+            if held.until <= now:
+                self._directories.drop(number)
         for number, held in self._contents.items():
-            if held.writable and os.access(through_proc(held.fd), os.W_OK, effective_ids=True):
+            if not held.writable or now - held.written < WRITE_AGE_S:
+                continue
+            if os.access(through_proc(held.fd), os.W_OK, effective_ids=True):
                 self._drop_content(number)
 
     def pin(self, parent: HostNode, name: bytes) -> None:
@@ -274,7 +286,7 @@ class HostTree:
             if not self._is_inside(node, held.fd):
                 self._drop_content(node.id)
                 return None
-            self._contents.renew(node.id, now + WALK_AGE_S)
+            held.until = now + WALK_AGE_S
         return held
 
     def _pinned(self, node: HostNode) -> Held | None:

@@ -22,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from taskvm.fs.attention import Attention
+from taskvm.fs.attention import Attention, Pauses
 from taskvm.fs.provider import Source
 from taskvm.fs.session import SILENT, Reply, Session
 from taskvm.wire.fuse import Opcode
@@ -58,7 +58,7 @@ class Lane:
         self.serving = threading.Lock()
         self._answer = answer
         self._fail = fail
-        self._rest_after_s = rest_after_s
+        self._pauses = Pauses(rest_after_s)
         self._state = threading.Condition()
         self._waiting: deque[bytes] = deque()
         self._size = 0
@@ -156,20 +156,22 @@ class Lane:
             self._end()
 
     def _serve_all(self) -> None:
-        timeout: float | None = self._rest_after_s
         while not self._closed:
-            asked, sources = self._attention.wait(timeout)
-            timeout = self._rest_after_s
+            asked, sources = self._attention.wait(self._pauses.left_s)
             if sources:
                 self._attend(sources)
-            elif not asked:
-                with self.serving:
-                    self.session.rest()
-                timeout = None
+            self._let_rest()
             if asked:
                 os.eventfd_read(self._wake)
                 while message := self._next():
+                    self._pauses.asked()
                     self._serve(message)
+                    self._let_rest()
+
+    def _let_rest(self) -> None:
+        if self._pauses.is_due():
+            with self.serving:
+                self.session.rest()
 
     def _attend(self, sources: list[Source]) -> None:
         begun = time.monotonic()

@@ -118,7 +118,10 @@ class Provider:
         return ()
 
     def rest(self) -> None:
-        """Let go of what is only kept for speed: the guest has asked for nothing for a second."""
+        """Let go of what is only kept for speed and was not used for a second.
+
+        Called once in each second in which the guest asks for something, and once more in the next.
+        """
 
     def export_state(self) -> bytes:
         """Return what `import_state` needs to give the nodes of now their numbers again; the guest is at rest."""

@@ -36,7 +36,7 @@ from taskvm.errors import (
     TaskvmError,
     UsageError,
 )
-from taskvm.fs.attention import Attention
+from taskvm.fs.attention import Attention, Pauses
 from taskvm.fs.lane import Lane
 from taskvm.fs.patience import Answers, Patience
 from taskvm.fs.provider import Provider, Source
@@ -104,6 +104,7 @@ class FsServer:
         self._outgoing_size = 0
         self._held: list[bytes] | None = None  # what is to be told, at rest; under `_sending`
         self._attention = Attention(self._sock.fileno())
+        self._pauses = Pauses(REST_AFTER_S)
         self._thread = threading.Thread(target=self._run, name="taskvm-fs", daemon=True)
         self._thread.start()
 
@@ -301,19 +302,18 @@ class FsServer:
 
     def _receive(self, buffer: bytearray) -> int:
         """Wait for bytes of the port, and serve the sources meanwhile: what they tell comes before the next answer."""
-        timeout: float | None = REST_AFTER_S
         while True:
-            readable, sources = self._attention.wait(self._until(timeout))
+            readable, sources = self._attention.wait(self._until(self._pauses.left_s))
             self._expire()
             if sources:
                 begun = time.monotonic()
                 for source in sources:
                     self._attend(source)
                 self._attention.spent(time.monotonic() - begun)
-            elif not readable:
+            if self._pauses.is_due():
                 self._let_rest()
-                timeout = None
             if readable:
+                self._pauses.asked()
                 return self._sock.recv_into(buffer)
 
     def _let_rest(self) -> None:

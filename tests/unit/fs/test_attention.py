@@ -6,11 +6,13 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from tests.support.waiting import PATIENCE_S
 
-from taskvm.fs.attention import Attention
+from taskvm.fs import attention as attention_module
+from taskvm.fs.attention import Attention, Pauses
 from taskvm.fs.provider import Source
 
 
@@ -85,3 +87,23 @@ def test_what_takes_no_time_is_always_heard(attention: Attention, storm: Source)
     attention.watch([storm])
     attention.spent(0.0001)
     assert attention.wait(0) == (False, [storm])
+
+
+def test_there_is_a_pause_in_each_second_with_requests_and_one_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(attention_module, "time", clock)
+    pauses = Pauses(1.0)
+    assert (pauses.left_s, pauses.is_due()) == (None, False)
+
+    due = []
+    for clock.now in (100.0, 100.5, 101.0, 101.25, 102.0):
+        due.append(pauses.is_due())
+        pauses.asked()
+    assert due == [False, False, True, False, True]
+    for clock.now, left_s, is_due in ((102.5, 0.5, False), (103.5, 0.0, True), (104.0, 0.5, False)):
+        assert (pauses.left_s, pauses.is_due()) == (left_s, is_due)
+    clock.now = 105.0
+    assert pauses.is_due()
+    assert (pauses.left_s, pauses.is_due()) == (None, False)

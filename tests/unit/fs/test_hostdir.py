@@ -227,7 +227,9 @@ def test_a_file_without_write_permission_is_written_by_its_creator(
     assert stat.S_IMODE((host / "object").stat().st_mode) == 0o444
 
 
-def test_who_has_a_file_open_goes_on_when_its_mode_changes(provider: HostDir, host: Path) -> None:
+def test_who_has_a_file_open_goes_on_when_its_mode_changes(
+    provider: HostDir, host: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As on a disk of the guest's own; nobody here knows whether it has it open."""
     for name in ("read-only", "write-only", "orphan"):
         (host / name).write_text("text")
@@ -244,6 +246,7 @@ def test_who_has_a_file_open_goes_on_when_its_mode_changes(provider: HostDir, ho
             assert provider.read(file, 0, 10) == b"textmore"
             assert provider.seek(file, 0, os.SEEK_HOLE) == 8
             provider.fsync(file, data_only=False)
+        monkeypatch.setattr(hosttree, "WRITE_AGE_S", 0)
         provider.rest()
         assert put(provider, read_only, b"!", 8) == 1
 
@@ -303,7 +306,7 @@ def test_what_is_too_deep_for_a_path_stays_usable(
     open_file, empty = provider.create(at, b"open", 0o600, 0).node, provider.mkdir(at, b"e", 0o755)
     for one in (file, open_file):
         put(provider, one, b"text")
-    provider._tree.close_writable()
+    provider.rest()
     provider.unlink(at, b"open")
     provider.rmdir(at, b"e")
 
