@@ -29,15 +29,24 @@ def read_umask() -> int:
     return 0o077
 
 
-def undo_umask(fd: int, mode: int, umask: int) -> bool:
-    """Give a new file the `mode` that was asked for, if it is ours that it lacks bits of. Tell if it changed."""
-    asked = mode & MODE
-    has = stat.S_IMODE(os.fstat(fd).st_mode)
-    # Anything else than the umask (a default ACL) is the host's wish and stays.
-    if has & MODE != asked & ~umask or asked & ~umask == asked:
-        return False
-    os.chmod(through_proc(fd), asked | (has & stat.S_ISGID))  # noqa: PTH101 - a descriptor
-    return True
+class Umask:
+    """This process's umask as it was when it was last looked at: the program may change it at any time."""
+
+    def __init__(self) -> None:
+        self._known = read_umask()
+
+    def undo(self, fd: int, mode: int) -> bool:
+        """Give a new file the `mode` that was asked for, if the umask has taken bits of it. Tell if it changed."""
+        asked = mode & MODE
+        has = stat.S_IMODE(os.fstat(fd).st_mode)
+        if has & MODE == asked:
+            return False
+        if has & MODE != asked & ~self._known:
+            self._known = read_umask()
+        if has & MODE != asked & ~self._known:
+            return False  # anything else (a default ACL) is the host's wish and stays
+        os.chmod(through_proc(fd), asked | (has & stat.S_ISGID))  # noqa: PTH101 - a descriptor
+        return True
 
 
 def refuse_chown(attr: Attr, changes: SetAttr) -> None:

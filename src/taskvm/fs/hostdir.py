@@ -25,12 +25,11 @@ from taskvm.fs import inotify, syscalls
 from taskvm.fs.coherence import LOCAL, Coherence
 from taskvm.fs.hostattributes import (
     MODE,
-    read_umask,
+    Umask,
     refuse_chown,
     set_mode_and_times,
-    undo_umask,
 )
-from taskvm.fs.hosttree import CONTENT, NODE, HostTree, through_proc
+from taskvm.fs.hosttree import CONTENT, HostTree, through_proc
 from taskvm.fs.lower import Lower
 from taskvm.fs.nodes import HostNode, NodeState, identity
 from taskvm.fs.provider import Absent, DirEntry, Entry, Node, Provider, Source, refuse
@@ -78,7 +77,7 @@ class HostDir(Provider):
         self._tree = HostTree(root)
         self._nodes = self._tree.nodes
         self._specials = Specials()
-        self._umask = read_umask()
+        self._umask = Umask()
         self._coherence = Coherence(self._tree, lambda change: self.changes(change), live=live)
         self._tree.closed = self._coherence.closed
         self.lasting = self._coherence.fd is not None
@@ -177,7 +176,7 @@ class HostDir(Provider):
             return self._create_existing(parent, name, flags)
         self._coherence.names_changed(directory, name, inotify.CREATE)
         try:
-            changed = undo_umask(fd, mode, self._umask)
+            changed = self._umask.undo(fd, mode)
             attr = self._tree.stat_fd(fd)
             node = self._nodes.bind(directory, name, attr)
         except OSError:
@@ -205,17 +204,18 @@ class HostDir(Provider):
         directory = self._for_change(parent)
         os.mkdir(name, mode & MODE, dir_fd=self._tree.walk(directory))
         self._coherence.names_changed(directory, name, inotify.CREATE)
-        changed = False
-        if mode & self._umask:
-            fd = syscalls.open_beneath(self._tree.walk(directory), name, NODE)
-            try:
-                changed = undo_umask(fd, mode, self._umask)
-            finally:
-                os.close(fd)
         entry = self.lookup(parent, name)
-        if changed:
-            self._coherence.expect(self._nodes[entry.node], inotify.ATTRIB)
-        return entry
+        if entry.attr.st_mode & MODE == mode & MODE:
+            return entry
+        node = self._nodes[entry.node]
+        try:
+            with self._tree.handle(node) as fd:
+                if self._umask.undo(fd, mode):
+                    self._coherence.contents_changed(node, inotify.ATTRIB)
+            return self._entry(directory, node, self._stat(node))
+        except OSError:
+            self.forget(entry.node, 1)
+            raise
 
     def symlink(self, parent: Node, name: bytes, target: bytes) -> Entry:
         directory = self._for_change(parent)

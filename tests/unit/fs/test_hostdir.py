@@ -259,6 +259,24 @@ def test_what_can_only_be_written_can_be_synced(provider: HostDir, host: Path) -
         assert failure(provider.read, file, 0, 1) == errno.EACCES
 
 
+def test_a_umask_that_changes_does_not_narrow_what_the_guest_asked_for(
+    provider: HostDir, host: Path
+) -> None:
+    """The guest's kernel has applied the guest's own."""
+    before = os.umask(0o077)
+    try:
+        file = provider.create(ROOT, b"file", 0o644, 0)
+        directory = provider.mkdir(ROOT, b"directory", 0o755)
+    finally:
+        os.umask(before)
+
+    modes = [stat.S_IMODE((host / name).stat().st_mode) for name in ("file", "directory")]
+    assert modes == [0o644, 0o755]
+    assert stat.S_IMODE(file.attr.st_mode) == 0o644
+    assert stat.S_IMODE(directory.attr.st_mode) == 0o755
+    assert stat.S_IMODE(provider.getattr(directory.node)[0].st_mode) == 0o755
+
+
 def test_creating_what_exists_opens_it(provider: HostDir, host: Path) -> None:
     (host / "file").write_text("text")
 
