@@ -32,7 +32,7 @@ _RESOLVE_NO_SYMLINKS = 0x04
 _RESOLVE_BENEATH = 0x08
 _RESOLVE = _RESOLVE_NO_XDEV | _RESOLVE_NO_MAGICLINKS | _RESOLVE_NO_SYMLINKS | _RESOLVE_BENEATH
 
-_AT_EMPTY_PATH = 0x1000
+_AT_SYMLINK_NOFOLLOW, _AT_NO_AUTOMOUNT, _AT_EMPTY_PATH = 0x100, 0x800, 0x1000
 _NS = 1_000_000_000
 NOW = (0, (1 << 30) - 1)  # UTIME_NOW
 OMIT = (0, (1 << 30) - 2)  # UTIME_OMIT
@@ -94,7 +94,8 @@ _STATX = struct.Struct("=II8xIIIHxxQQQ8x" + "qI4x" * 4 + "8xII")
 _StatxBuffer = ctypes.c_char * 256
 _STATX_BASIC_AND_BIRTH = 0x7FF + 0x800
 _STATX_BIRTH = 0x800
-_STATX_FLAGS = 0x100 | _AT_EMPTY_PATH  # AT_SYMLINK_NOFOLLOW
+# A look at a name must not make the host mount what is not mounted yet.
+_STATX_FLAGS = _AT_SYMLINK_NOFOLLOW | _AT_NO_AUTOMOUNT | _AT_EMPTY_PATH
 _libc.statx.argtypes = (
     ctypes.c_int,
     ctypes.c_char_p,
