@@ -31,7 +31,7 @@ from taskvm.fs.hostattributes import (
 )
 from taskvm.fs.hosttree import CONTENT, HostTree, through_proc
 from taskvm.fs.lower import Lower
-from taskvm.fs.nodes import HostNode, NodeState, identity
+from taskvm.fs.nodes import HostNode, Identity, NodeState, identity
 from taskvm.fs.provider import Absent, DirEntry, Entry, Node, Provider, Source, refuse
 from taskvm.fs.specials import END_OFFSET, FIRST_OFFSET, Special, Specials, SpecialState
 from taskvm.fs.specials import KINDS as SPECIAL_KINDS
@@ -196,6 +196,8 @@ class HostDir(Provider):
         directory = self._for_change(parent)
         if self._tree.exists(directory, name) or self._specials.get(directory.identity, name):
             raise refuse(errno.EEXIST)
+        if self._specials.is_full:
+            self._specials.keep(self._is_there, lambda inode: self._nodes.known(inode) is not None)
         special = self._specials.make(directory.identity, name, kind | (mode & MODE))
         self._coherence.present(directory, name)
         return self._entry(directory, self._nodes.bind(directory, name, special), special)
@@ -246,9 +248,7 @@ class HostDir(Provider):
 
     def rmdir(self, parent: Node, name: bytes) -> None:
         directory = self._for_change(parent)
-        child = directory.children.get(name)
-        if child is not None and self._specials.within(child.identity):
-            raise refuse(errno.ENOTEMPTY)
+        self._refuse_specials(directory.children.get(name))
         self._tree.pin(directory, name)
         os.rmdir(name, dir_fd=self._tree.walk(directory))
         self._coherence.names_changed(directory, name, inotify.DELETE)
@@ -266,8 +266,11 @@ class HostDir(Provider):
         if flags & syscalls.RENAME_NOREPLACE and self._specials.get(new.identity, new_name):
             raise refuse(errno.EEXIST)
         if not flags:
-            if new.children.get(new_name) is old.children.get(name) is not None:
+            moved, replaced = old.children.get(name), new.children.get(new_name)
+            if replaced is moved is not None:
                 return  # two names of one inode: rename(2) does nothing
+            if moved is not None and moved.kind == stat.S_IFDIR:
+                self._refuse_specials(replaced)
             self._tree.pin(new, new_name)
         with self._tree.walk_two(old, new) as (source, destination):
             syscalls.rename(source, name, destination, new_name, flags)
@@ -418,6 +421,22 @@ class HostDir(Provider):
 
     def _stat(self, node: HostNode) -> HostAttr | Special:
         return self._specials.known(node.identity) or self._tree.stat(node)
+
+    def _refuse_specials(self, directory: HostNode | None) -> None:
+        """Refuse to take away a directory that looks empty to the host only."""
+        if directory is not None and self._specials.within(directory.identity):
+            raise refuse(errno.ENOTEMPTY)
+
+    def _is_there(self, directory: Identity) -> bool:
+        """Tell whether the guest knows a directory, and it is where it was seen."""
+        node = self._nodes.known(directory)
+        if node is None:
+            return False
+        try:
+            self._tree.walk(node)
+        except OSError:
+            return False
+        return True
 
     def _create_existing(self, parent: Node, name: bytes, flags: int) -> Entry:
         """Answer a create that lost against another: the file is there, and is opened instead."""

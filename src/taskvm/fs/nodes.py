@@ -141,6 +141,10 @@ class NodeTable:
         """Return the node, if the guest knows it."""
         return self._by_id.get(number)
 
+    def known(self, inode: Identity) -> HostNode | None:
+        """Return the node of an inode, if the guest knows it."""
+        return self._by_identity.get(inode)
+
     def bind(self, parent: HostNode, name: bytes, attr: Seen) -> HostNode:
         """Return the node of what was just seen as `name` in `parent`, with one reference more."""
         if self._names >= MAX_NODES and name not in parent.children:

@@ -11,12 +11,12 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
-from taskvm.fs.nodes import Identity
+from taskvm.fs.nodes import Identity, identity
 from taskvm.fs.provider import DirEntry, refuse
 from taskvm.wire.fuse import SetAttr, SetAttrField
 
@@ -93,13 +93,13 @@ class Specials:
             return None
         return self._named.get(directory, {}).get(name)
 
-    def known(self, identity: Identity) -> Special | None:
+    def known(self, node: Identity) -> Special | None:
         """Return the one that a node is, which may have no name any more."""
-        return self._by_ino.get(identity[1]) if identity[0] == DEVICE else None
+        return self._by_ino.get(node[1]) if node[0] == DEVICE else None
 
     def make(self, directory: Identity, name: bytes, mode: int) -> Special:
         """Add a new one. The caller knows that nothing has the name yet."""
-        if len(self._by_ino) >= MAX_SPECIALS:
+        if self.is_full:
             raise refuse(errno.ENOSPC)
         now = time.time_ns()
         special = Special(self._next_ino, mode, os.getuid(), os.getgid(), now, now, now)
@@ -107,6 +107,25 @@ class Specials:
         self._by_ino[special.st_ino] = special
         self._named.setdefault(directory, {})[name] = special
         return special
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no room for another one."""
+        return len(self._by_ino) >= MAX_SPECIALS
+
+    def keep(
+        self, is_there: Callable[[Identity], bool], is_known: Callable[[Identity], bool]
+    ) -> None:
+        """Drop those whose directory is not there any more, as far as they are not known to the guest.
+
+        The host can remove a directory that looks empty to it, and nobody is told of each.
+        """
+        for directory in [one for one in self._named if not is_there(one)]:
+            for special in self._named.pop(directory).values():
+                special.st_nlink = 0
+        for special in list(self._by_ino.values()):
+            if not special.st_nlink and not is_known(identity(special)):
+                del self._by_ino[special.st_ino]
 
     def remove(self, directory: Identity, name: bytes) -> bool:
         """Take the name away, if it is one of these."""
@@ -122,9 +141,9 @@ class Specials:
         self.remove(new, new_name)
         self._named.setdefault(new, {})[new_name] = self._take(old, name)
 
-    def forget(self, identity: Identity) -> None:
+    def forget(self, forgotten: Identity) -> None:
         """Let go of what the guest no longer knows, if it has no name either."""
-        special = self.known(identity)
+        special = self.known(forgotten)
         if special is not None and not special.st_nlink:
             del self._by_ino[special.st_ino]
 

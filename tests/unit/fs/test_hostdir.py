@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.support.capabilities import as_an_ordinary_user
 
 from taskvm.errors import UsageError
-from taskvm.fs import hosttree
+from taskvm.fs import hosttree, specials
 from taskvm.fs.descriptors import LEAST, Account
 from taskvm.fs.hostdir import HostDir
 from taskvm.fs.provider import ROOT
@@ -470,6 +470,40 @@ def test_specials_behave_like_files_of_the_directory(provider: HostDir, host: Pa
     assert failure(provider.lookup, ROOT, b"file") == errno.ENOENT
     provider.forget(fifo.node, 100)
     assert failure(provider.getattr, fifo.node) == errno.ESTALE
+
+
+def test_a_directory_with_fifos_is_not_empty_for_the_guest(provider: HostDir, host: Path) -> None:
+    full, other = (provider.mkdir(ROOT, name, 0o755).node for name in (b"full", b"other"))
+    provider.mknod(full, b"fifo", stat.S_IFIFO | 0o600)
+
+    assert failure(provider.rmdir, ROOT, b"full") == errno.ENOTEMPTY
+    assert failure(provider.rename, ROOT, b"other", ROOT, b"full", 0) == errno.ENOTEMPTY
+    provider.rename(ROOT, b"full", ROOT, b"other", 0)
+
+    assert listed(provider, full) == [b".", b"..", b"fifo"]
+    assert provider.getattr(other)[0].st_nlink == 0
+
+
+def test_fifos_of_directories_that_the_host_removed_take_no_room(
+    provider: HostDir, host: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(specials, "MAX_SPECIALS", 3)
+    kept, gone = (provider.mkdir(ROOT, name, 0o755).node for name in (b"kept", b"gone"))
+    fifo = stat.S_IFIFO | 0o600
+    in_use = provider.mknod(gone, b"in use", fifo).node
+    provider.forget(provider.mknod(gone, b"forgotten", fifo).node, 1)
+    provider.mknod(kept, b"fifo", fifo)
+    assert failure(provider.mknod, kept, b"more", fifo) == errno.ENOSPC
+    (host / "gone").rmdir()
+    provider._tree._directories.close()  # as after a second
+
+    provider.mknod(kept, b"more", fifo)
+
+    assert failure(provider.mknod, kept, b"too many", fifo) == errno.ENOSPC
+    assert provider.getattr(in_use)[0].st_nlink == 0
+    assert sorted(listed(provider, kept)) == [b".", b"..", b"fifo", b"more"]
+    provider.forget(in_use, 1)
+    provider.mknod(kept, b"once more", fifo)
 
 
 STEPS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 3), st.integers(0, 3)), max_size=40)
