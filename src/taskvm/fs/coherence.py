@@ -11,15 +11,16 @@ name causes no event here), and for directories that nobody has looked into yet.
    were told within TICK of the ctime, for a second change in that time has the same one (before Linux 6.13). A close
    after writing counts unless it is this server's: a second store to a page that is dirty already changes no time.
 4. What the guest no longer believes is not told again: the host may write a file a thousand times for one message.
-5. Lost events make everything doubtful, and the guest is told so.
+5. Lost events make everything doubtful, and the guest is told so; a part at a time, for it may know a million names.
 """
 
 from __future__ import annotations
 
+import itertools
 import stat
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -40,6 +41,7 @@ YOUNG_NS = _SECOND_NS
 # Names that a guest was told not to be there: a guest cannot make the host remember more.
 MAX_ABSENT_IN_DIRECTORY = 1024
 MAX_ABSENT = 100_000
+DOUBTS_AT_ONCE = 2048
 SHORT = Lifetime(entry_ns=SHORT_NS, attr_ns=SHORT_NS)
 # Of each there is one event for one cause; of others the kernel makes one of several that follow each other.
 _COUNTED = inotify.NAMES | inotify.CLOSE_WRITE
@@ -75,6 +77,8 @@ class Coherence:
         self._expected: Counter[tuple[int, bytes, int]] = Counter()
         self._absent = 0
         self._told: dict[Change, None] = {}  # by one reading: each once, in order
+        self._doubtful: Iterator[HostNode] | None = None  # of whom the guest has yet to be told
+        self._lost_again = False  # more events meanwhile
         self._inotify: Inotify | None = None
         if live and tree.filesystem in LOCAL:
             with suppress(OSError):
@@ -199,17 +203,37 @@ class Coherence:
             self._take(event)
         if not self._inotify.pending():
             self._expected.clear()
+        self._doubt_more()
         told, self._told = self._told, {}
         for change in told:
             self._tell(change)
         self._tell_left()
 
-    def doubt_everything(self) -> None:
-        """Tell that whatever the guest believes may be wrong."""
-        for node in self._tree.nodes:
-            for directory, name in node.places:
-                self._tell(Change(directory.id, name))
-            self._doubt(node)
+    def _doubt_everything(self) -> None:
+        if self._doubtful is None:
+            self._doubtful = iter(self._tree.nodes)
+        else:
+            self._lost_again = True  # after those, so that all have their turn
+
+    def _doubt_more(self) -> None:
+        """Tell of the next part of what may be wrong, and let what is left be told when the guest had its turn."""
+        while self._doubtful is not None and self._inotify is not None:
+            self._doubt_some(self._doubtful)
+            with suppress(OSError):  # no more watches for this user: all at once
+                if self._doubtful is not None:
+                    self._inotify.poke()
+                return
+
+    def _doubt_some(self, doubtful: Iterator[HostNode]) -> None:
+        nodes = list(itertools.islice(doubtful, DOUBTS_AT_ONCE))
+        for node in nodes:
+            if self._tree.nodes.get(node.id) is node:
+                for directory, name in node.places:
+                    self._tell(Change(directory.id, name))
+                self._doubt(node)
+        if len(nodes) < DOUBTS_AT_ONCE:
+            self._doubtful = iter(self._tree.nodes) if self._lost_again else None
+            self._lost_again = False
 
     def take_up(self, saved: Iterable[NodeState]) -> None:
         """Watch again what was watched, and tell what is not as the guest was told before it slept."""
@@ -257,7 +281,7 @@ class Coherence:
 
     def _take(self, event: Event) -> None:
         if event.mask & inotify.OVERFLOW:
-            self.doubt_everything()
+            self._doubt_everything()
             return
         directory = self._by_wd.get(event.wd)
         if directory is None:

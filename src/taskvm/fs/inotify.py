@@ -64,6 +64,14 @@ class Inotify:
             return parse(os.read(self.fd, _BUFFER))
         return []
 
+    def poke(self) -> None:
+        """Make the descriptor readable, for one event of nothing: that a watch was removed. Raises OSError."""
+        # Of no directory that can be served: only what is on a disk is watched.
+        watch = ctypes.c_char_p(b"/proc/self/fdinfo")
+        self.remove(
+            _check(_libc.inotify_add_watch(ctypes.c_int(self.fd), watch, ctypes.c_uint32(DELETE)))
+        )
+
     def pending(self) -> bool:
         """Tell whether there is more to read."""
         waiting = fcntl.ioctl(self.fd, termios.FIONREAD, b"\0\0\0\0")

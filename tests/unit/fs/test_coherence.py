@@ -5,8 +5,10 @@ Beneath it lie taskvm.fs.inotify and taskvm.fs.hosttree.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
+import select
 import shutil
 import subprocess
 import time
@@ -249,6 +251,49 @@ def test_lost_events_make_everything_doubtful(
     shutil.rmtree(host / "deep")
 
     assert eventually(lambda: seen(mount.path) == seen(host))
+
+
+@pytest.mark.parametrize("watches", [True, False])
+def test_what_is_doubtful_is_told_a_part_at_a_time(
+    host: Path, monkeypatch: pytest.MonkeyPatch, *, watches: bool
+) -> None:
+    """A guest may know a million names, and its requests are to be answered meanwhile."""
+    monkeypatch.setattr(coherence_module, "DOUBTS_AT_ONCE", 4)
+    told: list[Change] = []
+    provider = HostDir(host).opened()
+    provider.changes = told.append
+    names = [f"{number}" for number in range(10)]
+    for name in names:
+        (host / name).touch()
+    nodes = [provider.lookup(ROOT, name.encode()).node for name in names]
+    (source,) = provider.sources()
+    reads = [[Event(-1, OVERFLOW, b"")], [Event(-1, OVERFLOW, b"")]]
+    real = coherence_module.Inotify.read
+    monkeypatch.setattr(
+        coherence_module.Inotify,
+        "read",
+        lambda self: [*real(self), *(reads.pop() if reads else [])],
+    )
+    if not watches:
+        monkeypatch.setattr(coherence_module.Inotify, "poke", _no_more_watches)
+
+    batches = []
+    (host / "new").touch()
+    while select.select([source.fd], [], [], 0)[0]:
+        told.clear()
+        source.ready()
+        batches.append(list(told))
+
+    everything = {*map(Change, (ROOT, *nodes)), *(Change(ROOT, name.encode()) for name in names)}
+    assert everything <= {change for batch in batches for change in batch}
+    if watches:
+        assert max(map(len, batches)) <= 10
+        assert sum(batch.count(Change(nodes[5])) for batch in batches) == 2
+    provider.close()
+
+
+def _no_more_watches(self: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize("reason", ["limit", "filesystem", "instances"])
