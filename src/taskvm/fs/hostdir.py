@@ -149,8 +149,7 @@ class HostDir(Provider):
             return self._specials.list(directory.identity, offset)
         self._coherence.watch(directory)
         self._coherence.listed(directory)
-        with self._tree.reading(directory) as fd:
-            entries = syscalls.read_directory(fd, offset, size)
+        entries = self._tree.list(directory, offset, size)
         if not entries:
             return self._specials.list(directory.identity, FIRST_OFFSET)
         if directory is self._nodes.root:  # what is above the root is nobody's business

@@ -23,6 +23,7 @@ from typing import TypeVar
 
 from taskvm.fs import syscalls
 from taskvm.fs.descriptors import DescriptorSet, Held, Pins
+from taskvm.fs.listings import Listings, Raw
 from taskvm.fs.nodes import HostNode, NodeTable, identity
 from taskvm.fs.provider import Node, refuse
 from taskvm.fs.syscalls import HostAttr
@@ -54,7 +55,8 @@ class HostTree:
         self._directories = DescriptorSet()
         # Unlinked files that the guest still uses. O_PATH: opened for reading or writing through /proc when needed.
         self._pins = Pins()
-        held = (self._contents, self._directories, self._pins)
+        self._listings = Listings()
+        held = (self._contents, self._directories, self._pins, self._listings)
         self._release = weakref.finalize(self, _close, root, held)
 
     def close(self) -> None:
@@ -67,6 +69,7 @@ class HostTree:
         self._drop_content(node.id)
         self._directories.drop(node.id)
         self._pins.drop(node.id)
+        self._listings.forget(node.id)
 
     # Directories.
 
@@ -106,9 +109,13 @@ class HostTree:
         finally:
             os.close(copy)
 
+    def list(self, directory: HostNode, offset: int, size: int) -> list[Raw]:
+        """Return entries of a directory after `offset`; it may have been moved out since the last ones."""
+        return self._listings.read(directory.id, self.walk(directory), offset, size)
+
     @contextmanager
     def reading(self, directory: HostNode) -> Iterator[int]:
-        """Yield a descriptor to list or sync a directory with; the ones that are walked from are O_PATH."""
+        """Yield a descriptor to sync a directory with; the ones that are walked from are O_PATH."""
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
         fd = os.open(b".", flags, dir_fd=self.walk(directory))
         try:
@@ -357,7 +364,7 @@ def _nobody(number: Node) -> None:
     """Nobody asked to be told."""
 
 
-def _close(root: int, sets: Iterable[DescriptorSet]) -> None:
+def _close(root: int, sets: Iterable[DescriptorSet | Listings]) -> None:
     for held in sets:
         held.close()
     os.close(root)

@@ -211,12 +211,8 @@ def set_times(fd: int, atime: tuple[int, int], mtime: tuple[int, int]) -> None:
     )
 
 
-def read_directory(fd: int, offset: int, size: int) -> list[tuple[bytes, int, int, int]]:
-    """Return (name, inode, DT_ type, offset after it) of about `size` bytes of entries from `offset` on.
-
-    The offsets are the file system's own, so they stay right while the directory changes. Empty at the end.
-    """
-    os.lseek(fd, offset if offset < 1 << 63 else offset - (1 << 64), os.SEEK_SET)
+def read_directory(fd: int, size: int) -> list[tuple[bytes, int, int, int]]:
+    """Return (name, inode, DT_ type, offset after it) of about `size` bytes of entries. Empty at the end."""
     buffer = ctypes.create_string_buffer(size)
     number = _number("getdents64")
     count = _check(_syscall(number, ctypes.c_int(fd), buffer, ctypes.c_size_t(size)))
