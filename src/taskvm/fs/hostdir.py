@@ -11,9 +11,10 @@ Rule 3: whatever the guest is told goes through fs/coherence.py, which knows how
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, get_args
@@ -357,13 +358,15 @@ class HostDir(Provider):
         return os.pwrite(fd, data, offset)
 
     def fsync(self, node: Node, *, data_only: bool) -> None:
+        self.sync_later(node, data_only=data_only)()
+
+    def sync_later(self, node: Node, *, data_only: bool) -> Callable[[], None]:
         target = self._nodes[node]
         if target.kind == stat.S_IFDIR:
-            with self._tree.reading(target) as fd:
-                os.fsync(fd)
+            fd = self._tree.open_directory(target)
         else:
-            sync = os.fdatasync if data_only else os.fsync
-            sync(self._tree.any_content(target))
+            fd = os.dup(self._tree.any_content(target))
+        return functools.partial(_sync, fd, data_only=data_only)
 
     def allocate(self, node: Node, offset: int, length: int, mode: int) -> None:
         target = self._for_change(node)
@@ -469,6 +472,13 @@ class HostDir(Provider):
         self._specials.move(old.identity, name, new.identity, new_name)
         self._coherence.present(new, new_name)
         self._nodes.move(old, name, new, new_name)
+
+
+def _sync(fd: int, *, data_only: bool) -> None:
+    try:
+        (os.fdatasync if data_only else os.fsync)(fd)
+    finally:
+        os.close(fd)
 
 
 def _resolve(path: str | os.PathLike[str]) -> Path:

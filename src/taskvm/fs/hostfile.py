@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, Self, get_args
 
@@ -123,6 +123,9 @@ class HostFile(Provider):
 
     def fsync(self, node: Node, *, data_only: bool) -> None:
         self._directory.fsync(self._file(node), data_only=data_only)
+
+    def sync_later(self, node: Node, *, data_only: bool) -> Callable[[], None] | None:
+        return self._directory.sync_later(self._file(node), data_only=data_only)
 
     def allocate(self, node: Node, offset: int, length: int, mode: int) -> None:
         self._directory.allocate(self._file(node), offset, length, mode)

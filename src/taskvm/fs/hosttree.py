@@ -113,15 +113,10 @@ class HostTree:
         """Return entries of a directory after `offset`; it may have been moved out since the last ones."""
         return self._listings.read(directory.id, self.walk(directory), offset, size)
 
-    @contextmanager
-    def reading(self, directory: HostNode) -> Iterator[int]:
-        """Yield a descriptor to sync a directory with; the ones that are walked from are O_PATH."""
+    def open_directory(self, directory: HostNode) -> int:
+        """Return a new descriptor to sync a directory with; the ones that are walked from are O_PATH."""
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-        fd = os.open(b".", flags, dir_fd=self.walk(directory))
-        try:
-            yield fd
-        finally:
-            os.close(fd)
+        return os.open(b".", flags, dir_fd=self.walk(directory))
 
     # Attributes.
 

@@ -237,6 +237,13 @@ class Provider:
         """Return when the node is on stable storage."""
         raise refuse(errno.ENOSYS)
 
+    def sync_later(self, node: Node, *, data_only: bool) -> Callable[[], None] | None:
+        """Return what does the same as `fsync`, once, in another thread, and needs nothing of this provider any more.
+
+        None where only `fsync` does it. Asked of what is prompt, whose other requests need not wait for a disk then.
+        """
+        return None
+
     def allocate(self, node: Node, offset: int, length: int, mode: int) -> None:
         """Reserve or free space, as fallocate(2) does."""
         raise refuse(errno.EOPNOTSUPP)

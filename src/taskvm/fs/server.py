@@ -2,8 +2,9 @@
 
 One daemon thread reads the port and serves the mounts whose providers are `prompt`, with blocking calls, so that the
 user's event loop does not wait for a disk; each other mount has a thread of its own (fs/lane.py), so that neither does
-anybody else. Requests of a mount are served in the order of their arrival, and what a request needs is only held until
-its answer is sent: a guest that does not read its answers stops its own threads and nothing else.
+anybody else. Requests of a mount are served in the order of their arrival, an fsync aside (fs/aside.py), and what a
+request needs is only held until its answer is sent: a guest that does not read its answers stops its own threads and
+nothing else.
 
 At rest (from `quiesce` or a mount that is taken up again, until `resume`) nothing is sent that was not asked for: what
 providers have to tell is kept, and their sources are not watched.
@@ -36,6 +37,7 @@ from taskvm.errors import (
     TaskvmError,
     UsageError,
 )
+from taskvm.fs.aside import Aside
 from taskvm.fs.attention import Attention, Pauses
 from taskvm.fs.lane import Lane
 from taskvm.fs.patience import Answers, Patience
@@ -105,6 +107,7 @@ class FsServer:
         self._held: list[bytes] | None = None  # what is to be told, at rest; under `_sending`
         self._attention = Attention(self._sock.fileno())
         self._pauses = Pauses(REST_AFTER_S)
+        self._aside = Aside()
         self._thread = threading.Thread(target=self._run, name="taskvm-fs", daemon=True)
         self._thread.start()
 
@@ -142,7 +145,11 @@ class FsServer:
             self._tell(mount_id, message)
 
         opened.changes = lambda change: tell(Session.notification(change))
-        session = Session(opened, self._report, tell)
+
+        def aside(finish: Callable[[], Reply]) -> bool:
+            return self._aside.run(lambda: self._answer(mount_id, finish()))
+
+        session = Session(opened, self._report, tell, aside if opened.prompt else None)
         if state is not None:
             with self._serving:
                 self._rest()
@@ -233,6 +240,7 @@ class FsServer:
         self._closed = True
         with suppress(OSError):  # the other side may have been faster
             self._sock.shutdown(socket.SHUT_RDWR)  # wakes the thread from recv and sendmsg
+        self._aside.close()
         if self._thread is not threading.current_thread():
             self._thread.join()
         with self._serving:
@@ -349,6 +357,7 @@ class FsServer:
 
     def _handle(self, frame: Frame) -> None:
         if frame.type is FrameType.QUIESCED and frame.stream == 0:
+            self._aside.finish()
             self._flush()
             if not self._answers.take():
                 raise FrameError("QUIESCED without QUIESCE")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -88,7 +89,7 @@ _LEAST_READDIR = 1024
 
 Reply = bytes | tuple[bytes, bytes]
 """A whole message, or its header and its body."""
-Handler = Callable[[Request, Any], Reply]
+Handler = Callable[[Request, Any], Reply | None]
 
 _CHANGING = frozenset(
     {
@@ -127,7 +128,8 @@ class SessionState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Session:
     """Serves one mount from `provider`.
 
-    `report` gets (what was asked, the unexpected exception), `tell` messages that the guest did not ask for.
+    `report` gets (what was asked, the unexpected exception), `tell` messages that the guest did not ask for. `aside`
+    runs in another thread what returns an answer, and sends that; it returns False when it cannot.
     """
 
     def __init__(
@@ -135,8 +137,10 @@ class Session:
         provider: Provider,
         report: Callable[[str, BaseException], None],
         tell: Callable[[bytes], None],
+        aside: Callable[[Callable[[], Reply]], bool] | None = None,
     ) -> None:
         self.provider = provider
+        self._aside = aside
         self._report = report
         self._tell = tell
         self._ahead = Ahead() if provider.readonly else None
@@ -179,7 +183,7 @@ class Session:
         }
 
     def handle(self, message: memoryview) -> Reply | None:
-        """Serve one request; None when it gets no reply. Raises FuseError."""
+        """Serve one request; None when it gets no reply, or gets it later. Raises FuseError."""
         self._given.clear()
         request = decode_request(message)
         opcode = request.opcode
@@ -198,8 +202,7 @@ class Session:
         try:
             return handler(request, request.arguments)
         except OSError as error:
-            number = error.errno or errno.EIO
-            return encode_error(request.unique, number if 0 < number <= _MAX_ERRNO else errno.EIO)
+            return _refusal(request.unique, error)
         except FuseError:
             raise
         except _BUGS as error:
@@ -425,9 +428,26 @@ class Session:
             written += more
         return encode_written(request.unique, written)
 
-    def _fsync(self, request: Request, sync: Sync) -> Reply:
-        self.provider.fsync(request.node, data_only=sync.data_only)
-        return encode_reply(request.unique)
+    def _fsync(self, request: Request, sync: Sync) -> Reply | None:
+        later = None
+        if self._aside is not None:
+            later = self.provider.sync_later(request.node, data_only=sync.data_only)
+        if later is None:
+            self.provider.fsync(request.node, data_only=sync.data_only)
+            return encode_reply(request.unique)
+        finish = functools.partial(self._finish, request.unique, later)
+        return None if self._aside is not None and self._aside(finish) else finish()
+
+    def _finish(self, unique: int, later: Callable[[], None]) -> Reply:
+        """Return the answer of what is done in another thread."""
+        try:
+            later()
+        except OSError as error:
+            return _refusal(unique, error)
+        except _BUGS as error:
+            self._report("sync_later", error)
+            return encode_error(unique, errno.EIO)
+        return encode_reply(unique)
 
     def _allocate(self, request: Request, allocate: Allocate) -> Reply:
         self.provider.allocate(request.node, allocate.offset, allocate.length, allocate.mode)
@@ -442,6 +462,11 @@ class Session:
             request.node, copy.offset, copy.target, copy.target_offset, copy.length
         )
         return encode_written(request.unique, copied)
+
+
+def _refusal(unique: int, error: OSError) -> Reply:
+    number = error.errno or errno.EIO
+    return encode_error(unique, number if 0 < number <= _MAX_ERRNO else errno.EIO)
 
 
 def _at_most(size: int, data: bytes) -> bytes:

@@ -7,6 +7,7 @@ Rule 2: references that the guest drops reach the inner provider when the place 
 from __future__ import annotations
 
 import stat
+from collections.abc import Callable
 
 import msgspec
 
@@ -158,6 +159,10 @@ class Tracked(Wrapper):
     def fsync(self, node: Node, *, data_only: bool) -> None:
         self.place(node)
         self.inner.fsync(node, data_only=data_only)
+
+    def sync_later(self, node: Node, *, data_only: bool) -> Callable[[], None] | None:
+        self.place(node)
+        return super().sync_later(node, data_only=data_only)
 
     def allocate(self, node: Node, offset: int, length: int, mode: int) -> None:
         self.place(node)

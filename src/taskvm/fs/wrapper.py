@@ -156,6 +156,9 @@ class Wrapper(Provider):
     def fsync(self, node: Node, *, data_only: bool) -> None:
         self.inner.fsync(node, data_only=data_only)
 
+    def sync_later(self, node: Node, *, data_only: bool) -> Callable[[], None] | None:
+        return None  # a subclass that overrides `fsync` is asked
+
     def allocate(self, node: Node, offset: int, length: int, mode: int) -> None:
         self.inner.allocate(node, offset, length, mode)
 
