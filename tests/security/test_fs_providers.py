@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import struct
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tests.support.hostile_kernel import O_CREAT, O_TRUNC, HostileKernel
 from taskvm.fs.hostdir import HostDir
 from taskvm.fs.hostfile import HostFile
 from taskvm.fs.memory import Memory
+from taskvm.fs.provider import Provider
 from taskvm.fs.quota import Quota
 from taskvm.fs.router import Router
 from taskvm.fs.shadow import Shadow
@@ -90,6 +92,76 @@ def test_no_sequence_of_requests_shows_or_changes_what_is_hidden(
     grown = [path for path in share.rglob("*") if path.is_file() and path not in secrets]
     assert sum(path.lstat().st_size for path in grown) < 11_000
     kernel.close()
+
+
+PLAIN = b"plain"
+MOVED = [  # where something is shown, where it is hidden, and the file in question
+    ("work", "secrets", "file"),
+    ("tmp", ".env", ""),
+    ("config/a", "config/b", "secret"),
+    ("deep/work", "kept/work", "file"),
+]
+
+
+@pytest.mark.parametrize("private", [None, Memory(limit_bytes=1 << 20)], ids=["denied", "private"])
+@pytest.mark.parametrize("seed", range(4))
+def test_what_the_host_moves_between_shown_and_hidden_names_is_never_shown_when_hidden(
+    tmp_path: Path, seed: int, private: Memory | None
+) -> None:
+    """The guest asks at random, with all that it was ever given; what is secret is so only while it is hidden."""
+    chance = random.Random(seed)
+    hidden = ["/secrets/", ".env", "/config/b/secret", "/kept/"]
+    for shown, _hidden, file in MOVED:
+        (tmp_path / shown / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / shown / file).write_bytes(PLAIN)
+    (tmp_path / "kept").mkdir()
+    served = Shadow(HostDir(tmp_path), hidden, private=private).opened()
+    served.changes = lambda _change: None
+    names = sorted({part for each in MOVED for path in each for part in path.split("/") if part})
+    known, granted = [1], 0
+
+    for _ in range(600):
+        if chance.random() < 0.2:
+            move(tmp_path, *chance.choice(MOVED))
+            for source in served.sources():
+                source.ready()
+        with suppress(OSError):
+            granted += ask(served, chance, known, [name.encode() for name in names])
+        for _shown, there, file in MOVED:
+            if (tmp_path / there / file).is_file():
+                assert (tmp_path / there / file).read_bytes() == SECRET
+
+    assert granted > 50
+    served.close()
+
+
+def move(top: Path, shown: str, hidden: str, file: str) -> None:
+    """Move one thing to its other name; its content is secret exactly while it is hidden."""
+    if (top / hidden).exists() and not (top / shown).exists():
+        (top / hidden / file).write_bytes(PLAIN)
+        (top / hidden).rename(top / shown)
+    elif (top / shown / file).exists() and not (top / hidden).exists():
+        (top / shown).rename(top / hidden)
+        (top / hidden / file).write_bytes(SECRET)
+
+
+def ask(provider: Provider, chance: random.Random, known: list[int], names: list[bytes]) -> bool:
+    """Ask for one thing, and say whether it was granted. Raises AssertionError when it was the secret."""
+    node, name = chance.choice(known), chance.choice(names)
+    match chance.choice(("lookup", "lookup", "read", "read", "write", "list", "create", "unlink")):
+        case "lookup":
+            known.append(provider.lookup(node, name).node)
+        case "read":
+            assert provider.read(node, 0, 100) != SECRET
+        case "write":
+            provider.write(node, 0, memoryview(PLAIN), append=False)
+        case "list":
+            provider.readdir(node, 0, 4096)
+        case "create":
+            known.append(provider.create(node, name, 0o644, 0).node)
+        case _:
+            provider.unlink(chance.choice(known), b"nothing")
+    return True
 
 
 def test_no_sequence_of_requests_reaches_the_neighbours_of_a_file(tmp_path: Path) -> None:

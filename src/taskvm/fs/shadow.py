@@ -1,12 +1,17 @@
 """A provider some of whose names do not exist for the guest.
 
-Rule 1: what is hidden is absent: a lookup says ENOENT, a listing leaves it out, and so do removing and moving it away.
+Rule 1: what is hidden is absent: a lookup says ENOENT, and so do removing and moving it away. A listing leaves out what
+    the patterns mean, but not another name of such a file, which no look at every file of a listing would be worth.
 Rule 2: nothing is put at a hidden name, by creating, linking or moving, whether or not something is there: EACCES.
 Rule 3: moving a directory never changes what is hidden in it: EACCES. All of it is looked at first, at most MAX_WALK
     names, unless the patterns judge names wherever they are.
 Rule 4: what has a hidden name is hidden under each of its names. Hard links that the host made are found by one look
     through the tree, when the guest first meets a file with several names and every RELINK_S while it meets such files.
 Rule 5: a node that the guest was not given does not exist, so a guessed number leads to nothing (Tracked).
+Rule 6: the inner provider follows what the host moves, by each lookup. So each lookup here, of hidden names too, notes
+    where it meets a node that the guest has: one that is elsewhere than the guest knows is barred (ESTALE), with all
+    that is in it, until the guest finds it under a name that it may see. So is what loses its last name to the host,
+    for nobody knows where it is by now; what is removed has no name that could be hidden.
 
 A directory with something hidden in it cannot be removed: ENOTEMPTY, though it looks empty.
 """
@@ -17,6 +22,8 @@ import errno
 import stat
 import time
 from collections.abc import Callable, Iterable
+
+import msgspec
 
 from taskvm.errors import UsageError
 from taskvm.fs.memory import Memory
@@ -74,11 +81,38 @@ class Shadow(Tracked):
         super().begin()
         self._links: frozenset[Node] = frozenset()  # hidden files that have further names
         self._links_seen: float | None = None
+        self._barred: set[Node] = set()  # rule 6
+        self._suspects: set[Node] = set()  # whose names the host has changed, as the provider told
+
+    def export_state(self) -> bytes:
+        return msgspec.msgpack.encode((super().export_state(), self._barred))
+
+    def import_state(self, state: bytes) -> None:
+        tracked, self._barred = msgspec.msgpack.decode(state, type=tuple[bytes, set[int]])
+        super().import_state(tracked)
 
     def place(self, node: Node) -> Place:
-        if node in self._links:
+        if self._suspects:
+            self._look_again()
+        if node in self._links or node in self._barred:
             raise refuse(errno.ESTALE)
         return super().place(node)
+
+    def bound(self, parent: Place, name: bytes, entry: Entry) -> Entry:
+        before = parent.children.get(name)
+        elsewhere = before is None or before.node != entry.node
+        known = self.places.knows(entry.node)
+        if elsewhere:
+            self._leave(parent, name)
+        told = super().bound(parent, name, entry)
+        if elsewhere and known:
+            self._judge(self.places[entry.node])
+        return told
+
+    def forget(self, node: Node, count: int) -> None:
+        for gone in self.places.forget(node, count):
+            self._barred.discard(gone.node)
+            self.inner.forget(gone.node, gone.handed)
 
     # What the provider tells by itself must not name what is hidden.
 
@@ -91,8 +125,11 @@ class Shadow(Tracked):
         def tell(change: Change) -> None:
             try:
                 place = self.places[change.node]
-                if change.name is not None and self._is_never_shown(place.below(change.name)):
-                    return
+                if change.name is not None:
+                    if change.name in place.children:
+                        self._suspects.add(place.children[change.name].node)
+                    if self._is_never_shown(place.below(change.name)):
+                        return
             except OSError:
                 return  # nobody was told of this node
             listener(change)
@@ -106,11 +143,18 @@ class Shadow(Tracked):
         path = place.below(name)
         if self._is_never_shown(path):
             raise refuse(errno.ENOENT)
-        entry = self._inner_lookup(place, name)
+        entry = self._look(parent, name)
         if self._is_hidden(path, entry):
             self.inner.forget(entry.node, 1)
             raise refuse(errno.ENOENT)
-        return self.bound(place, name, entry)
+        told = self.bound(place, name, entry)
+        if entry.node in self._barred:
+            self._suspects.add(entry.node)  # by another of its names, unless that is gone
+            self._look_again()
+        if entry.node in self._barred:
+            self.forget(entry.node, 1)
+            raise refuse(errno.ENOENT)
+        return told
 
     def readdir(self, node: Node, offset: int, size: int) -> list[DirEntry]:
         place = self.place(node)
@@ -169,13 +213,6 @@ class Shadow(Tracked):
             path, directory=True
         )
 
-    def _inner_lookup(self, place: Place, name: bytes) -> Entry:
-        try:
-            return self.inner.lookup(place.node, name)
-        except FileNotFoundError:
-            self.places.unbind(place, name)
-            raise
-
     def _is_hidden(self, path: Path, entry: Entry) -> bool:
         mode = entry.attr.st_mode
         if stat.S_ISREG(mode) and entry.attr.st_nlink > 1:
@@ -195,7 +232,7 @@ class Shadow(Tracked):
         if self.patterns.may_hide(path):
             raise refuse(errno.EACCES)
         try:
-            there = self.inner.lookup(parent, name)
+            there = self._look(parent, name)
         except FileNotFoundError:
             return
         try:
@@ -208,16 +245,95 @@ class Shadow(Tracked):
 
     def _kind_of(self, parent: Node, name: bytes) -> bool:
         """Say whether `name` is a directory; ENOENT when the guest sees nothing there."""
-        place = self.place(parent)
-        entry = self._inner_lookup(place, name)
+        path = self.place(parent).below(name)
+        if self._is_never_shown(path):
+            raise refuse(errno.ENOENT)
+        entry = self._look(parent, name)
         try:
-            if self._is_hidden(place.below(name), entry):
+            if self._is_hidden(path, entry):
                 raise refuse(errno.ENOENT)
         finally:
             self.inner.forget(entry.node, 1)
         return stat.S_ISDIR(entry.attr.st_mode)
 
-    # Looking at what is there, hidden or not...
+    # Looking at what is there, hidden or not (rule 6)...
+
+    def _look(self, parent: Node, name: bytes) -> Entry:
+        """Look up, with one reference, and note where it is that the guest knows what is met."""
+        directory = self.places[parent] if self.places.knows(parent) else None
+        before = None if directory is None else directory.children.get(name)
+        try:
+            entry = self.inner.lookup(parent, name)
+        except FileNotFoundError:
+            if directory is not None:
+                self._leave(directory, name)
+            raise
+        if before is not None and before.node == entry.node:
+            return entry
+        if directory is not None:
+            self._leave(directory, name)
+        # A file with several names can have this one beside those that the guest knows.
+        alone = stat.S_ISDIR(entry.attr.st_mode) or entry.attr.st_nlink < 2
+        if alone and self.places.knows(entry.node) and entry.node != ROOT:
+            place = self.places[entry.node]
+            for up, old in list(place.names):
+                self.places.unbind(up, old)
+            self._bar(place)
+        return entry
+
+    def _leave(self, directory: Place, name: bytes) -> None:
+        """Note that a name does not stand any more for what the guest knows by it, which the guest has not caused."""
+        place = directory.children.get(name)
+        if place is None:
+            return
+        self.places.unbind(directory, name)
+        if not place.names and not self._is_removed(place.node):
+            self._bar(place)
+
+    def _look_again(self) -> None:
+        """Look at each name of what the host may have moved."""
+        while self._suspects:
+            node = self._suspects.pop()
+            if not self.places.knows(node):
+                continue
+            for parent, name in list(self.places[node].names):
+                try:
+                    self.inner.forget(self._look(parent.node, name).node, 1)
+                except FileNotFoundError:
+                    pass  # noted
+                except OSError:  # it may be anywhere
+                    self._leave(parent, name)
+            if node in self._barred:
+                self._judge(self.places[node])
+
+    def _is_removed(self, node: Node) -> bool:
+        try:
+            return self.inner.getattr(node)[0].st_nlink == 0
+        except OSError:
+            return False
+
+    def _bar(self, top: Place) -> None:
+        self._barred.update(place.node for place in _all_of(top))
+
+    def _judge(self, top: Place) -> None:
+        """Bar what is hidden where it is by now, and nothing else."""
+        for place in _all_of(top):
+            if self._is_hidden_by_path(place):
+                self._barred.add(place.node)
+            else:
+                self._barred.discard(place.node)
+
+    def _is_hidden_by_path(self, place: Place) -> bool:
+        known = False
+        for parent, name in place.names:
+            try:
+                path = parent.below(name)
+            except OSError:
+                continue  # no way leads there from the root any more
+            known = True
+            if self.patterns.hides(path, directory=place.directory):
+                return True
+        return not known
 
     def _refuse_exposure(self, parent: Node, name: bytes, to: Node, new_name: bytes) -> None:
         """Refuse to move a directory when something in it would appear, or disappear, by that."""
@@ -225,9 +341,9 @@ class Shadow(Tracked):
             return
         old, new = self.place(parent).below(name), self.place(to).below(new_name)
         hides = self.patterns.hides
-        moved = self.inner.lookup(parent, name).node
+        moved = self._look(parent, name).node
         try:
-            for seen, found in enumerate(walk(self.inner, moved)):
+            for seen, found in enumerate(walk(self.inner, moved, self._look)):
                 before, after = (
                     hides(top + found.path, directory=found.directory) for top in (old, new)
                 )
@@ -244,7 +360,7 @@ class Shadow(Tracked):
             return
         links: set[Node] = set()
         try:
-            for seen, found in enumerate(walk(self.inner, ROOT)):
+            for seen, found in enumerate(walk(self.inner, ROOT, self._look)):
                 if seen > MAX_WALK:
                     raise refuse(errno.EACCES)
                 if not found.directory and self.patterns.hides(found.path, directory=False):
@@ -258,7 +374,7 @@ class Shadow(Tracked):
     def _add_link(self, links: set[Node], found: Found) -> None:
         """Keep the node of a hidden file that has several names; the reference makes it stay the same."""
         try:
-            entry = self.inner.lookup(found.parent, found.name)
+            entry = self._look(found.parent, found.name)
         except FileNotFoundError:
             return
         if entry.attr.st_nlink > 1 and entry.node not in links:
@@ -269,6 +385,17 @@ class Shadow(Tracked):
     def _release(self, links: Iterable[Node]) -> None:
         for node in links:
             self.inner.forget(node, 1)
+
+
+def _all_of(top: Place) -> list[Place]:
+    """Return a node and all that the guest knows below it."""
+    found, waiting = {top.node: top}, [top]
+    while waiting:
+        for child in waiting.pop().children.values():
+            if child.node not in found:  # the host can move directories so that this is a circle
+                found[child.node] = child
+                waiting.append(child)
+    return list(found.values())
 
 
 def _has_private_layer(provider: Provider) -> bool:

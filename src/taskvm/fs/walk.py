@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from taskvm.fs.provider import DirEntry, Node, Provider
+from taskvm.fs.provider import DirEntry, Entry, Node, Provider
 
 Path = tuple[bytes, ...]
+Lookup = Callable[[Node, bytes], Entry]
 DT_UNKNOWN = 0
 DT_DIR = stat.S_IFDIR >> 12
 _SIZE = 64 * 1024
@@ -23,8 +24,10 @@ class Found(NamedTuple):
     directory: bool
 
 
-def walk(provider: Provider, top: Node) -> Iterator[Found]:
+def walk(provider: Provider, top: Node, lookup: Lookup | None = None) -> Iterator[Found]:
     """Yield what is below `top`, a directory before what is in it. Every reference is given back.
+
+    `lookup` is called in the place of the provider's own.
 
     A directory is held as long as anything in it is looked at, as a guest's kernel does. What is removed meanwhile is
     left out; any other error of the provider is raised.
@@ -39,7 +42,8 @@ def walk(provider: Provider, top: Node) -> Iterator[Found]:
                 if frames:
                     provider.forget(node, 1)
                 continue
-            child, below = _directory(provider, node, entry), (*path, entry.name)
+            child = _directory(provider, lookup or provider.lookup, node, entry)
+            below = (*path, entry.name)
             if child is not None:
                 frames.append((child, below, listing(provider, child)))
             yield Found(below, node, entry.name, child is not None)
@@ -56,12 +60,12 @@ def listing(provider: Provider, node: Node) -> Iterator[DirEntry]:
         offset = entries[-1].offset
 
 
-def _directory(provider: Provider, node: Node, entry: DirEntry) -> Node | None:
+def _directory(provider: Provider, lookup: Lookup, node: Node, entry: DirEntry) -> Node | None:
     """Return the node of a directory, with a reference; None for anything else."""
     if entry.kind not in (DT_DIR, DT_UNKNOWN):
         return None
     try:
-        child = provider.lookup(node, entry.name)
+        child = lookup(node, entry.name)
     except FileNotFoundError:
         return None
     if stat.S_ISDIR(child.attr.st_mode):

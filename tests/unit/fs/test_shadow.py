@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,7 @@ def test_a_hard_link_that_the_host_made_shows_nothing(host: Path) -> None:
     src = find(shadow, "src")
     for path in ("src/copied.txt", "master"):
         assert failure(lambda path=path: find(shadow, path)) == errno.ENOENT
+    assert "copied.txt" in names(shadow, src)  # no pattern means the name
     cut = lambda: shadow.create(src, b"copied.txt", 0o644, os.O_TRUNC)  # noqa: E731
     assert failure(cut) == errno.EACCES
     assert (host / ".env").read_text() == "secret"
@@ -264,3 +266,151 @@ def test_nothing_of_a_look_around_stays_behind(shadow: Shadow, host: Path) -> No
 
     # `src`, which the guest has, and the one hidden file that is kept an eye on
     assert len(shadow.inner._nodes) == before + 2  # type: ignore[attr-defined]
+
+
+# What the host moves while the guest holds it...
+
+
+def served(host: Path, patterns: list[str]) -> Shadow:
+    """A shadow that attends to what the host does, as the server lets it."""
+    shadow = Shadow(HostDir(host), patterns).opened()
+    assert isinstance(shadow, Shadow)
+    shadow.changes = lambda _change: None
+    return shadow
+
+
+def attend(shadow: Shadow) -> None:
+    for source in shadow.sources():
+        source.ready()
+
+
+def test_a_directory_that_the_host_moves_to_a_hidden_name_shows_nothing_more(host: Path) -> None:
+    shadow = served(host, ["/secrets/"])
+    work, file = find(shadow, "src"), find(shadow, "src/main.py")
+    assert shadow.read(file, 0, 10) == b"main"
+
+    (host / "src").rename(host / "secrets")
+    (host / "secrets" / "new").write_text("secret")
+    assert failure(lambda: shadow.lookup(ROOT, b"secrets")) == errno.ENOENT
+
+    for attempt in (
+        lambda: shadow.lookup(work, b"new"),
+        lambda: shadow.readdir(work, 0, 4096),
+        lambda: shadow.getattr(work),
+        lambda: shadow.create(work, b"planted", 0o644, 0),
+        lambda: shadow.read(file, 0, 10),
+        lambda: shadow.write(file, 0, memoryview(b"x"), append=False),
+    ):
+        assert failure(attempt) == errno.ESTALE
+    assert sorted(path.name for path in (host / "secrets").iterdir()) == ["main.py", "new"]
+    shadow.close()
+
+
+@pytest.mark.parametrize("ask", ["unlink", "rmdir", "rename", "create", "lookup"])
+def test_a_directory_that_the_host_moves_is_judged_by_where_it_is_now(host: Path, ask: str) -> None:
+    """Any question about the new name makes the inner provider follow; so must the judgement."""
+    shadow = served(host, ["/b/main.py"])
+    held, file = find(shadow, "src"), find(shadow, "src/main.py")
+
+    (host / "src").rename(host / "b")
+    (host / "b" / "keep").touch()
+    questions: dict[str, Callable[[], object]] = {
+        "unlink": lambda: shadow.unlink(ROOT, b"b"),
+        "rmdir": lambda: shadow.rmdir(ROOT, b"b"),
+        "rename": lambda: shadow.rename(ROOT, b"b", ROOT, b"c", 0),
+        "create": lambda: shadow.create(ROOT, b"b", 0o644, os.O_EXCL),
+        "lookup": lambda: shadow.lookup(ROOT, b"b"),
+    }
+    with suppress(OSError):
+        questions[ask]()
+
+    assert failure(lambda: shadow.lookup(held, b"main.py")) in (errno.ENOENT, errno.ESTALE)
+    assert failure(lambda: shadow.read(file, 0, 10)) == errno.ESTALE
+    found = shadow.lookup(ROOT, b"b")
+    assert found.node == held
+    assert names(shadow, held) == ["keep"]
+    shadow.close()
+
+
+@pytest.mark.parametrize("ask", ["unlink", "rename", "lookup", "links", "nothing"])
+def test_a_file_that_the_host_moves_to_a_hidden_name_is_out_of_reach(host: Path, ask: str) -> None:
+    """An atomic save of the host's: what was a temporary file is the secret now."""
+    shadow = served(host, [".env"])
+    held = shadow.create(ROOT, b"tmp", 0o644, 0).node
+    shadow.write(held, 0, memoryview(b"old"), append=False)
+    attend(shadow)  # so that the next event is not the guest's own
+
+    (host / "tmp").write_text("secret")
+    (host / "tmp").rename(host / ".env")
+    if ask == "links":
+        os.link(host / "public.pem", host / "again.pem")
+    questions: dict[str, Callable[[], object]] = {
+        "unlink": lambda: shadow.unlink(ROOT, b".env"),
+        "rename": lambda: shadow.rename(ROOT, b".env", ROOT, b"x", 0),
+        "lookup": lambda: shadow.lookup(ROOT, b"tmp"),
+        "links": lambda: shadow.lookup(ROOT, b"again.pem"),
+        "nothing": lambda: None,
+    }
+    with suppress(OSError):
+        questions[ask]()
+    attend(shadow)
+
+    assert failure(lambda: shadow.read(held, 0, 10)) == errno.ESTALE
+    write = lambda: shadow.write(held, 0, memoryview(b"guest"), append=False)  # noqa: E731
+    assert failure(write) == errno.ESTALE
+    assert (host / ".env").read_text() == "secret"
+    shadow.close()
+
+
+def test_what_the_host_moves_back_is_found_again(host: Path) -> None:
+    shadow = served(host, [".env", "/secrets/"])
+    work, file = find(shadow, "src"), find(shadow, "src/main.py")
+    tmp = shadow.create(ROOT, b"tmp", 0o644, 0).node
+    attend(shadow)
+    for name, hidden in (("src", "secrets"), ("tmp", ".env")):
+        (host / name).rename(host / hidden)
+        failure(lambda hidden=hidden: shadow.lookup(ROOT, hidden.encode()))
+    attend(shadow)
+    assert failure(lambda: shadow.read(file, 0, 10)) == errno.ESTALE
+
+    (host / "secrets").rename(host / "shown")
+    (host / ".env").rename(host / "env")
+
+    assert shadow.lookup(ROOT, b"shown").node == work
+    assert shadow.read(file, 0, 10) == b"main"
+    assert shadow.lookup(ROOT, b"env").node == tmp
+    assert shadow.read(tmp, 0, 10) == b""
+    shadow.close()
+
+
+def test_what_the_host_moves_away_or_removes_is_not_kept_from_who_has_it_open(host: Path) -> None:
+    """A file that was removed has no name that could be hidden."""
+    shadow = served(host, [".env"])
+    removed = shadow.create(ROOT, b"removed", 0o644, 0).node
+    replaced = shadow.create(ROOT, b"replaced", 0o644, 0).node
+    for node in (removed, replaced):
+        shadow.write(node, 0, memoryview(b"data"), append=False)
+    attend(shadow)
+
+    (host / "removed").unlink()
+    (host / "new").write_text("new")
+    (host / "new").rename(host / "replaced")
+    attend(shadow)
+
+    assert shadow.read(removed, 0, 10) == shadow.read(replaced, 0, 10) == b"data"
+    assert shadow.read(find(shadow, "replaced"), 0, 10) == b"new"
+    shadow.close()
+
+
+def test_what_is_barred_stays_so_in_a_copy_of_the_guest(host: Path) -> None:
+    before = served(host, ["/secrets/"])
+    file = find(before, "src/main.py")
+    (host / "src").rename(host / "secrets")
+    failure(lambda: before.lookup(ROOT, b"secrets"))
+
+    after = served(host, ["/secrets/"])
+    after.import_state(before.export_state())
+    before.close()
+
+    assert failure(lambda: after.read(file, 0, 10)) == errno.ESTALE
+    after.close()
