@@ -1,8 +1,9 @@
 """A provider whose operations can be watched, changed and refused by functions of yours.
 
 `before` gets each operation first. It refuses by raising an OSError (PermissionError(errno.EACCES, "…")), and may
-return the operation with other `data` (as long as before, for a write) or another `mode`. `after` gets what was done
-and, for what returns bytes, the bytes: it may return others in their place, or refuse to hand them out.
+return the operation with other `data` (as long as before, for a write), `mode`, `flags` or `changes` where it has them;
+nothing else of it can be changed. `after` gets what was done and, for what returns bytes, the bytes: it may return
+others in their place, or refuse to hand them out.
 
 Both run on a thread of the mount's own and hold up this mount only. An exception that is no OSError is a bug: the
 guest gets EIO. What the guest's kernel has in its caches is not asked for again, so nothing is called for it.
@@ -42,6 +43,8 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     attribute: str | None = None
     changes: SetAttr | None = None
 
+
+_CHANGEABLE = frozenset({"data", "mode", "flags", "changes"})
 
 Before = Callable[[Operation], Operation | None]
 After = Callable[[Operation, bytes | None], bytes | None]
@@ -85,22 +88,22 @@ class Hooks(Tracked):
         do = super().create
         path = self._below(parent, name)
         asked = Operation(name="create", path=path, mode=mode, flags=flags)
-        return self._run(asked, lambda o: do(parent, name, _number(o.mode), flags))
+        return self._run(asked, lambda o: do(parent, name, _given(o.mode), _given(o.flags)))
 
     def mknod(self, parent: Node, name: bytes, mode: int) -> Entry:
         do = super().mknod
         asked = Operation(name="mknod", path=self._below(parent, name), mode=mode)
-        return self._run(asked, lambda o: do(parent, name, _number(o.mode)))
+        return self._run(asked, lambda o: do(parent, name, _given(o.mode)))
 
     def mkdir(self, parent: Node, name: bytes, mode: int) -> Entry:
         do = super().mkdir
         asked = Operation(name="mkdir", path=self._below(parent, name), mode=mode)
-        return self._run(asked, lambda o: do(parent, name, _number(o.mode)))
+        return self._run(asked, lambda o: do(parent, name, _given(o.mode)))
 
     def symlink(self, parent: Node, name: bytes, target: bytes) -> Entry:
         do = super().symlink
         asked = Operation(name="symlink", path=self._below(parent, name), data=target)
-        return self._run(asked, lambda o: do(parent, name, _bytes(o.data)))
+        return self._run(asked, lambda o: do(parent, name, _given(o.data)))
 
     def link(self, node: Node, parent: Node, name: bytes) -> Entry:
         do = super().link
@@ -123,7 +126,7 @@ class Hooks(Tracked):
         do = super().rename
         path, other = self._below(parent, name), self._below(new_parent, new_name)
         asked = Operation(name="rename", path=path, other=other, flags=flags)
-        self._run(asked, lambda _: do(parent, name, new_parent, new_name, flags))
+        self._run(asked, lambda o: do(parent, name, new_parent, new_name, _given(o.flags)))
 
     # Attributes.
 
@@ -134,7 +137,7 @@ class Hooks(Tracked):
     def setattr(self, node: Node, changes: SetAttr) -> tuple[Attr, Lifetime]:
         do = super().setattr
         asked = Operation(name="setattr", path=self._path(node), changes=changes)
-        return self._run(asked, lambda _: do(node, changes))
+        return self._run(asked, lambda o: do(node, _given(o.changes)))
 
     def statfs(self, node: Node) -> StatFs:
         do = super().statfs
@@ -151,7 +154,7 @@ class Hooks(Tracked):
         asked = Operation(
             name="setxattr", path=path, attribute=_text(name), data=value, flags=flags
         )
-        self._run(asked, lambda o: do(node, name, _bytes(o.data), flags))
+        self._run(asked, lambda o: do(node, name, _given(o.data), _given(o.flags)))
 
     def listxattr(self, node: Node) -> list[bytes]:
         do = super().listxattr
@@ -177,7 +180,7 @@ class Hooks(Tracked):
         )
 
         def write(operation: Operation) -> int:
-            given = _bytes(operation.data)
+            given = _given(operation.data)
             if len(given) != len(data):
                 raise ValueError("a hook has changed the length of what is written")
             return do(node, offset, memoryview(given), append=append)
@@ -193,12 +196,12 @@ class Hooks(Tracked):
         do = super().allocate
         path = self._path(node)
         asked = Operation(name="allocate", path=path, offset=offset, size=length, flags=mode)
-        self._run(asked, lambda _: do(node, offset, length, mode))
+        self._run(asked, lambda o: do(node, offset, length, _given(o.flags)))
 
     def seek(self, node: Node, offset: int, whence: int) -> int:
         do = super().seek
         asked = Operation(name="seek", path=self._path(node), offset=offset, flags=whence)
-        return self._run(asked, lambda _: do(node, offset, whence))
+        return self._run(asked, lambda o: do(node, offset, _given(o.flags)))
 
     def copy_range(
         self, node: Node, offset: int, target: Node, target_offset: int, length: int
@@ -210,8 +213,21 @@ class Hooks(Tracked):
 
     # Calling the hooks...
 
-    def _run(self, asked: Operation, call: Callable[[Operation], T]) -> T:
+    def _ask(self, asked: Operation) -> Operation:
+        """Return what shall be done. What a hook has changed without effect is a mistake, and not ignored."""
         operation = self._before(asked) or asked
+        if operation is asked:
+            return asked
+        for field in asked.__struct_fields__:
+            old, new = getattr(asked, field), getattr(operation, field)
+            if old != new and (field not in _CHANGEABLE or old is None or new is None):
+                raise ValueError(
+                    f"a hook has changed the {field} of {asked.name}, which has none that a hook may change"
+                )
+        return operation
+
+    def _run(self, asked: Operation, call: Callable[[Operation], T]) -> T:
+        operation = self._ask(asked)
         result = call(operation)
         if self._after(operation, None) is not None:
             raise ValueError(f"a hook has returned bytes for {asked.name}, which has none")
@@ -220,7 +236,7 @@ class Hooks(Tracked):
     def _hand_out(
         self, asked: Operation, call: Callable[[Operation], bytes], most: int | None = None
     ) -> bytes:
-        operation = self._before(asked) or asked
+        operation = self._ask(asked)
         result = call(operation)
         changed = self._after(operation, result)
         if changed is None:
@@ -245,13 +261,6 @@ def _text(name: bytes) -> str:
     return name.decode(errors="surrogateescape")
 
 
-def _number(value: int | None) -> int:
-    if value is None:
-        raise ValueError("a hook has taken the mode away")
-    return value
-
-
-def _bytes(value: bytes | None) -> bytes:
-    if value is None:
-        raise ValueError("a hook has taken the data away")
+def _given(value: T | None) -> T:
+    assert value is not None  # `_ask` has seen to it
     return value
