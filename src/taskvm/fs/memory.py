@@ -6,10 +6,12 @@ the host's memory. Nobody but the guest changes it: what the guest was told stay
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 import stat
 import time
+from typing import Self
 
 import msgspec
 
@@ -50,16 +52,19 @@ class Memory(Provider):
 
     def __init__(self, *, limit_bytes: int = DEFAULT_LIMIT) -> None:
         self._limit = limit_bytes
-        self._used = 0
         self._owner = (os.getuid(), os.getgid())
+        self._begin()
+
+    def _begin(self) -> None:
+        self._used = 0
         root = Inode(ROOT, stat.S_IFDIR | 0o755)
         root.links = 1
         self._inodes: dict[Node, Inode] = {ROOT: root}
         self._next = ROOT + 1
 
-    def opened(self) -> Memory:
-        served = Memory(limit_bytes=self._limit)
-        served.xattrs = self.xattrs
+    def opened(self) -> Self:
+        served = copy.copy(self)  # a subclass stays one
+        served._begin()
         return served
 
     def close(self) -> None:

@@ -106,7 +106,8 @@ class Provider:
     def opened(self) -> Provider:
         """Return what serves one mount; the server closes it with the mount.
 
-        A provider that can be given to several sandboxes returns a new one each time, with nodes of its own.
+        A provider that can serve several mounts returns a new one each time, with nodes of its own. This one returns
+        itself, so it serves one mount at a time: two would mix up their references, and only the last hears of changes.
         """
         return self
 

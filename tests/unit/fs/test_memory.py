@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taskvm.fs.memory import Memory
-from taskvm.fs.provider import ROOT
+from taskvm.fs.provider import ROOT, Node
 from taskvm.wire.fuse import SetAttr, SetAttrField
 
 
@@ -269,3 +269,17 @@ def test_any_sequence_of_changes_follows_the_model_and_gives_everything_back(
     for node in list(memory._inodes):
         memory.forget(node, 10_000)
     assert memory._used == 0
+
+
+def test_each_mount_of_a_subclass_is_one_of_it() -> None:
+    class Shouting(Memory):
+        def read(self, node: Node, offset: int, size: int) -> bytes:
+            return super().read(node, offset, size).upper()
+
+    value = Shouting()
+    first, second = value.opened(), value.opened()
+    file = first.create(ROOT, b"file", 0o644, 0).node
+    first.write(file, 0, memoryview(b"data"), append=False)
+
+    assert first.read(file, 0, 10) == b"DATA"
+    assert [entry.name for entry in second.readdir(ROOT, 0, 4096)] == [b".", b".."]
