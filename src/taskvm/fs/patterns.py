@@ -9,7 +9,6 @@ Where the two readings of something differ, more is meant, not less, because wha
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import unicodedata
@@ -20,9 +19,11 @@ from typing import Self
 from taskvm.errors import UsageError
 
 Path = tuple[bytes, ...]
-# Their paths have at most some kilobytes each.
-_DIRECTORIES_REMEMBERED = 1024
+Reached = frozenset[int]  # how many segments of a pattern the names of a path can have used up
+# Each has some hundred bytes.
+_DIRECTORIES_REMEMBERED = 8192
 _ANY = None  # the segment `**`
+_BEGIN: Reached = frozenset({0})
 
 _POSIX_CLASSES = {
     "alnum": "a-zA-Z0-9", "alpha": "a-zA-Z", "blank": r" \t", "cntrl": r"\x00-\x1f\x7f", "digit": "0-9",
@@ -71,20 +72,21 @@ class Pattern:
         """Whether only the last name of a path counts."""
         return len(self.segments) == 2 and self.segments[0] is _ANY
 
-    def matches(self, names: list[tuple[str, ...]], *, directory: bool) -> bool:
-        """Say whether a path is meant; each of its names is given in all its spellings."""
+    def step(self, reached: Reached, spellings: tuple[str, ...]) -> Reached:
+        """Return how many segments can be used up with one name more, which is given in all its spellings."""
+        if not reached:
+            return reached
+        return frozenset(self._after(self._skipped(reached), spellings))
+
+    def matches(self, reached: Reached, spellings: tuple[str, ...], *, directory: bool) -> bool:
+        """Say whether a path is meant that ends in this name; `reached` is what its directory has used up."""
         if self.directories_only and not directory:
             return False
         if self.by_name and (last := self.segments[1]) is not None:  # nearly all patterns
-            return any(map(last.fullmatch, names[-1]))
-        reached = {0}  # how many segments the names so far can have used up
-        for spellings in names:
-            reached = set(self._after(self._skipped(reached), spellings))
-            if not reached:
-                return False
-        return len(self.segments) in reached
+            return any(map(last.fullmatch, spellings))
+        return len(self.segments) in self.step(reached, spellings)
 
-    def _skipped(self, reached: set[int]) -> Iterator[int]:
+    def _skipped(self, reached: Reached) -> Iterator[int]:
         """What can be reached without a name: `**` may stand for none."""
         for position in reached:
             yield position
@@ -102,6 +104,17 @@ class Pattern:
                 yield position + 1
 
 
+class Directory:
+    """What is known of one: whether it is meant, or one above it, and what each pattern has used up of its path."""
+
+    __slots__ = ("children", "reached", "within")
+
+    def __init__(self, reached: tuple[Reached, ...], *, within: bool) -> None:
+        self.reached = reached
+        self.within = within
+        self.children: dict[bytes, Directory] = {}
+
+
 class Patterns:
     """Patterns of which the last that matches decides. A directory that is meant takes along all that is in it."""
 
@@ -112,33 +125,64 @@ class Patterns:
         self.patterns: tuple[Pattern, ...] = tuple(each for each in parsed if each is not None)
         self.by_name: bool = all(pattern.by_name for pattern in self.patterns)
         """Whether a path is judged by its names alone, wherever they are: moving its parents changes nothing."""
-        # Each lookup of a guest asks for the directories on the way again.
-        self._takes_along = functools.lru_cache(_DIRECTORIES_REMEMBERED)(self._is_within)
+        # Each lookup of a guest asks for the directories on the way again, and they can be thousands, one in another.
+        # Mounts share what is known, each in its own thread: at worst two find out the same.
+        self._root = Directory(tuple(_BEGIN for _ in self.patterns), within=False)
+        self._remembered = 0
 
     def __repr__(self) -> str:
         return repr([pattern.text for pattern in self.patterns])
 
     def hides(self, path: Path, *, directory: bool) -> bool:
         """Say whether `path`, or a directory on the way to it, is meant."""
-        return self._takes_along(path[:-1]) or self._means(path, directory=directory)
+        above = self._directory(path[:-1])
+        return above.within or self._means(above, path[-1], directory=directory)
 
     def may_hide(self, path: Path) -> bool:
         """Say whether `path` is hidden as a file, or as a directory: what a new thing of this name may become."""
-        return self.hides(path, directory=False) or self._means(path, directory=True)
+        above = self._directory(path[:-1])
+        return above.within or any(
+            self._means(above, path[-1], directory=directory) for directory in (False, True)
+        )
 
-    def _is_within(self, path: Path) -> bool:
-        """Say whether the directory `path`, or one on the way to it, is meant."""
-        return any(self._means(path[:depth], directory=True) for depth in range(1, len(path) + 1))
+    def _directory(self, path: Path) -> Directory:
+        directory = self._root
+        for name in path:
+            directory = directory.children.get(name) or self._entered(directory, name)
+        return directory
 
-    def _means(self, path: Path, *, directory: bool) -> bool:
-        """Say whether `path` itself is meant: the last pattern that matches it decides."""
-        names = path[-1:] if self.by_name else path
-        folded = [_spellings(name) for name in names]
-        exact: list[tuple[str, ...]] = [(os.fsdecode(name),) for name in names]
-        for pattern in reversed(self.patterns):
-            if pattern.matches(exact if pattern.negated else folded, directory=directory):
+    def _entered(self, above: Directory, name: bytes) -> Directory:
+        """Find out about the directory `name` in `above`, and remember it."""
+        if above.within:
+            within, reached = True, above.reached  # nothing below is asked about any more
+        else:
+            within = self._means(above, name, directory=True)
+            reached = tuple(
+                before if pattern.by_name else pattern.step(before, spellings)
+                for pattern, before, spellings in self._each(above, name)
+            )
+        if self._remembered >= _DIRECTORIES_REMEMBERED:
+            self._root.children.clear()
+            self._remembered = 0
+        self._remembered += 1
+        entered = above.children[name] = Directory(reached, within=within)
+        return entered
+
+    def _means(self, above: Directory, name: bytes, *, directory: bool) -> bool:
+        """Say whether `name` in `above` is meant itself: the last pattern that matches it decides."""
+        for pattern, reached, spellings in reversed(self._each(above, name)):
+            if pattern.matches(reached, spellings, directory=directory):
                 return not pattern.negated
         return False
+
+    def _each(
+        self, above: Directory, name: bytes
+    ) -> list[tuple[Pattern, Reached, tuple[str, ...]]]:
+        folded, exact = _spellings(name), (os.fsdecode(name),)
+        return [
+            (pattern, reached, exact if pattern.negated else folded)
+            for pattern, reached in zip(self.patterns, above.reached, strict=True)
+        ]
 
 
 def _spellings(name: bytes) -> tuple[str, ...]:

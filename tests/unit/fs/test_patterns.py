@@ -122,3 +122,35 @@ def test_git_reads_every_list_alike(repository: Path, lines: list[str], paths: l
     # A name with more below it is a directory for git as well; none of the paths exists.
     ours = {path for path in paths if hides(lines, path)}
     assert ours == set(filter(None, checked.stdout.split("\0")))
+
+
+def test_each_directory_on_the_way_is_judged_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest that goes ever deeper makes nobody look at all that is above again and again."""
+    patterns, judged = Patterns(["/secrets/", "!/public/", "a/**/b"]), list[bytes]()
+    means = patterns._means
+    monkeypatch.setattr(
+        patterns,
+        "_means",
+        lambda above, name, *, directory: (
+            judged.append(name) or means(above, name, directory=directory)
+        ),
+    )
+    path = tuple(b"%d" % number for number in range(500))
+
+    for depth in range(1, 501):
+        assert not patterns.hides(path[:depth], directory=True)
+
+    assert len(judged) <= 2 * 500
+
+
+def test_what_is_known_of_directories_is_bounded_and_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("taskvm.fs.patterns._DIRECTORIES_REMEMBERED", 10)
+    patterns = Patterns(["/secrets/", "a/**/keys/"])
+
+    for number in range(100):
+        name = b"%d" % number
+        assert patterns.hides((b"secrets", name, b"x", b"y"), directory=False)
+        assert patterns.hides((b"a", name, b"keys", b"y"), directory=False)
+        assert not patterns.hides((b"a", name, b"y"), directory=False)
+        assert patterns.hides((*(b"a",) * 50, name, b"keys"), directory=True)
+        assert patterns._remembered <= 10
