@@ -15,6 +15,7 @@ from tests.support.waiting import PATIENCE_S
 from taskvm import CopyError, CopyLimits, Files, GuestError, HostError, Sandbox, UsageError
 
 pytestmark = pytest.mark.vm
+BOTH_SURFACES = True
 
 MIB = 1024 * 1024
 
@@ -124,7 +125,7 @@ async def test_a_source_that_fails_leaves_the_old_content(vm: Sandbox) -> None:
     assert await vm.files.read_text("/tmp/d/file") == "old"
 
 
-async def test_cancelled_writes_give_their_places_back(vm: Sandbox) -> None:
+async def test_cancelled_writes_give_their_places_back(asynchronous_vm: Sandbox) -> None:
     """Forty writes from a source that never ends are cancelled; the agent's 32 places are free again."""
 
     async def endless() -> AsyncIterator[bytes]:
@@ -134,10 +135,12 @@ async def test_cancelled_writes_give_their_places_back(vm: Sandbox) -> None:
     for number in range(40):
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(0.05):
-                await vm.files.write_stream(f"/tmp/e/{number}", endless())
+                await asynchronous_vm.files.write_stream(f"/tmp/e/{number}", endless())
 
-    await asyncio.gather(*(vm.files.write_text(f"/tmp/f/{number}", "x") for number in range(32)))
-    assert len(await vm.files.list("/tmp/f")) == 32
+    await asyncio.gather(
+        *(asynchronous_vm.files.write_text(f"/tmp/f/{number}", "x") for number in range(32))
+    )
+    assert len(await asynchronous_vm.files.list("/tmp/f")) == 32
 
 
 async def test_a_full_disk_ends_a_stream_with_its_errno(vm: Sandbox) -> None:
@@ -187,20 +190,24 @@ async def test_chmod_is_not_led_to_another_users_file(vm: Sandbox) -> None:
 
 
 @pytest.mark.parametrize(("path", "number"), [("/etc/passwd", 17), ("/none/x", 2)])
-async def test_a_link_replaces_nothing(vm: Sandbox, path: str, number: int) -> None:
+async def test_a_link_replaces_nothing(asynchronous_vm: Sandbox, path: str, number: int) -> None:
     with pytest.raises(GuestError) as caught:
-        await vm.files.symlink("/x", path)
+        await asynchronous_vm.files.symlink("/x", path)
 
     assert caught.value.errno == number
 
 
-async def test_what_is_made_belongs_to_the_sandboxs_user(vm: Sandbox, tree: Path) -> None:
+async def test_what_is_made_belongs_to_the_sandboxs_user(
+    asynchronous_vm: Sandbox, tree: Path
+) -> None:
     """Files, directories and the links themselves, when that is not root; what a link leads to stays."""
-    files = Files(vm._guest.control, 1234, 1235)
+    files = Files(asynchronous_vm._guest.control, 1234, 1235)
 
     await files.copy_in(tree, "/tmp/theirs")
     await files.symlink("/etc/shadow", "/tmp/theirs/shadow")
-    owners = await vm.exec("find /tmp/theirs -printf '%U:%G\\n' | sort -u; stat -c %u /etc/shadow")
+    owners = await asynchronous_vm.exec(
+        "find /tmp/theirs -printf '%U:%G\\n' | sort -u; stat -c %u /etc/shadow"
+    )
 
     assert owners.stdout.split() == ["1234:1235", "0"]
 
@@ -281,14 +288,14 @@ async def test_nothing_that_exists_is_written_over(vm: Sandbox, tmp_path: Path) 
     ],
 )
 async def test_what_is_not_copied_is_named_and_nothing_is_left(
-    vm: Sandbox, making: str, words: str, tmp_path: Path
+    asynchronous_vm: Sandbox, making: str, words: str, tmp_path: Path
 ) -> None:
     """Each refusal says what it is about; the host's directory is as before."""
-    await vm.exec(f"mkdir /tmp/t && {making}", user="root", check=True)
+    await asynchronous_vm.exec(f"mkdir /tmp/t && {making}", user="root", check=True)
     limits = CopyLimits(max_entries=5 if "touch" in making else 1000, max_bytes=MIB)
 
     with pytest.raises(CopyError, match=words):
-        await vm.files.copy_out("/tmp/t", tmp_path / "out", limits=limits)
+        await asynchronous_vm.files.copy_out("/tmp/t", tmp_path / "out", limits=limits)
 
     assert list(tmp_path.iterdir()) == []
 

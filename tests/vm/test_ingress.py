@@ -23,6 +23,7 @@ from taskvm.sync import Sandbox as BlockingSandbox
 from taskvm.wire.websocket import acceptance_of
 
 pytestmark = pytest.mark.vm
+BOTH_SURFACES = True
 
 MEGABYTES = 20
 RESET = {7, 55, 56}  # curl's statuses: a connection broken off as it is made, sends or receives

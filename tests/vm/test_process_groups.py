@@ -9,6 +9,7 @@ from tests.support.waiting import PATIENCE_S
 from taskvm import Process, Sandbox
 
 pytestmark = pytest.mark.vm
+BOTH_SURFACES = True
 
 
 async def count(vm: Sandbox, pattern: str) -> int:

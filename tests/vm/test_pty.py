@@ -8,6 +8,7 @@ from tests.support.waiting import PATIENCE_S
 from taskvm import Process, Sandbox, UsageError
 
 pytestmark = pytest.mark.vm
+BOTH_SURFACES = True
 
 
 async def read_until(process: Process, expected: bytes) -> bytes:

@@ -1,7 +1,7 @@
 """What is special about blocking: threads, a running loop, Ctrl-C, the interpreter's exit, fork.
 
 Covers taskvm.sync.bridge, taskvm.sync.sandbox, taskvm.sync.process, taskvm.sync.files and taskvm.sync.pool. What both
-surfaces promise is claimed in test_exec.py and test_files.py.
+surfaces promise is claimed once, in the modules that say BOTH_SURFACES.
 """
 
 import contextlib

@@ -5,6 +5,7 @@ import pytest
 from taskvm import Sandbox, UsageError
 
 pytestmark = pytest.mark.vm
+BOTH_SURFACES = True
 
 
 async def test_an_account_is_looked_up_in_the_guest(vm: Sandbox) -> None:
@@ -38,7 +39,7 @@ async def test_numbers_need_no_account(vm: Sandbox) -> None:
 
 
 @pytest.mark.parametrize("user", ["no-such-user", "", "0", "4294967295:0", "a:b", "0:0\n"])
-async def test_an_unknown_account_is_a_usage_error(vm: Sandbox, user: str) -> None:
+async def test_an_unknown_account_is_a_usage_error(asynchronous_vm: Sandbox, user: str) -> None:
     """Nothing runs, and nothing runs as somebody else."""
     with pytest.raises(UsageError, match="run a command as"):
-        await vm.exec(["true"], user=user)
+        await asynchronous_vm.exec(["true"], user=user)

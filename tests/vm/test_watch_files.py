@@ -13,6 +13,7 @@ from taskvm import FileChange, GuestError, Sandbox, SandboxLostError, UsageError
 from taskvm.filewatch import MAX_WATCHES, FileWatch
 
 pytestmark = pytest.mark.vm
+BOTH_SURFACES = True
 
 
 async def until(watch: FileWatch, path: str) -> list[FileChange]:
@@ -92,23 +93,25 @@ async def test_a_mounted_folder_is_watched_for_what_the_guest_does(
     assert ("written", "/workspace/src/file") in changes
 
 
-async def test_what_is_lost_is_said_and_the_watch_goes_on(vm: Sandbox) -> None:
+async def test_what_is_lost_is_said_and_the_watch_goes_on(asynchronous_vm: Sandbox) -> None:
     """Nobody reads while the guest's kernel runs out of room; memory is bounded, and later changes are told."""
-    await vm.exec(
+    await asynchronous_vm.exec(
         "mkdir -p /tmp/w; echo 500 > /proc/sys/fs/inotify/max_queued_events",
         user="root",
         check=True,
     )
-    async with vm.files.watch("/tmp/w", recursive=True) as watch:
+    async with asynchronous_vm.files.watch("/tmp/w", recursive=True) as watch:
         make = "import os\nfor n in range(12000): open(f'/tmp/w/{n:0100}', 'w')\nos.mkdir('/tmp/w/sub')"
-        await vm.exec(["python3", "-c", make], user="root", check=True, timeout_s=2 * PATIENCE_S)
+        await asynchronous_vm.exec(
+            ["python3", "-c", make], user="root", check=True, timeout_s=2 * PATIENCE_S
+        )
         seen = []
         async with asyncio.timeout(PATIENCE_S):
             async for change in watch:
                 seen.append(change)
                 if change.kind == "overflow":
                     break
-        await vm.exec(["touch", "/tmp/w/sub/end"], user="root", check=True)
+        await asynchronous_vm.exec(["touch", "/tmp/w/sub/end"], user="root", check=True)
         after = await until(watch, "/tmp/w/sub/end")
 
     assert seen[-1].path == "/tmp/w"
