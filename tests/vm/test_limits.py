@@ -14,7 +14,7 @@ from tests.conftest import GUEST
 from tests.support.processes import is_alive
 from tests.support.waiting import PATIENCE_S, until
 
-from taskvm import HostDir, HostError, Sandbox, SandboxLostError, UsageError, WarmPool
+from taskvm import ExecLimits, HostDir, HostError, Sandbox, SandboxLostError, UsageError, WarmPool
 from taskvm.paths import cache_dir
 from taskvm.vm.rundir import run_base
 
@@ -73,6 +73,26 @@ async def test_a_sandbox_ends_after_its_life_whatever_runs_in_it() -> None:
         await until(lambda: not is_alive(supervisor))
         with pytest.raises(SandboxLostError, match="max_duration_s=1 is over"):
             await vm.exec(["true"])
+
+
+async def test_a_root_that_leaves_its_commands_limits_ends_with_its_machine() -> None:
+    """A cgroup binds programs, not the guest's root: past its memory and its kill, only the host ends him."""
+    leave = (
+        "echo $$ > /sys/fs/cgroup/cgroup.procs && head -c 60M /dev/zero | tail > /dev/null && "
+        "echo past; exec setsid sleep 8421"
+    )
+    async with Sandbox.create(**GUEST) as vm:
+        supervisor = vm.host_pid
+        limits = ExecLimits(memory_mib=16)
+        async with await vm.spawn(leave, user="root", limits=limits) as process:
+            async with asyncio.timeout(PATIENCE_S):
+                said = await process.stdout.read()
+            await process.kill_all()
+        left = (await vm.exec("pgrep -fc 'sleep [8]421'")).stdout
+        await vm.close()
+
+        assert (said, left) == (b"past\n", "1\n")
+        assert not is_alive(supervisor)
 
 
 async def test_an_idle_sandbox_ends_after_its_idle_timeout() -> None:
