@@ -17,7 +17,13 @@ class Recorder(FramePort):
         self.sent: list[tuple[FrameType, bytes]] = []
 
     def send(
-        self, kind: FrameType, channel: int, stream: int, payload: bytes | memoryview = b""
+        self,
+        kind: FrameType,
+        channel: int,
+        stream: int,
+        payload: bytes | memoryview = b"",
+        *,
+        urgent: bool = False,
     ) -> None:
         self.sent.append((kind, bytes(payload)))
 
