@@ -73,8 +73,13 @@ async def _find(options: SandboxOptions) -> Wanted:
         )
     if saved.memory is not None:
         return wanted
-    disk = await asyncio.to_thread(keep_disk, saved)
+    disk = await _keep(saved, options)
     return replace(wanted, guest=saved.above(wanted.guest, disk))
+
+
+async def _keep(saved: Saved, options: SandboxOptions) -> Path:
+    spare_bytes = options.limits.free_disk_mib << 20
+    return await asyncio.to_thread(keep_disk, saved, spare_bytes=spare_bytes)
 
 
 async def _take_ready(options: SandboxOptions, template: Template) -> Guest | None:
@@ -97,7 +102,7 @@ async def _go_on(
     wanted = await _find(options)
     shape = wanted.shape(await choose_accelerator(wanted))
     memory.check(saved.path, inputs_for(wanted.qemu, shape, wanted.guest, wanted.user))
-    disk = await asyncio.to_thread(keep_disk, saved)
+    disk = await _keep(saved, options)
     template = Template.at(saved.path, wanted.qemu, shape, wanted.guest, wanted.user)
     template = replace(template, disk=wanted.guest.disk(disk))
     return await resume(template, options, bound, memory.carried)

@@ -32,6 +32,7 @@ from taskvm import (
     Wrapper,
     sync,
 )
+from taskvm.checkpoints.kept import forget_disks
 
 pytestmark = pytest.mark.vm
 
@@ -335,15 +336,24 @@ async def test_a_checkpoint_of_ones_own_is_not_read_again(
                 assert (await vm.exec("true")).ok
 
 
-async def test_a_checkpoint_on_another_file_system_is_copied_once() -> None:
+async def test_a_checkpoint_on_another_file_system_is_copied_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """No link leads there: a sandbox runs from a copy, which has been verified and goes with its checkpoint."""
     async with Sandbox.create(**GUEST) as vm:
         await vm.exec("echo kept > /var/tmp/kept", check=True)
         with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
             checkpoint = await vm.checkpoint(f"{name}/disk")
+            with monkeypatch.context() as patch:
+                patch.setattr("taskvm.launch.check_free_space", lambda *_: None)
+                with pytest.raises(HostError, match="must remain"):
+                    await checkpoint.resume(free_disk_mib=1 << 40)
             async with checkpoint.resume() as one:
                 (kept,) = one._guest.origin.files.layers
             inode = kept.stat().st_ino
+            (kept.parent / ".killed").touch()
+            list(forget_disks())
+            assert not (kept.parent / ".killed").exists()
             async with checkpoint.resume() as two:
                 said = (await two.exec("cat /var/tmp/kept")).stdout
                 again = kept.stat().st_ino

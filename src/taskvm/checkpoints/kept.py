@@ -24,6 +24,7 @@ import msgspec
 from taskvm.checkpoints.checkpointfile import Saved, note_verified, verify_checkpoint
 from taskvm.errors import CheckpointError, HostError
 from taskvm.paths import Removed, cache_dir, hold, measure, private_dir, replace_file, seized
+from taskvm.vm.disk import check_room
 from taskvm.vm.template import FileMark, mark_file
 
 # There, or of another user, or linked too often: then it is copied.
@@ -44,17 +45,17 @@ def kept_base() -> Path:
     return private_dir(cache_dir() / "kept")
 
 
-def keep_disk(saved: Saved) -> Path:
+def keep_disk(saved: Saved, *, spare_bytes: int = 0) -> Path:
     """Verify the disk of a checkpoint, and return a name of it that stays while its directory is held.
 
-    Raises CheckpointError, HostError.
+    A copy leaves `spare_bytes` of the host's disk free. Raises CheckpointError, HostError.
     """
     mark = verify_checkpoint(saved)
     directory, held = _held(kept_base() / saved.key)
     try:
         disk, source = directory / "disk.qcow2", saved.disk.resolve()
         if not _is_current(directory, source, mark):
-            _link_or_copy(saved, mark, directory)
+            _link_or_copy(saved, mark, directory, spare_bytes)
             for _ in forget_disks():
                 pass  # as many as come, go
     except OSError as error:
@@ -72,7 +73,10 @@ def forget_disks(base: Path | None = None) -> Iterator[Removed]:
         trash = directory.with_name(f".{directory.name.lstrip('.')}")
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             with seized(directory) as free:
-                if not free or not (directory == trash or _is_orphan(directory)):
+                if free and directory != trash and not _is_orphan(directory):
+                    _remove_unfinished(directory)
+                    continue
+                if not free:
                     continue
                 size = measure(directory)
                 if directory != trash:
@@ -89,7 +93,7 @@ def _held(directory: Path) -> tuple[Path, int]:
     return directory, hold(private_dir(directory))
 
 
-def _link_or_copy(saved: Saved, mark: FileMark, directory: Path) -> None:
+def _link_or_copy(saved: Saved, mark: FileMark, directory: Path, spare_bytes: int) -> None:
     source, new, disk = (
         saved.disk.resolve(),
         directory / f".{secrets.token_hex(4)}",
@@ -98,6 +102,7 @@ def _link_or_copy(saved: Saved, mark: FileMark, directory: Path) -> None:
     linked = _link(source, new)
     try:
         if not linked:
+            check_room(new, mark.size, spare_bytes)
             shutil.copyfile(source, new)
             new.chmod(0o400)
             verify_checkpoint(Saved(path=new, facts=saved.facts), note=False)
@@ -137,6 +142,12 @@ def _is_current(directory: Path, source: Path, mark: FileMark) -> bool:
             return disk.samefile(source)
         return known.copied == (mark, mark_file(disk))
     return False
+
+
+def _remove_unfinished(directory: Path) -> None:
+    """Remove what somebody who was killed was copying; nobody is, since nobody holds the directory."""
+    for left in directory.glob(".*"):
+        left.unlink()
 
 
 def _is_orphan(directory: Path) -> bool:
