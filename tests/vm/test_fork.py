@@ -388,6 +388,33 @@ async def test_one_copy_that_fails_is_its_error_and_no_others(
     assert not made[1].exists()
 
 
+@pytest.mark.parametrize("delay_s", [0.05, 0.2, 0.4, 0.8])
+async def test_an_original_that_is_closed_meanwhile_is_an_error_of_each_copy_or_of_all(
+    delay_s: float,
+) -> None:
+    """At any moment: nothing but errors of taskvm, and a copy that has started runs on."""
+    said = []
+    vm = await Sandbox.create(**GUEST)
+
+    async def fork() -> list[Sandbox | TaskvmError]:
+        try:
+            return await vm.fork_many(3)
+        except TaskvmError as error:
+            return [error]
+
+    async with asyncio.TaskGroup() as group:
+        forking = group.create_task(fork())
+        await asyncio.sleep(delay_s)
+        await vm.close()
+    for copy in forking.result():
+        if isinstance(copy, Sandbox):
+            async with copy:
+                said.append((await copy.exec("echo alive")).stdout)
+
+    assert said == ["alive\n"] * len(said)
+    assert not vm._guest.directory.exists()
+
+
 def test_the_example_finds_the_best_of_n(tmp_path: Path) -> None:
     """As a person runs it: the wrong attempts lose, and the host's directory stays as it was."""
     done = subprocess.run(

@@ -66,8 +66,12 @@ def staged(path: Path) -> Iterator[Path]:
     try:
         yield staging
     except OSError as error:
+        if error.errno is None:  # no file's: a timeout
+            raise
         raise CheckpointError(
-            operation, error.strerror or str(error), "Free disk space, or choose a larger disk"
+            operation,
+            error.strerror or str(error),
+            "Free disk space, or choose a larger disk",
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)

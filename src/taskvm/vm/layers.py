@@ -19,7 +19,7 @@ from pathlib import Path
 from qemu.qmp import EventListener
 
 from taskvm.background import finished
-from taskvm.errors import HostError, SandboxStateError
+from taskvm.errors import HostError, SandboxLostError, SandboxStateError
 from taskvm.vm.command import Disk, layer_node, top_layer
 from taskvm.vm.disk import create_layer
 from taskvm.vm.machine import Machine
@@ -100,10 +100,14 @@ class Layers:
         cuts = self._cuts
         try:
             yield
-        finally:
+        except BaseException:
             if self._cuts > cuts:
-                with contextlib.suppress(HostError):  # tried again when there are too many
+                with contextlib.suppress(HostError, SandboxLostError):  # the first error is told
                     await self.merge()
+            raise
+        if self._cuts > cuts:
+            with contextlib.suppress(HostError):  # tried again when there are too many
+                await self.merge()
 
     @contextmanager
     def lent(self) -> Iterator[None]:

@@ -191,19 +191,16 @@ class Machine:
         """Collect QEMU's `events`; none is kept while nobody listens."""
         return self._qmp.listener(events)
 
-    async def next_event(
-        self, events: EventListener, operation: str, timeout_s: float | None = None
-    ) -> Message:
-        """Return the next of `events`. Raises TimeoutError; SandboxLostError when QEMU ends, which no event tells."""
-        async with asyncio.timeout(timeout_s):
-            coming = asyncio.get_running_loop().create_task(events.get())
-            try:
-                either: tuple[asyncio.Future[Any], ...] = (coming, self.exited)
-                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-                if coming.done():
-                    return coming.result()
-            finally:
-                coming.cancel()
+    async def next_event(self, events: EventListener, operation: str) -> Message:
+        """Return the next of `events`. Raises SandboxLostError when QEMU ends, which no event tells."""
+        coming = asyncio.get_running_loop().create_task(events.get())
+        try:
+            either: tuple[asyncio.Future[Any], ...] = (coming, self.exited)
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if coming.done():
+                return coming.result()
+        finally:
+            coming.cancel()
         raise SandboxLostError(operation, f"QEMU has ended{self.last_words()}")
 
     async def load_state(self) -> None:

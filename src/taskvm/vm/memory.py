@@ -33,6 +33,7 @@ PIECE_BYTES = 1024 * 1024
 GAP_PAGES = 8
 # Reading another process's memory costs as much as writing it: a stopped machine leaves its processors to us.
 COPIERS = min(4, os.cpu_count() or 1)
+_SAVING = "save the memory of a sandbox"
 _ENTRY_BYTES = 8
 _PRESENT, _SWAPPED, _OF_FILE = 0x80, 0x40, 0x20  # the highest byte of an entry of pagemap
 _OWN = re.compile(
@@ -54,7 +55,7 @@ class MemoryCopy:
     def __init__(self, machine: Machine, path: Path, process: int, start: int) -> None:
         """`process` is QEMU."""
         self._size = machine.shape.memory_mib << 20
-        self._base = machine.memory
+        self._base: int | None = None
         self.start = start
         self._stopped = False
         self._path = path
@@ -62,6 +63,9 @@ class MemoryCopy:
         self._pieces: list[tuple[int, int]] = []
         reserve_memory(path, machine.shape.memory_mib)
         try:
+            if machine.memory is not None:  # a number of our own: the machine may end while we read
+                self._base = os.dup(machine.memory)
+                self._files.append(self._base)
             self._memory = self._open(f"/proc/{process}/mem", os.O_RDONLY)
             self._pages = self._open(f"/proc/{process}/pagemap", os.O_RDONLY)
             self._copy = self._open(path, os.O_RDWR)
@@ -77,11 +81,11 @@ class MemoryCopy:
         """
         process = machine.qemu_pid
         if process is None:
-            raise SandboxLostError("save the memory of a sandbox", "QEMU has ended")
+            raise SandboxLostError(_SAVING, "QEMU has ended")
         copy = cls(machine, path, process, await _find_ram(machine))
         try:
             if machine.qemu_pid != process:  # it ended, and another process has its number
-                raise SandboxLostError("save the memory of a sandbox", "QEMU has ended")
+                raise SandboxLostError(_SAVING, "QEMU has ended")
             await copy._in_threads(copy._copy_base)
             await copy.update()
         except BaseException:
@@ -119,7 +123,9 @@ class MemoryCopy:
             if self._stopped:
                 return
             if os.preadv(self._memory, [buffer[:length]], self.start + offset) != length:
-                raise OSError(errno.EIO, "QEMU's memory is not where it says")
+                raise SandboxLostError(
+                    _SAVING, "QEMU has ended, or its memory is not where it says"
+                )
             os.pwrite(self._copy, buffer[:length], offset)
 
     # What is to be copied.
@@ -141,7 +147,7 @@ class MemoryCopy:
             self._pages, self._size // page * _ENTRY_BYTES, self.start // page * _ENTRY_BYTES
         )
         if len(entries) != self._size // page * _ENTRY_BYTES:
-            raise OSError(errno.EIO, "QEMU's memory is not where it says")
+            raise SandboxLostError(_SAVING, "QEMU has ended, or its memory is not where it says")
         return join_runs(
             (found.span() for found in _OWN.finditer(entries[_ENTRY_BYTES - 1 :: _ENTRY_BYTES])),
             GAP_PAGES,
@@ -164,9 +170,11 @@ class MemoryCopy:
             self._stopped = True
             await asyncio.wait(running)
             raise
+        errors = [error for each in running if (error := each.exception()) is not None]
+        if not errors:
+            return
         try:
-            for each in running:
-                each.result()
+            raise errors[0]
         except OSError as error:
             raise HostError(
                 f"write the memory of a sandbox to {self._path}",
