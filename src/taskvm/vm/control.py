@@ -104,6 +104,7 @@ class Call:
         Raises GuestError when the operation failed, or does not end (ETIMEDOUT) though the guest's agent is well;
         SandboxLostError when the guest does not answer or is gone.
         """
+        await self._control.wait_awake()  # then its time begins
         timeout_s = REPLY_TIMEOUT_S if timeout_s is None else timeout_s
         try:
             async with asyncio.timeout(timeout_s):
@@ -232,8 +233,8 @@ class Control:
         The time begins when the machine is awake. Raises SandboxLostError when it does not; the port is closed then,
         and every call fails with that error.
         """
-        timeout_s = PROBE_TIMEOUT_S if timeout_s is None else timeout_s
         await self.wait_awake()
+        timeout_s = PROBE_TIMEOUT_S if timeout_s is None else timeout_s
         # Urgent: an agent at rest answers, and a ping in a port that is held would never leave.
         call = self.open_call(messages.PingRequest(), operation, urgent=True)
         self.calls_made -= 1
