@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 from tests.conftest import GUEST
 from tests.support.peak import printed_by
+from tests.support.small_disk import MIB, small_disk
 from tests.support.waiting import PATIENCE_S
 
 from taskvm import CopyError, CopyLimits, Files, GuestError, HostError, Sandbox, UsageError
 
 pytestmark = pytest.mark.vm
 BOTH_SURFACES = True
-
-MIB = 1024 * 1024
 
 
 @pytest.fixture
@@ -274,6 +273,22 @@ async def test_nothing_that_exists_is_written_over(vm: Sandbox, tmp_path: Path) 
 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
     assert (tmp_path / "file").read_text() == "mine"
+
+
+async def test_a_full_disk_of_the_host_is_an_error_and_leaves_nothing(
+    vm: Sandbox, tmp_path: Path
+) -> None:
+    """A file that does not fit, and a tree whose second file does not: half a copy is no copy."""
+    await vm.exec("mkdir /tmp/t; head -c 6M /dev/zero | tee /tmp/t/a > /tmp/t/b", check=True)
+    await vm.exec("head -c 20M /dev/zero > /tmp/large", check=True)
+
+    with small_disk(tmp_path / "small", 8) as small:
+        for path in ("/tmp/large", "/tmp/t"):
+            with pytest.raises(HostError, match="No space left"):
+                await vm.files.copy_out(path, small / "out")
+            assert list(small.iterdir()) == []
+        await vm.files.copy_out("/tmp/t/a", small / "out")
+        assert (small / "out").stat().st_size == 6 * MIB
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """What ends badly ends soon, says why, and leaves nothing: QEMU stopped, killed or without a disk to write to."""
 
 import asyncio
-import contextlib
 import os
 import shutil
 import signal
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 from tests.conftest import GUEST
 from tests.support.processes import children_of, is_alive, qemu_of
+from tests.support.small_disk import MIB, fill
 from tests.support.waiting import PATIENCE_S, until
 
 from taskvm import HostError, Sandbox, SandboxLostError, TaskvmError, sandbox, watch
@@ -21,7 +21,6 @@ from taskvm.vm.rundir import run_base
 
 pytestmark = pytest.mark.vm
 
-MIB = 1024 * 1024
 # A build asks for 5/4 of the guest's 256 MiB.
 SMALL_BYTES = 450 * MIB
 
@@ -148,17 +147,6 @@ def small_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
         yield small
     finally:
         subprocess.run(["umount", "--lazy", small], check=True)
-
-
-def fill(directory: Path) -> Path:
-    """Take all the room that is left."""
-    filler = directory / "filler"
-    with filler.open("wb", buffering=0) as stream:
-        for size in (MIB, 4096):
-            with contextlib.suppress(OSError):
-                while True:
-                    os.posix_fallocate(stream.fileno(), stream.seek(0, os.SEEK_END), size)
-    return filler
 
 
 async def test_a_disk_that_fills_during_a_template_build_fails_the_start_and_leaves_nothing(
