@@ -17,6 +17,8 @@ from taskvm.errors import HostError
 
 # What one start holds at its height: sockets, pipes, the image, the template, the audit log.
 DESCRIPTORS = 32
+# Left free for what must not fail because a guest has many connections: logs, disks, other starts.
+RESERVE = 64
 _starting: set[int] = set()
 _numbers = itertools.count()
 _raising = threading.Lock()
@@ -35,6 +37,19 @@ def room_for_one() -> Iterator[None]:
         yield
     finally:
         _starting.discard(number)
+
+
+def keep_room(descriptor: int) -> bool:
+    """Raise the limit when a descriptor that was just opened is near it; False: it must be closed again.
+
+    The kernel gives the lowest free number, so it tells how many there are.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if descriptor >= hard - RESERVE:
+        return False
+    if descriptor >= soft - RESERVE:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(2 * soft, hard), hard))
+    return True
 
 
 def _make_room(wanted: int) -> None:

@@ -11,7 +11,7 @@ from tests.support.waiting import PATIENCE_S
 PROLOGUE = """
 import contextlib, os, resource
 from taskvm.errors import HostError
-from taskvm.room import room_for_one
+from taskvm.room import keep_room, room_for_one
 def soft(): return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 """
 
@@ -64,3 +64,16 @@ except HostError as error:
 """
 
     assert "files open, of at most 60. Raise its limit" in said(program)
+
+
+def test_the_limit_is_raised_before_connections_meet_it_and_its_end_is_kept_free() -> None:
+    program = """
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, 300))
+files, kept = [], True
+while kept:
+    files.append(os.open("/dev/null", os.O_RDONLY))
+    kept = keep_room(files[-1])
+print(files[-1] == 300 - 64, soft())
+"""
+
+    assert said(program) == "True 300"

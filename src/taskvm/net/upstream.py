@@ -8,6 +8,7 @@ Rule 2: an address of this host is internal, even a public one: what listens her
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 import os
 import socket
@@ -20,11 +21,15 @@ from taskvm.errors import UpstreamError, UsageError
 from taskvm.net.resolver import Resolver
 from taskvm.net.streams import ByteStream, SocketStream
 from taskvm.net.tlsstream import TlsStream
+from taskvm.room import keep_room
 from taskvm.wire.hostname import IPAddress, parse_address
 from taskvm.wire.message import Origin
 
 CONNECT_TIMEOUT_S = 10.0  # for one address
 HANDSHAKE_TIMEOUT_S = 15.0
+# Connections to servers of one sandbox: one for each of the guest's, and as many for those of HTTP/2 whose
+# servers speak HTTP/1.1. Descriptors are the process's, and other sandboxes need theirs.
+MAX_SERVERS = 512
 MAX_ADDRESSES = 8  # tried at most, of those that a name has
 
 # What ALPN calls the versions of HTTP (RFC 7301, RFC 9113 section 3.1).
@@ -80,6 +85,7 @@ class Dialer:
         self._ca_files = tuple(extra_ca_files)
         _load(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), self._ca_files)
         self._tls: dict[tuple[str, ...], ssl.SSLContext] = {}
+        self._sockets: list[socket.socket] = []  # some of them closed by now
 
     async def connect(self, origin: Origin, protocols: tuple[str, ...] = (H1,)) -> Upstream:
         """Open a connection to `origin`, which the policy has allowed.
@@ -103,13 +109,35 @@ class Dialer:
         failure = ""
         for address, rule in allowed:
             try:
-                sock = await _dial(address, origin.port)
+                sock = await self._dial(address, origin.port)
             except OSError as error:
                 # asyncio puts the address into the text: the guest must not learn it.
                 failure = os.strerror(error.errno) if error.errno else "no answer in time"
                 continue
             return sock, str(address), rule
         raise UpstreamError(f"connect to {origin.authority}", failure)
+
+    async def _dial(self, address: IPAddress, port: int) -> socket.socket:
+        sock = self._open_socket(address)
+        try:
+            if not keep_room(sock.fileno()):
+                raise OSError(errno.EMFILE, "")
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                await asyncio.get_running_loop().sock_connect(sock, (str(address), port))
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def _open_socket(self, address: IPAddress) -> socket.socket:
+        if len(self._sockets) >= MAX_SERVERS:
+            self._sockets = [sock for sock in self._sockets if sock.fileno() >= 0]
+        if len(self._sockets) >= MAX_SERVERS:
+            raise OSError(errno.EMFILE, "")
+        family = socket.AF_INET if isinstance(address, ipaddress.IPv4Address) else socket.AF_INET6
+        kind = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+        self._sockets.append(sock := socket.socket(family, kind))
+        return sock
 
     def _judge(
         self, origin: Origin, found: Iterable[IPAddress]
@@ -196,18 +224,6 @@ def _load(context: ssl.SSLContext, ca_files: Iterable[str | os.PathLike[str]]) -
                 "it holds no certificate" if is_tls else os.strerror(error.errno or 0),
                 "Give a file with certificates in PEM form",
             ) from error
-
-
-async def _dial(address: IPAddress, port: int) -> socket.socket:
-    family = socket.AF_INET if isinstance(address, ipaddress.IPv4Address) else socket.AF_INET6
-    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-    try:
-        async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            await asyncio.get_running_loop().sock_connect(sock, (str(address), port))
-    except BaseException:
-        sock.close()
-        raise
-    return sock
 
 
 def _say(error: OSError) -> str:

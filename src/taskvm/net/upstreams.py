@@ -79,6 +79,7 @@ class ServerConnections:
             self._shared = Http2Server(upstream, self._session.origin, window)
             running = self._tasks.create_task(self._shared.run())
             # Not in the task itself: one that is cancelled before it starts runs none of its code.
+            held.callback(upstream.abort)
             running.add_done_callback(lambda _: held.close())
             self._running.append(running)
         return await self._shared.exchange()

@@ -49,6 +49,40 @@ async def test_the_next_address_is_tried_when_one_does_not_answer() -> None:
         connection.abort()
 
 
+async def test_the_connections_to_servers_are_bounded_and_come_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Descriptors are the process's: a guest with many connections must leave other sandboxes theirs."""
+    monkeypatch.setattr(upstream, "MAX_SERVERS", 3)
+    with http_server() as server:
+        resolver = RecordingResolver({"api.test": ["127.0.0.1"]})
+        dialer = Dialer(Policy.parse(["api.test"], [f"127.0.0.1:{server.port}"]), resolver)
+        origin = Origin("http", "api.test", server.port)
+
+        opened = [await dialer.connect(origin) for _ in range(3)]
+        with pytest.raises(UpstreamError, match="Too many open files"):
+            await dialer.connect(origin)
+        opened.pop().abort()
+        opened.append(await dialer.connect(origin))
+
+        for each in opened:
+            each.abort()
+
+
+async def test_a_host_that_is_short_of_descriptors_keeps_them_for_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(upstream, "keep_room", lambda descriptor: False)
+    with http_server() as server:
+        resolver = RecordingResolver({"api.test": ["127.0.0.1"]})
+        dialer = Dialer(Policy.parse(["api.test"], [f"127.0.0.1:{server.port}"]), resolver)
+
+        with pytest.raises(UpstreamError, match="Too many open files"):
+            await dialer.connect(Origin("http", "api.test", server.port))
+
+    assert server.connections == 0
+
+
 async def test_a_server_that_is_not_trusted_is_an_upstream_error(tmp_path: Path) -> None:
     with http_server("api.test") as server:
         policy = Policy.parse(["api.test"], [f"127.0.0.1:{server.port}"])
