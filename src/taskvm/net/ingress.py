@@ -30,6 +30,7 @@ from taskvm.net.auditlog import AuditLog
 from taskvm.net.streams import GuestStream, SocketStream
 from taskvm.opening import Opening
 from taskvm.port import FramePort, Inlet, Outlet, StreamReset
+from taskvm.room import keep_room
 from taskvm.wire.connect import GUEST_LOOPBACK, ConnectRequest, encode_connect
 from taskvm.wire.control import MAX_ERRNO, AnswerError, Done, Failure, decode
 from taskvm.wire.frames import GUEST_STREAM_BIT, Frame, FrameType, decode_u32
@@ -299,7 +300,7 @@ class Ingress:
 
     async def carry(self, client: socket.socket, peer: tuple[str, int], guest_port: int) -> bool:
         """Serve one accepted connection. False when it did not come to its end on both sides."""
-        if not self._admits(peer, guest_port):
+        if not self._admits(client, peer, guest_port):
             return False
         connection = self._open(client)
         started = time.monotonic()
@@ -322,12 +323,14 @@ class Ingress:
             )  # fmt: skip
         return verdict == "allow"
 
-    def _admits(self, peer: tuple[str, int], guest_port: int) -> bool:
+    def _admits(self, client: socket.socket, peer: tuple[str, int], guest_port: int) -> bool:
         if self._lost is not None:
             return False
-        if len(self._connections) < MAX_CONNECTIONS:
-            return True
         reason = f"{MAX_CONNECTIONS} connections are open"
+        if len(self._connections) < MAX_CONNECTIONS:
+            if keep_room(client.fileno()):
+                return True
+            reason = "this process has too many files open"
         self._record("deny", *peer, guest_port, rule="connection-limit", reason=reason)
         return False
 

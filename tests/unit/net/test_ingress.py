@@ -270,6 +270,18 @@ async def test_a_client_beyond_the_limit_is_broken_off_and_recorded(
         second.close()
 
 
+async def test_a_host_that_is_short_of_descriptors_takes_no_more_clients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ingress, "keep_room", lambda descriptor: False)
+    async with forwarded() as (lab, _, forward):
+        reader, writer = await asyncio.open_connection("127.0.0.1", forward.port)
+
+        assert await broken_off(reader)
+        assert lab.events[-1].reason == "this process has too many files open"
+        writer.close()
+
+
 async def test_a_refusal_of_the_guest_breaks_the_client_off() -> None:
     async with forwarded() as (lab, agent, forward):
         reader, writer = await asyncio.open_connection("127.0.0.1", forward.port)
