@@ -230,7 +230,8 @@ async def test_a_guest_that_comes_and_goes_asks_one_question(
 ) -> None:
     dialog, person = Dialog("once"), Person("once")
     person.ready.clear()
-    async with lab_for(server.port, dialog.ask if plain else person.answer) as lab:
+    approver = dialog.ask if plain else person.answer
+    async with lab_for(server.port, approver, deadline_s=PATIENCE_S) as lab:
         for _ in range(5):
             await _come_and_go(lab, server.port)
         async with asyncio.TaskGroup() as group:
@@ -249,16 +250,16 @@ async def test_a_question_whose_time_is_over_stands_alone_and_its_late_yes_is_no
     """No thread can be ended: while it asks, nothing else does, and a yes that nobody waits for opens nothing."""
     dialog = Dialog("sandbox")
     async with lab_for(server.port, dialog.ask, deadline_s=0.2) as lab:
-        answers = [await ask(lab, "new.test", server.port) for _ in range(3)]
+        while not dialog.asked:  # a thread that comes late asks nobody
+            assert await ask(lab, "new.test", server.port) == 403
+        answers = [await ask(lab, "new.test", server.port) for _ in range(2)]
         asked = len(dialog.asked)
         dialog.answered.set()
         assert lab.gateway._egress.approvals is not None
         await until(lambda: not lab.gateway._egress.approvals._pending)
 
-        assert (answers, asked) == ([403, 403, 403], 1)
+        assert (answers, asked) == ([403, 403], 1)
         assert lab.gateway.policy.is_silent_about("new.test")
-        assert await ask(lab, "new.test", server.port) == 200  # asked again, and answered in time
-    assert len(dialog.asked) == 2
 
 
 async def test_people_who_do_not_answer_hold_up_no_other_sandbox(server: HttpServer) -> None:

@@ -318,10 +318,10 @@ async def test_a_server_that_takes_streams_later_is_waited_for() -> None:
     """It may begin with none (RFC 9113 section 6.5.2), and its SETTINGS is all that comes."""
 
     def answer(call: Call, ended: bool) -> None:
-        call.head(200, end=True)
         if call.path == "/first":
             allow(call.connection, 0)
             loop.call_later(0.1, lambda: (allow(call.connection, 100), call.flush()))
+        call.head(200, end=True)
 
     def allow(connection: h2.connection.H2Connection, number: int) -> None:
         connection.update_settings({h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: number})
@@ -343,8 +343,8 @@ async def test_a_server_that_never_takes_a_stream_is_given_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def answer(call: Call, ended: bool) -> None:
-        call.head(200, end=True)
         call.connection.update_settings({h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: 0})
+        call.head(200, end=True)
 
     async with (
         h2_server(answer) as server,
