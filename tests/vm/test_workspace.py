@@ -12,6 +12,7 @@ from taskvm import HostDir, Sandbox
 
 pytestmark = pytest.mark.vm
 
+SIZE = 10_000  # of each file in a repository
 IDENTITY = "git config --global user.name A; git config --global user.email a@example.com; "
 
 
@@ -40,7 +41,7 @@ async def test_gits_index_is_believed_on_both_sides(
     workspace: Path, vm_with_workspace: Sandbox, monkeypatch: pytest.MonkeyPatch, maker: str
 ) -> None:
     """`git status` in turns reads no file again on either side, whoever has made the repository or changed a file of
-    it, and finds nothing in the index to mend.
+    it, and finds nothing in the index to mend. The files are so large that one that is read again shows in the bytes.
     """
     read: list[int] = []
     provider_read = HostDir.read
@@ -51,7 +52,10 @@ async def test_gits_index_is_believed_on_both_sides(
         return data
 
     monkeypatch.setattr(HostDir, "read", counted)
-    make = "mkdir d; for n in $(seq 200); do echo $n > d/f$n; done; git init -q .; git add ."
+    make = (
+        f"mkdir d; for n in $(seq 200); do (echo $n; head -c {SIZE} /dev/zero) > d/f$n; done;"
+        " git init -q .; git add ."
+    )
     if maker == "guest":
         await vm_with_workspace.exec(make, check=True)
     else:
@@ -60,23 +64,22 @@ async def test_gits_index_is_believed_on_both_sides(
     index = (workspace / ".git" / "index").read_bytes()
     read.clear()
 
-    for _ in range(2):
+    for turn in range(3):
         seen = await vm_with_workspace.exec(
             "git -c safe.directory='*' status --porcelain | grep -c '^A  '", check=True
         )
-        on_host = subprocess.run(
-            ["git", "-c", "safe.directory=*", "-C", workspace, "status", "--porcelain"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert (seen.stdout, on_host.stdout.count("A  d/")) == ("200\n", 200)
+        on_host, bytes_on_host = status_on_host(workspace)
+        assert (seen.stdout, on_host.count("A  d/")) == ("200\n", 200)
+        if turn:  # the host's git had nothing to learn either
+            assert bytes_on_host - bytes_of_git() < 4 * len(index) + SIZE
 
     assert (workspace / ".git" / "index").read_bytes() == index
     # The index and git's own small files, each at most once for each run; none of the 200.
     assert len(read) < 20
+    assert sum(read) < 4 * len(index) + SIZE
     read.clear()
-    (workspace / "d" / "f1").write_text("changed by the host\n")
+    with (workspace / "d" / "f1").open("r+") as file:
+        file.write("changed by the host\n")
     seen = await vm_with_workspace.exec(
         "for n in $(seq 300); do grep -q host d/f1 && break; sleep 0.1; done;"
         " git -c safe.directory='*' status --porcelain | grep -v '^A  '",
@@ -84,6 +87,29 @@ async def test_gits_index_is_believed_on_both_sides(
     )
     assert seen.stdout == "AM d/f1\n"
     assert len(read) < 20
+    assert sum(read) < 4 * len(index) + 3 * SIZE  # f1, for grep and for git
+
+
+def status_on_host(workspace: Path) -> tuple[str, int]:
+    """Return what git says on the host, and how many bytes it has read (rchar, proc(5))."""
+    return git_on_host("-c", "safe.directory=*", "-C", str(workspace), "status", "--porcelain")
+
+
+def bytes_of_git() -> int:
+    """Return how many bytes git reads to do nothing: its libraries and its configuration."""
+    return git_on_host("version")[1]
+
+
+def git_on_host(*arguments: str) -> tuple[str, int]:
+    with subprocess.Popen(["git", *arguments], stdout=subprocess.PIPE, text=True) as git:
+        assert git.stdout is not None
+        said = git.stdout.read()
+        os.waitid(
+            os.P_PID, git.pid, os.WEXITED | os.WNOWAIT
+        )  # its account is there until it is reaped
+        account = Path(f"/proc/{git.pid}/io").read_text()
+    assert git.returncode == 0
+    return said, int(account.split("rchar: ")[1].split()[0])
 
 
 async def test_the_guests_files_belong_to_the_host_user(
