@@ -354,13 +354,17 @@ class Shadow(Tracked):
             self.inner.forget(moved, 1)
 
     def _find_links(self) -> None:
-        """Find the hidden files that have other names too, unless that was done a moment ago."""
+        """Find the hidden files that have other names too, unless that was done a moment ago.
+
+        What is in a directory that this user may not list, or mounted inside, is not found: a project with one such
+        directory (a database's, made by a container) would have no file with several names.
+        """
         now = time.monotonic()
         if self._links_seen is not None and now - self._links_seen < RELINK_S:
             return
         links: set[Node] = set()
         try:
-            for seen, found in enumerate(walk(self.inner, ROOT, self._look)):
+            for seen, found in enumerate(walk(self.inner, ROOT, self._look, skip_closed=True)):
                 if seen > MAX_WALK:
                     raise refuse(errno.EACCES)
                 if not found.directory and self.patterns.hides(found.path, directory=False):
@@ -375,7 +379,7 @@ class Shadow(Tracked):
         """Keep the node of a hidden file that has several names; the reference makes it stay the same."""
         try:
             entry = self._look(found.parent, found.name)
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):
             return
         if entry.attr.st_nlink > 1 and entry.node not in links:
             links.add(entry.node)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import stat
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 from taskvm.fs.provider import DirEntry, Entry, Node, Provider
 
@@ -13,6 +15,9 @@ Lookup = Callable[[Node, bytes], Entry]
 DT_UNKNOWN = 0
 DT_DIR = stat.S_IFDIR >> 12
 _SIZE = 64 * 1024
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EXDEV)
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 class Found(NamedTuple):
@@ -24,10 +29,13 @@ class Found(NamedTuple):
     directory: bool
 
 
-def walk(provider: Provider, top: Node, lookup: Lookup | None = None) -> Iterator[Found]:
+def walk(
+    provider: Provider, top: Node, lookup: Lookup | None = None, *, skip_closed: bool = False
+) -> Iterator[Found]:
     """Yield what is below `top`, a directory before what is in it. Every reference is given back.
 
-    `lookup` is called in the place of the provider's own.
+    `lookup` is called in the place of the provider's own. `skip_closed` leaves out what is in directories that are no
+    way to anything: those that this process may not look into, and what is mounted inside.
 
     A directory is held as long as anything in it is looked at, as a guest's kernel does. What is removed meanwhile is
     left out; any other error of the provider is raised.
@@ -36,13 +44,14 @@ def walk(provider: Provider, top: Node, lookup: Lookup | None = None) -> Iterato
     try:
         while frames:
             node, path, entries = frames[-1]
-            entry = next(entries, None)
+            entry = _tried(skip_closed, lambda listed: next(listed, None), entries)
             if entry is None:
                 frames.pop()
                 if frames:
                     provider.forget(node, 1)
                 continue
-            child = _directory(provider, lookup or provider.lookup, node, entry)
+            find = partial(_directory, provider, lookup or provider.lookup, node)
+            child = _tried(skip_closed, find, entry)
             below = (*path, entry.name)
             if child is not None:
                 frames.append((child, below, listing(provider, child)))
@@ -50,6 +59,15 @@ def walk(provider: Provider, top: Node, lookup: Lookup | None = None) -> Iterato
     finally:
         for node, _path, _entries in frames[1:]:
             provider.forget(node, 1)
+
+
+def _tried(skip_closed: bool, do: Callable[[T], U | None], what: T) -> U | None:
+    try:
+        return do(what)
+    except OSError as error:
+        if skip_closed and error.errno in _CLOSED:
+            return None
+        raise
 
 
 def listing(provider: Provider, node: Node) -> Iterator[DirEntry]:

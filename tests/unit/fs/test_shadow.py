@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from taskvm.fs.hostdir import HostDir
-from taskvm.fs.provider import ROOT, Change, Node
+from taskvm.fs.memory import Memory
+from taskvm.fs.provider import ROOT, Change, DirEntry, Node, refuse
 from taskvm.fs.shadow import Shadow
 from taskvm.fs.syscalls import RENAME_EXCHANGE
 
@@ -175,6 +176,23 @@ def test_a_hard_link_is_looked_for_again_after_a_while(
 
     assert failure(lambda: find(shadow, "leak")) == errno.ENOENT
     shadow.close()
+
+
+def test_what_is_mounted_inside_does_not_end_the_look_for_hard_links() -> None:
+    class Mounted(Memory):
+        def readdir(self, node: Node, offset: int, size: int) -> list[DirEntry]:
+            if node != ROOT and node == self.lookup(ROOT, b"mounted").node:
+                raise refuse(errno.EXDEV)
+            return super().readdir(node, offset, size)
+
+    shadow = Shadow(Mounted(), [".env"])
+    shadow.mkdir(ROOT, b"mounted", 0o755)
+    env = shadow.inner.create(ROOT, b".env", 0o644, 0).node
+    shadow.inner.link(env, ROOT, b"leak")
+    shadow.link(shadow.create(ROOT, b"one", 0o644, 0).node, ROOT, b"two")
+
+    assert shadow.lookup(ROOT, b"two")
+    assert failure(lambda: shadow.lookup(ROOT, b"leak")) == errno.ENOENT
 
 
 def test_a_tree_too_large_to_look_through_fails_closed(
