@@ -74,6 +74,80 @@ async def test_what_is_hidden_is_out_of_reach_of_every_program(project: Path) ->
         assert (project / path).read_text() == SECRET
 
 
+# A program with a file and a working directory of its own. It says when both are gone.
+HOLDER = """
+import os, sys
+os.chdir("/workspace/work")
+held = os.open("/workspace/tmp", os.O_RDWR)
+
+
+def seen():
+    told = []
+    for look in (
+        lambda: (os.posix_fadvise(held, 0, 0, os.POSIX_FADV_DONTNEED), os.pread(held, 100, 0))[1],
+        lambda: open("inner", "rb").read(),
+        lambda: os.listdir("."),
+        lambda: open("/proc/self/cwd/inner", "rb").read(),
+        lambda: (os.pwrite(held, b"planted", 0), os.fsync(held)),
+        lambda: os.close(os.open("planted", os.O_CREAT | os.O_WRONLY)),
+    ):
+        try:
+            told.append(look())
+        except OSError:
+            pass
+    return told
+
+
+assert len(seen()) == 6
+os.unlink("planted")
+os.pwrite(held, b"plain", 0)
+print("held", flush=True)
+sys.stdin.readline()
+while seen():
+    pass
+print("gone", flush=True)
+sys.stdin.readline()
+print(*[seen() for _ in range(20)], flush=True)
+sys.stdin.readline()
+print(os.listdir("/workspace/shown"), os.listdir("."), open("/workspace/env").read(), os.pread(held, 9, 0))
+"""
+
+
+async def test_what_the_host_hides_by_moving_is_out_of_reach_of_who_has_it_open(
+    workspace: Path,
+) -> None:
+    (workspace / "work").mkdir()
+    for name in ("work/inner", "tmp"):
+        (workspace / name).write_text("plain" * 20)
+    hidden = Shadow(HostDir(workspace), [".env", "/secrets/"])
+    async with (
+        Sandbox.create(mounts={"/workspace": hidden}, **GUEST) as vm,
+        await vm.spawn(["python3", "-c", HOLDER]) as process,
+    ):
+        assert await process.stdout.read() == b"held\n"
+        (workspace / "tmp").rename(workspace / ".env")
+        (workspace / "work").rename(workspace / "secrets")
+        await process.write(b"\n")
+        assert await process.stdout.read() == b"gone\n"
+
+        (workspace / ".env").write_text(SECRET)
+        (workspace / "secrets" / "inner").write_text(SECRET)
+        await process.write(b"\n")
+        told = await process.stdout.read()
+        kept = (workspace / ".env").read_text()
+        inside = [path.name for path in (workspace / "secrets").iterdir()]
+
+        (workspace / ".env").write_text("plain")
+        (workspace / ".env").rename(workspace / "env")
+        (workspace / "secrets").rename(workspace / "shown")
+        await process.write(b"\n")
+        again = await process.stdout.read()
+
+    assert told.decode().split() == ["[]"] * 20
+    assert (kept, inside) == (SECRET, ["inner"])
+    assert again == b"['inner'] ['inner'] plain b'plain'\n"
+
+
 async def test_providers_nest_and_each_mount_has_its_own(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "file").write_text("data")
