@@ -42,11 +42,11 @@ class Pattern:
     negated: bool
 
     @classmethod
-    def parse(cls, line: str) -> Self | None:
-        """Read one line; None for a comment or an empty one. Raises UsageError."""
+    def parse(cls, line: str) -> list[Self]:
+        """Read one line; nothing for a comment or an empty one. Raises UsageError."""
         text = re.sub(r"(?<!\\) +\Z", "", line.rstrip("\r\n"))
         if not text or text.startswith("#"):
-            return None
+            return []
         negated = text.startswith("!")
         body = text.removeprefix("!")
         directories_only = body.endswith("/")
@@ -54,18 +54,18 @@ class Pattern:
         names = body.removeprefix("/").split("/")
         if not all(names) or {".", ".."} & set(names):
             raise UsageError(f"hide {line!r}", "it is no pattern of names below the mount")
-        if names[-1] == "**":  # what is below a directory, and not the directory itself
-            names.append("*")
-        # Several `**` in a row say what one does, and `_skipped` looks past one.
-        names = [
-            name
-            for before, name in zip(["", *names], names, strict=False)
-            if (before, name) != ("**", "**")
-        ]
-        segments = [_ANY if name == "**" else _compile(name, line, negated) for name in names]
         if "/" not in body:
-            segments = [_ANY, _compile(body, line, negated)]
-        return cls(text, tuple(segments), directories_only, negated)
+            segments: list[re.Pattern[str] | None] = [_ANY, _compile(body, line, negated)]
+            return [cls(text, tuple(segments), directories_only, negated)]
+        return [
+            cls(
+                text,
+                tuple(_ANY if name == "**" else _compile(name, line, negated) for name in each),
+                directories_only,
+                negated,
+            )
+            for each in _readings(names)
+        ]
 
     @property
     def by_name(self) -> bool:
@@ -121,8 +121,9 @@ class Patterns:
     def __init__(self, lines: Iterable[str]) -> None:
         if isinstance(lines, str):
             raise UsageError(f"hide {lines!r}", "it is one text", "Give a list of patterns")
-        parsed = [Pattern.parse(line) for line in lines]
-        self.patterns: tuple[Pattern, ...] = tuple(each for each in parsed if each is not None)
+        self.patterns: tuple[Pattern, ...] = tuple(
+            pattern for line in lines for pattern in Pattern.parse(line)
+        )
         self.by_name: bool = all(pattern.by_name for pattern in self.patterns)
         """Whether a path is judged by its names alone, wherever they are: moving its parents changes nothing."""
         # Each lookup of a guest asks for the directories on the way again, and they can be thousands, one in another.
@@ -199,7 +200,37 @@ def _fold(text: str) -> str:
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", visible).casefold())
 
 
-# One segment to a regular expression...
+# One line to segments, and a segment to a regular expression...
+
+
+def _readings(names: list[str]) -> list[list[str]]:
+    """Return the lists of segments that a line with a slash stands for."""
+    names = [re.sub(r"\A\*{3,}\Z", "**", name) for name in names]
+    before, name, after = _first_with_a_wildcard(names)
+    readings = [names]
+    if name is not None and (stars := re.fullmatch(r"([^*?\[\\]+)\*{2,}", name)):
+        # git compares what is before the first wildcard by itself, and takes `a**` for `a` and then a real `**`.
+        lead = [*before, stars[1] + "*"]
+        readings = [[*lead, "**", *after]] if after else [lead, [*lead, "**"]]
+    return [_without_repetitions(each) for each in readings]
+
+
+def _first_with_a_wildcard(names: list[str]) -> tuple[list[str], str | None, list[str]]:
+    for place, name in enumerate(names):
+        if re.search(r"[*?\[\\]", name):
+            return names[:place], name, names[place + 1 :]
+    return names, None, []
+
+
+def _without_repetitions(names: list[str]) -> list[str]:
+    if names[-1] == "**":  # what is below a directory, and not the directory itself
+        names = [*names, "*"]
+    # Several `**` in a row say what one does, and `_skipped` looks past one.
+    return [
+        name
+        for before, name in zip(["", *names], names, strict=False)
+        if (before, name) != ("**", "**")
+    ]
 
 
 def _compile(segment: str, line: str, negated: bool) -> re.Pattern[str]:

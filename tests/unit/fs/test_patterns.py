@@ -103,6 +103,9 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @example(["a/**", "!a/b"], ["a/b", "a", "a/c/d", "b/a"])
 @example(["**/**"], ["a", "a/b", "b", "b/a"])
 @example(["a/**/**/b"], ["a/b", "a", "a/c/b", "b/a"])
+@example(["a", "/a**", "!a"], ["a/b", "a", "ab/c", "b/a"])
+@example(["b/a**/c", "!a/**b"], ["b/a/c", "b/ab/x/c", "b/a", "a/b/ab"])
+@example(["a", "/***", "!a"], ["a/b", "a", "ab/c", "b/a"])
 @settings(max_examples=40)
 def test_git_reads_every_list_alike(repository: Path, lines: list[str], paths: list[str]) -> None:
     try:
