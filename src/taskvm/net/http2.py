@@ -205,7 +205,6 @@ class Http2Link:
             async with asyncio.TaskGroup() as group:
                 writing = group.create_task(self._write())
                 failure = await self._read_until_idle()
-                self._close()
                 await self._say_goodbye(broken=failure is not None)
                 writing.cancel()
         except ExceptionGroup as failures:
@@ -249,6 +248,8 @@ class Http2Link:
             pass
         except Http2Error as error:
             return error
+        finally:
+            self._close()  # at once: whoever ends meanwhile finds no clock to set
         return None
 
     def _take(self, event: h2.events.Event) -> None:

@@ -12,10 +12,12 @@ import pytest
 from h2.errors import ErrorCodes
 from tests.support.egress_lab import HttpServer, Lab, egress_lab, http_server
 from tests.support.h2_lab import Answer, Call, H2Server, echo, fields, h2_client, h2_server
-from tests.support.waiting import PATIENCE_S, until_settled
+from tests.support.waiting import PATIENCE_S, until, until_settled
 
 from taskvm.net import http2guest, http2server, inflight, relay
-from taskvm.wire.http2 import MAX_STREAMS, STREAM_WINDOW
+from taskvm.net.http2 import Http2Link
+from taskvm.wire.http2 import MAX_STREAMS, STREAM_WINDOW, render_request
+from taskvm.wire.message import Origin, RequestHead
 
 
 @asynccontextmanager
@@ -449,6 +451,50 @@ async def test_a_large_body_passes_through_the_least_window(
 
     assert server.requests[0].body == body
     assert room <= inflight.LEAST_WINDOW
+
+
+class _Stuck:
+    """A connection whose peer neither sends nor takes anything, and that is slow to let go."""
+
+    def __init__(self) -> None:
+        self.cancelled = asyncio.Event()
+        self.go_on = asyncio.Event()
+        self.writing = False
+
+    async def read(self, max_bytes: int = 0) -> bytes:
+        await asyncio.Event().wait()
+        return b""
+
+    async def write(self, data: bytes) -> None:
+        self.writing = True
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.cancelled.set()
+            await self.go_on.wait()
+
+    async def end(self) -> None: ...
+
+    def abort(self) -> None: ...
+
+
+async def test_a_stream_is_let_go_while_its_connection_is_being_ended() -> None:
+    """A policy is narrowed, a sandbox closes: requests and their connections end in any order."""
+    stuck = _Stuck()
+    link = Http2Link(stuck)
+    head = render_request(RequestHead(b"GET", b"/", []), Origin("https", "api.test", 443))
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(link.run())
+        await until(lambda: stuck.writing)
+        stream = link.open_stream(head, end=False)
+        running.cancel()
+        await stuck.cancelled.wait()
+        try:
+            stream.release(ErrorCodes.CANCEL)
+        finally:
+            stuck.go_on.set()
+
+    assert stream.error is not None
 
 
 async def test_a_guest_has_no_more_streams_than_it_was_told() -> None:
