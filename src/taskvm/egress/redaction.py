@@ -32,10 +32,11 @@ _BINARY = frozenset(
     {
         b"application/cbor", b"application/gzip", b"application/java-archive", b"application/msgpack",
         b"application/octet-stream", b"application/pdf", b"application/protobuf", b"application/wasm",
-        b"application/x-7z-compressed", b"application/x-bzip2", b"application/x-debian-package",
+        b"application/x-7z-compressed", b"application/x-bzip2", b"application/x-compressed",
+        b"application/x-compressed-tar", b"application/x-debian-package", b"application/x-gtar",
         b"application/x-gzip", b"application/x-msgpack", b"application/x-protobuf", b"application/x-rpm",
-        b"application/x-tar", b"application/x-xz", b"application/zip", b"application/zstd",
-        b"binary/octet-stream",
+        b"application/x-tar", b"application/x-tgz", b"application/x-xz", b"application/x-zip-compressed",
+        b"application/zip", b"application/zstd", b"binary/octet-stream",
     }
 )  # fmt: skip
 _BINARY_BEGINNINGS = (
