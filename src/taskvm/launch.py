@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from taskvm.checkpoints.carried import Carried
-from taskvm.checkpoints.checkpointfile import Memory, Saved
+from taskvm.checkpoints.checkpointfile import Memory, Saved, check_memory
 from taskvm.checkpoints.kept import keep_disk, kept_base
 from taskvm.egress.boundsecret import BoundSecret, bind_secrets
 from taskvm.errors import CheckpointError, HostError, ImageError
@@ -22,6 +23,7 @@ from taskvm.paths import cache_dir
 from taskvm.room import room_for_one
 from taskvm.turns import turn_to_start
 from taskvm.vm.command import Disk
+from taskvm.vm.machine import Machine
 from taskvm.vm.rundir import RunDir, run_base
 from taskvm.vm.template import GuestFiles, Template, inputs_for
 from taskvm.vm.warm import Wanted, boot_cold, choose_accelerator, prepare
@@ -105,25 +107,36 @@ async def _go_on(
     disk = await _keep(saved, options)
     template = Template.at(saved.path, wanted.qemu, shape, wanted.guest, wanted.user)
     template = replace(template, disk=wanted.guest.disk(disk))
-    return await resume(template, options, bound, memory.carried)
+    # QEMU opens memory and state by their names; what was sealed may have gone since, and another have its name.
+    check = partial(check_memory, saved.path, saved.facts, memory)
+    return await resume(template, options, bound, memory.carried, check)
 
 
 async def resume(
-    template: Template, options: SandboxOptions, bound: Sequence[BoundSecret], carried: Carried
+    template: Template,
+    options: SandboxOptions,
+    bound: Sequence[BoundSecret],
+    carried: Carried,
+    check: Callable[[], None] = lambda: None,
 ) -> Guest:
-    """Start a guest that goes on where the one was saved whose memory `template` is. Raises UsageError for mounts that
-    are not the saved guest's.
+    """Start a guest that goes on where the one was saved whose memory `template` is.
+
+    `check` raises unless that was what QEMU opened; it is called before the guest runs. Raises UsageError for mounts
+    that are not the saved guest's.
     """
     carried.check_mounts(options.mounts)
     async with turn_to_start():
-        guest = await fork(template, options.limits, carried)
+        guest = await fork(template, options.limits, carried, check)
         async with _closed_on_failure(guest):
             await guest.equip(options, carried.bind(bound), resumed=True)
         return guest
 
 
 async def fork(
-    template: Template, limits: Limits | None = None, carried: Carried | None = None
+    template: Template,
+    limits: Limits | None = None,
+    carried: Carried | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Guest:
     """Start a guest from `template` and wake it. Raises UnavailableError, HostError or SandboxLostError."""
     with room_for_one():
@@ -133,6 +146,7 @@ async def fork(
             machine = await template.fork(
                 run_dir.path, disk_limit_bytes=(limits or Limits()).disk_limit_bytes
             )
+            await _checked(machine, check)
         except OSError as error:  # what it starts from is being removed, or the original closed
             run_dir.remove()
             raise HostError(
@@ -145,6 +159,14 @@ async def fork(
             raise
         origin = Origin(template.qemu, template.guest, template.user)
         return await _wake(await Guest.take_over(machine, run_dir, origin, carried), resumed=True)
+
+
+async def _checked(machine: Machine, check: Callable[[], None]) -> None:
+    try:
+        check()
+    except BaseException:
+        await machine.kill()
+        raise
 
 
 def _holders(disk: Disk) -> Iterator[Path]:

@@ -12,7 +12,14 @@ import pytest
 from tests.conftest import GUEST
 
 from taskvm import Checkpoint, CheckpointError, CheckpointStore, HostDir, HostError, Sandbox, sync
-from taskvm.checkpoints.checkpointfile import MAGIC, Description, read_checkpoint, write_facts
+from taskvm.checkpoints.checkpointfile import (
+    MAGIC,
+    Description,
+    Saved,
+    read_checkpoint,
+    write_facts,
+)
+from taskvm.checkpoints.kept import keep_disk
 from taskvm.errors import UsageError
 from taskvm.paths import state_dir
 from taskvm.vm.template import TemplateInputs, inputs_for
@@ -211,6 +218,25 @@ async def test_memory_without_the_users_seal_is_not_loaded(memory: Path, tmp_pat
         file.write(b"\x90")
     with pytest.raises(CheckpointError, match="ram was changed"):
         Checkpoint.load(memory)
+
+
+async def test_memory_that_takes_the_name_of_another_while_it_starts_is_not_run(
+    memory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checkpoint is removed and another saved under the name: that would go on with the first one's disk."""
+    async with Sandbox.create(**GUEST) as vm:
+        other = (await vm.checkpoint(tmp_path / "other", memory=True)).path
+
+    def swapped(saved: Saved, **options: int) -> Path:
+        disk = keep_disk(saved, **options)
+        memory.rename(tmp_path / "removed")
+        other.rename(memory)
+        return disk
+
+    monkeypatch.setattr("taskvm.launch.keep_disk", swapped)
+
+    with pytest.raises(CheckpointError, match="its file ram was changed"):
+        await Checkpoint.load(memory).resume()
 
 
 async def test_memory_of_another_machine_says_what_differs(

@@ -129,6 +129,12 @@ def read_checkpoint(path: Path) -> Saved:
         return Saved(path=path, facts=read_facts(path))
     facts = read_facts(path / "disk.qcow2")
     memory = _read_memory(path)
+    check_memory(path, facts, memory)
+    return Saved(path=path, facts=facts, memory=memory)
+
+
+def check_memory(path: Path, facts: Facts, memory: Memory) -> None:
+    """Raise CheckpointError unless what is at `path` is what `memory` was sealed with."""
     changed = [name for name in MEMORY_FILES if memory.files.get(name) != _mark(path / name)]
     if memory.disk != facts.sha256:
         changed.append("disk.qcow2")
@@ -138,7 +144,6 @@ def read_checkpoint(path: Path) -> Saved:
             f"its file {changed[0]} was changed, or is a copy",
             "Make a new one: memory is not moved",
         )
-    return Saved(path=path, facts=facts, memory=memory)
 
 
 def verify_checkpoint(saved: Saved, *, note: bool = True) -> FileMark:
