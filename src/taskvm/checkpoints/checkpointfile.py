@@ -19,6 +19,7 @@ import fcntl
 import hashlib
 import hmac
 import os
+import shutil
 import stat
 import struct
 from dataclasses import replace
@@ -263,6 +264,13 @@ def describe(image: str, shape: MachineShape, qemu_version: str) -> Description:
         qemu_version=qemu_version,
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     )
+
+
+def copy_disk(source: Path, target: Path) -> None:
+    """Copy the file of a disk; it is on the disk when this returns."""
+    shutil.copyfile(source, target)
+    with target.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def write_facts(path: Path, description: Description) -> None:

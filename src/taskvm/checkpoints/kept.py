@@ -21,7 +21,7 @@ from pathlib import Path
 
 import msgspec
 
-from taskvm.checkpoints.checkpointfile import Saved, note_verified, verify_checkpoint
+from taskvm.checkpoints.checkpointfile import Saved, copy_disk, note_verified, verify_checkpoint
 from taskvm.errors import CheckpointError, HostError
 from taskvm.paths import Removed, cache_dir, hold, measure, private_dir, replace_file, seized
 from taskvm.vm.disk import check_room
@@ -60,7 +60,9 @@ def keep_disk(saved: Saved, *, spare_bytes: int = 0) -> Path:
                 pass  # as many as come, go
     except OSError as error:
         raise HostError(
-            f"use the checkpoint {saved.path}", error.strerror or str(error), "Free disk space"
+            f"use the checkpoint {saved.path}",
+            error.strerror or str(error),
+            "Start again; if the disk is full, free some of it",
         ) from error
     finally:
         os.close(held)
@@ -71,7 +73,7 @@ def forget_disks(base: Path | None = None) -> Iterator[Removed]:
     """Remove the disks of `base` whose checkpoint is gone and that nobody uses."""
     for directory in sorted((base or kept_base()).glob("*")):
         trash = directory.with_name(f".{directory.name.lstrip('.')}")
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with contextlib.suppress(OSError):  # another was faster; what cannot be removed stays
             with seized(directory) as free:
                 if free and directory != trash and not _is_orphan(directory):
                     _remove_unfinished(directory)
@@ -103,7 +105,7 @@ def _link_or_copy(saved: Saved, mark: FileMark, directory: Path, spare_bytes: in
     try:
         if not linked:
             check_room(new, mark.size, spare_bytes)
-            shutil.copyfile(source, new)
+            copy_disk(source, new)
             new.chmod(0o400)
             verify_checkpoint(Saved(path=new, facts=saved.facts), note=False)
         new.rename(disk)

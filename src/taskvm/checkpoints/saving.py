@@ -8,7 +8,6 @@ A checkpoint appears under its name in one step, complete and written through to
 from __future__ import annotations
 
 import asyncio
-import shutil
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,6 +18,7 @@ from taskvm.background import finished
 from taskvm.checkpoints.carried import Carried
 from taskvm.checkpoints.checkpointfile import (
     Saved,
+    copy_disk,
     describe,
     read_checkpoint,
     verify_checkpoint,
@@ -121,7 +121,7 @@ def export_disk(saved: Saved, path: Path) -> None:
     with staged(path) as staging:
         mark = verify_checkpoint(saved)
         check_room(staging / "disk.qcow2", mark.size, _spare_bytes(staging))
-        shutil.copyfile(saved.path, staging / "disk.qcow2")
+        copy_disk(saved.path, staging / "disk.qcow2")
         publish(staging, path, memory=False)
 
 
