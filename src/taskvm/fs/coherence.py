@@ -311,9 +311,8 @@ class Coherence:
         if event.name in watched.absent or known is not None:
             self._told[Change(directory.id, event.name)] = None
         if known is not None and known.kind == stat.S_IFREG:
-            known.astray = (
-                True  # somebody may have it open, and no event tells of it until it is found again
-            )
+            # Somebody may have it open, and no event tells of it until it is found again.
+            known.astray = True
             if known.told is not None:
                 known.told = None
                 self._told[Change(known.id)] = None

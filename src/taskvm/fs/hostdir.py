@@ -265,15 +265,15 @@ class HostDir(Provider):
             return
         if flags & syscalls.RENAME_NOREPLACE and self._specials.get(new.identity, new_name):
             raise refuse(errno.EEXIST)
+        moved, replaced = old.children.get(name), new.children.get(new_name)
         if not flags:
-            moved, replaced = old.children.get(name), new.children.get(new_name)
-            if replaced is moved is not None:
-                return  # two names of one inode: rename(2) does nothing
             if moved is not None and moved.kind == stat.S_IFDIR:
                 self._refuse_specials(replaced)
             self._tree.pin(new, new_name)
         with self._tree.walk_two(old, new) as (source, destination):
             syscalls.rename(source, name, destination, new_name, flags)
+        if replaced is moved is not None and not flags and self._tree.exists(old, name):
+            return  # two names of one inode: rename(2) does nothing
         self._moved(old, name, new, new_name)
         if flags & syscalls.RENAME_EXCHANGE:
             self._moved(new, new_name, old, name)

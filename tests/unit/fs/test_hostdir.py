@@ -172,6 +172,26 @@ def test_an_open_file_survives_its_removal_when_the_host_has_removed_its_other_n
     assert provider.read(file, 0, 10) == b"text"
 
 
+def test_what_the_guest_takes_for_two_names_of_a_file_is_moved_when_it_is_not(
+    provider: HostDir, host: Path
+) -> None:
+    (host / "a").write_text("text")
+    (host / "b").hardlink_to(host / "a")
+    file = node(provider, b"a")
+    assert node(provider, b"b") == file
+    provider.rename(ROOT, b"a", ROOT, b"b", 0)
+    assert sorted(path.name for path in host.iterdir()) == ["a", "b"]
+    (host / "new").write_text("new")
+    (host / "new").rename(host / "b")
+
+    provider.rename(ROOT, b"a", ROOT, b"b", 0)
+
+    assert [path.name for path in host.iterdir()] == ["b"]
+    assert (host / "b").read_text() == "text"
+    assert provider.read(file, 0, 10) == b"text"
+    assert node(provider, b"b") == file
+
+
 def test_a_link_of_the_host_gets_a_further_name_itself(provider: HostDir, host: Path) -> None:
     (host / "link").symlink_to("nowhere")
 
