@@ -192,6 +192,10 @@ class Hooks(Tracked):
         asked = Operation(name="fsync", path=self._path(node))
         self._run(asked, lambda _: do(node, data_only=data_only))
 
+    def sync_later(self, node: Node, *, data_only: bool) -> Callable[[], None] | None:
+        self.place(node)
+        return None  # `fsync` does it, which the hooks see
+
     def allocate(self, node: Node, offset: int, length: int, mode: int) -> None:
         do = super().allocate
         path = self._path(node)
