@@ -25,6 +25,7 @@ from tests.support.hostile_kernel import (
 from tests.support.waiting import PATIENCE_S
 
 from taskvm.errors import GuestProtocolError
+from taskvm.fs.descriptors import KEPT, PINNED
 from taskvm.fs.hostdir import HostDir
 from taskvm.wire.frames import FrameType, encode_header
 from taskvm.wire.fuse import Opcode
@@ -309,17 +310,24 @@ def test_forgetting_too_much_only_hurts_the_guest(kernel: HostileKernel) -> None
     assert kernel.lookup(ROOT, b"file") > 0
 
 
-def test_a_guest_cannot_exhaust_the_descriptors(kernel: HostileKernel, share: Path) -> None:
+def test_a_guest_cannot_exhaust_the_descriptors(
+    kernel: HostileKernel, share: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It writes and removes without end, and forgets nothing. What is written is read back, or was not removed."""
+    for account in (KEPT, PINNED):
+        monkeypatch.setattr(account, "_limit", lambda: 100)
     before = len(list(Path("/proc/self/fd").iterdir()))
-    budget = kernel.server._mounts[MOUNT].provider._tree._contents._limit  # type: ignore[attr-defined]
 
-    for number in range(3 * budget):
+    removed = []
+    for number in range(300):
         error, body = kernel.create(ROOT, b"file%d" % number, 0o644)
-        assert error == 0
-        assert kernel.write(struct.unpack_from("<Q", body)[0], b"x")[0] == 0
-        assert kernel.ask(Opcode.UNLINK, ROOT, b"file%d\0" % number)[0] == 0
+        node = struct.unpack_from("<Q", body)[0]
+        assert (error, kernel.write(node, b"x")[0]) == (0, 0)
+        removed.append(kernel.ask(Opcode.UNLINK, ROOT, b"file%d\0" % number)[0])
+        assert kernel.read(node) == (0, b"x")
 
-    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 3 * budget
+    assert (removed[0], removed[-1]) == (0, errno.ENFILE)
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2 * 100
     kernel.close()
     assert len(list(Path("/proc/self/fd").iterdir())) < before
 

@@ -231,9 +231,9 @@ class HostTree:
         self._keep(node, Held(fd, True, True, until=now + WALK_AGE_S, written=now))
 
     def rest(self) -> None:
-        """Close directories that are too old to be used, and what was written and can be opened again.
+        """Close directories that are too old to be used, and what was written a while ago and can be opened again.
 
-        The host cannot run a program that is open for writing (ETXTBSY).
+        The host cannot run a program that is open for writing (ETXTBSY), wherever it has moved that.
         """
         now = time.monotonic()
         for number, held in self._directories.items():
@@ -242,8 +242,19 @@ class HostTree:
         for number, held in self._contents.items():
             if not held.writable or now - held.written < WRITE_AGE_S:
                 continue
-            if os.access(through_proc(held.fd), os.W_OK, effective_ids=True):
+            if not os.access(through_proc(held.fd), os.W_OK, effective_ids=True):
+                continue
+            if os.fstat(held.fd).st_mode & stat.S_IXUSR or self._can_be_found(number):
                 self._drop_content(number)
+
+    def _can_be_found(self, number: Node) -> bool:
+        node = self.nodes.get(number)
+        if node is None or self._pins.get(number) is not None:
+            return True
+        with suppress(OSError):
+            self._at_its_place(node, lambda parent, name: self._stat_at(node, parent, name))
+            return True
+        return False
 
     def pin(self, parent: HostNode, name: bytes) -> None:
         """Keep what is about to lose its name `name`, if the guest has it and knows no other name that it has."""
