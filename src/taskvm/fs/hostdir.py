@@ -231,7 +231,8 @@ class HostDir(Provider):
             raise refuse(errno.EPERM)
         with self._tree.handle(target) as fd:
             # The inode itself, whatever has its names by now: what /proc leads to is followed (AT_SYMLINK_FOLLOW).
-            os.link(through_proc(fd), name, dst_dir_fd=self._tree.walk(directory))
+            to = self._tree.walk(directory)
+            os.link(through_proc(fd), name, dst_dir_fd=to, follow_symlinks=True)
         self._coherence.names_changed(directory, name, inotify.CREATE)
         return self.lookup(parent, name)
 
