@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -54,7 +54,7 @@ def passes(suite: ProviderConformance, name: str) -> bool:
 
 
 @pytest.fixture
-def host(tmp_path: Path) -> Path:
+def host(tmp_path: Path) -> Iterator[Path]:
     """What the serving user owns."""
     path = tmp_path / "host"
     (path / "unlisted" / "below").mkdir(parents=True)
