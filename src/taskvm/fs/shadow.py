@@ -11,7 +11,8 @@ Rule 5: a node that the guest was not given does not exist, so a guessed number 
 Rule 6: the inner provider follows what the host moves, by each lookup. So each lookup here, of hidden names too, notes
     where it meets a node that the guest has: one that is elsewhere than the guest knows is barred (ESTALE), with all
     that is in it, until the guest finds it under a name that it may see. So is what loses its last name to the host,
-    for nobody knows where it is by now; what is removed has no name that could be hidden.
+    for nobody knows where it is by now; what is removed has no name that could be hidden. Names are looked at again
+    when the provider tells of a change, and after NAME_AGE_S where it does not vouch for them longer.
 
 A directory with something hidden in it cannot be removed: ENOTEMPTY, though it looks empty.
 """
@@ -39,6 +40,8 @@ from taskvm.fs.wrapper import Wrapper
 
 MAX_WALK = 1_000_000
 RELINK_S = 60.0
+# How long a name is taken to be where it was seen, where nobody tells of moves (rule 6); as long as HostTree does.
+NAME_AGE_S = 1.0
 
 
 class Shadow(Tracked):
@@ -83,6 +86,7 @@ class Shadow(Tracked):
         self._links_seen: float | None = None
         self._barred: set[Node] = set()  # rule 6
         self._suspects: set[Node] = set()  # whose names the host has changed, as the provider told
+        self._due: dict[Node, float] = {}  # of names that nobody watches: when to look again
 
     def export_state(self) -> bytes:
         return msgspec.msgpack.encode((super().export_state(), self._barred))
@@ -90,8 +94,13 @@ class Shadow(Tracked):
     def import_state(self, state: bytes) -> None:
         tracked, self._barred = msgspec.msgpack.decode(state, type=tuple[bytes, set[int]])
         super().import_state(tracked)
+        self._due = {place.node: 0.0 for place in self.places.export()}  # nobody watched meanwhile
 
     def place(self, node: Node) -> Place:
+        due = self._due.get(node)
+        if due is not None and due <= time.monotonic():
+            self._suspects.add(node)
+            self._due[node] = time.monotonic() + NAME_AGE_S
         if self._suspects:
             self._look_again()
         if node in self._links or node in self._barred:
@@ -107,11 +116,13 @@ class Shadow(Tracked):
         told = super().bound(parent, name, entry)
         if elsewhere and known:
             self._judge(self.places[entry.node])
+        self._note_age(entry)
         return told
 
     def forget(self, node: Node, count: int) -> None:
         for gone in self.places.forget(node, count):
             self._barred.discard(gone.node)
+            self._due.pop(gone.node, None)
             self.inner.forget(gone.node, gone.handed)
 
     # What the provider tells by itself must not name what is hidden.
@@ -269,6 +280,7 @@ class Shadow(Tracked):
                 self._leave(directory, name)
             raise
         if before is not None and before.node == entry.node:
+            self._note_age(entry)
             return entry
         if directory is not None:
             self._leave(directory, name)
@@ -280,6 +292,13 @@ class Shadow(Tracked):
                 self.places.unbind(up, old)
             self._bar(place)
         return entry
+
+    def _note_age(self, entry: Entry) -> None:
+        """Remember to look again at a name that the inner provider does not vouch for."""
+        if entry.lifetime.entry_ns > NAME_AGE_S * 1e9:
+            self._due.pop(entry.node, None)
+        else:
+            self._due[entry.node] = time.monotonic() + NAME_AGE_S
 
     def _leave(self, directory: Place, name: bytes) -> None:
         """Note that a name does not stand any more for what the guest knows by it, which the guest has not caused."""

@@ -432,3 +432,44 @@ def test_what_is_barred_stays_so_in_a_copy_of_the_guest(host: Path) -> None:
 
     assert failure(lambda: after.read(file, 0, 10)) == errno.ESTALE
     after.close()
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_without_anybody_who_tells_of_moves_names_are_looked_at_again(
+    host: Path, monkeypatch: pytest.MonkeyPatch, saved: bool
+) -> None:
+    """On NFS, or beyond the limit of watches: a file that the server has open stays open, wherever it is moved to."""
+    now = [100.0]
+    shadow = Shadow(HostDir(host), [".env", "/secrets/"])  # not opened: nothing is watched
+    file, inner = shadow.create(ROOT, b"tmp", 0o644, 0).node, find(shadow, "src/main.py")
+    monkeypatch.setattr("taskvm.fs.shadow.time.monotonic", lambda: now[0])
+    for node in (file, inner):
+        shadow.write(node, 0, memoryview(b"plain"), append=False)
+
+    (host / "tmp").rename(host / ".env")
+    (host / "src").rename(host / "secrets")
+    if saved:
+        before, shadow = shadow, Shadow(HostDir(host), [".env", "/secrets/"])
+        shadow.import_state(before.export_state())
+        before.close()
+    now[0] += 1e9 if not saved else 0
+
+    for node in (file, inner):
+        assert failure(lambda node=node: shadow.read(node, 0, 10)) == errno.ESTALE
+    shadow.close()
+
+
+def test_names_that_somebody_watches_are_not_looked_at_again(
+    host: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shadow = served(host, [".env"])
+    file = find(shadow, "src/main.py")
+    monkeypatch.setattr("taskvm.fs.shadow.time.monotonic", lambda: 1e9)
+    looks: list[bytes] = []
+    monkeypatch.setattr(shadow.inner, "lookup", lambda _node, name: looks.append(name))
+
+    for _ in range(3):
+        shadow.read(file, 0, 10)
+
+    assert looks == []
+    shadow.close()
