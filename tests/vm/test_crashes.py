@@ -9,12 +9,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from qemu.qmp import QMPClient, Runstate
 from tests.conftest import GUEST
 from tests.support.processes import children_of, is_alive, qemu_of
 from tests.support.small_disk import MIB, fill
 from tests.support.waiting import PATIENCE_S, until
 
-from taskvm import HostError, Sandbox, SandboxLostError, TaskvmError, sandbox, watch
+from taskvm import (
+    HostError,
+    Sandbox,
+    SandboxLostError,
+    TaskvmError,
+    UnavailableError,
+    sandbox,
+    watch,
+)
 from taskvm.paths import cache_dir
 from taskvm.vm import control, machine
 from taskvm.vm.rundir import run_base
@@ -122,6 +131,25 @@ async def test_the_error_says_how_qemu_ended(vm: Sandbox) -> None:
         async with asyncio.timeout(PATIENCE_S):
             with pytest.raises(TaskvmError, match="QEMU was ended by SIGKILL"):
                 await attempt
+
+
+async def test_a_qemu_that_ends_as_soon_as_it_is_up_is_an_error_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Between its greeting and the first look at it, as on a disk that fills."""
+    establish, before = QMPClient._establish_session, set(children_of(os.getpid()))
+
+    async def establish_and_end(client: QMPClient) -> None:
+        await establish(client)
+        (supervisor,) = set(children_of(os.getpid())) - before
+        os.kill(qemu_of(supervisor), signal.SIGKILL)
+        await until(lambda: client.runstate != Runstate.RUNNING)
+
+    monkeypatch.setattr(QMPClient, "_establish_session", establish_and_end)
+
+    with pytest.raises(UnavailableError, match="QEMU did not come up"):
+        await Sandbox.create(**GUEST)
+    assert set(children_of(os.getpid())) <= before
 
 
 @pytest.fixture

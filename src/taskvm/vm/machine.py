@@ -322,7 +322,8 @@ class Machine:
         try:
             async with asyncio.timeout(QMP_TIMEOUT_S):
                 await self._qmp.connect(self._qmp_socket.dup())
-        except (ConnectError, TimeoutError) as error:
+        except (ConnectError, TimeoutError, AssertionError) as error:
+            # The assertion is the library's, of a connection that stands: QEMU may end before it is looked at.
             await asyncio.wait([self.exited], timeout=1)  # its last words may still be on their way
             status = f"exit status {self.exited.result()}" if self.exited.done() else "no answer"
             raise UnavailableError(
