@@ -28,6 +28,7 @@ from taskvm.room import raise_limit
 SHARE = 4
 # What each set may hold, however many there are: a walk needs two.
 LEAST = 4
+SELDOM = 8
 MOST_KEPT = 8192
 MOST_PINNED = 1 << 16
 
@@ -62,6 +63,8 @@ class Account:
 
     def __init__(self, limit: Callable[[], int]) -> None:
         self._limit = limit
+        self._known = 0  # what it was when it was last asked, which costs as much as opening a file
+        self._uses = 0  # until it is asked again
         self._lock = threading.Lock()
         self.total: int = 0
 
@@ -72,7 +75,10 @@ class Account:
 
     def room(self, held: int) -> int:
         """Return how many more a set that holds so many may have; negative when it has to close some."""
-        return max(LEAST, self._limit() - self.total) - held
+        self._uses -= 1
+        if self._uses < 0:
+            self._known, self._uses = self._limit(), SELDOM
+        return max(LEAST, self._known - self.total) - held
 
 
 KEPT = Account(kept_limit)
@@ -144,5 +150,6 @@ class Pins(DescriptorSet):
             raise refuse(errno.ENFILE)
         self._held[node] = held
         self._account.add(1)
-        raise_limit(SHARE * self._account.total)
+        if not len(self._held) % SELDOM:
+            raise_limit(SHARE * (self._account.total + SELDOM))
         return []

@@ -400,7 +400,7 @@ def test_what_this_server_closes_is_not_told(
     provider = HostDir(host).opened()
     provider.changes = told.append
     assert provider.readdir(ROOT, 0, 1024)  # from here on it is watched
-    nodes = [provider.create(ROOT, b"%d" % number, 0o600, 0).node for number in range(9)]
+    nodes = [provider.create(ROOT, b"%d" % number, 0o600, 0).node for number in range(40)]
     for node in nodes:
         provider.write(node, 0, memoryview(b"text"), append=False)
         provider.getattr(node)
