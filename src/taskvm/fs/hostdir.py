@@ -82,9 +82,8 @@ class HostDir(Provider):
         self._coherence = Coherence(self._tree, lambda change: self.changes(change), live=live)
         self._tree.closed = self._coherence.closed
         self.lasting = self._coherence.fd is not None
-        self.prompt = (
-            self._tree.filesystem in LOCAL
-        )  # a server that is gone would hold up all mounts
+        # A server that is gone would hold up all mounts.
+        self.prompt = self._tree.filesystem in LOCAL
 
     def __repr__(self) -> str:
         return f"HostDir({str(self.path)!r}, mode={self.mode!r})"
@@ -363,10 +362,12 @@ class HostDir(Provider):
 
     def sync_later(self, node: Node, *, data_only: bool) -> Callable[[], None]:
         target = self._nodes[node]
-        if target.kind == stat.S_IFDIR:
-            fd = self._tree.open_directory(target)
-        else:
-            fd = os.dup(self._tree.any_content(target))
+        is_directory = target.kind == stat.S_IFDIR
+        fd = (
+            self._tree.open_directory(target)
+            if is_directory
+            else os.dup(self._tree.syncable(target))
+        )
         return functools.partial(_sync, fd, data_only=data_only)
 
     def allocate(self, node: Node, offset: int, length: int, mode: int) -> None:
@@ -447,9 +448,7 @@ class HostDir(Provider):
         node = self._nodes[entry.node]
         try:
             if node.kind != stat.S_IFREG:
-                raise refuse(
-                    errno.ESTALE
-                )  # the guest's kernel looks the name up again, and then knows better
+                raise refuse(errno.ESTALE)  # the guest's kernel looks again, and then knows better
             if not flags & os.O_TRUNC:
                 return entry
             os.ftruncate(self._tree.content(node, write=True), 0)

@@ -207,12 +207,14 @@ class HostTree:
         return held.fd
 
     def any_content(self, node: HostNode) -> int:
-        """Return a descriptor of the contents, such as fsync(2) needs."""
+        """Return a descriptor of the contents, such as lseek(2) needs."""
         held = self._held_content(node)
-        if held is not None:
-            return held.fd
+        return held.fd if held is not None else self.content(node, write=False)
+
+    def syncable(self, node: HostNode) -> int:
+        """Return a descriptor for fsync(2), which one that can only be written to is as good for."""
         try:
-            return self.content(node, write=False)
+            return self.any_content(node)
         except PermissionError:
             return self.content(node, write=True)
 
