@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import stat
@@ -149,8 +150,12 @@ async def _close_after(
 async def _kill_group(process: asyncio.subprocess.Process) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    async with asyncio.timeout(_KILL_WAIT_S):
-        await process.wait()
+    try:
+        async with asyncio.timeout(_KILL_WAIT_S):
+            await process.wait()
+    except TimeoutError as error:
+        cause = f"process {process.pid} is still there {_KILL_WAIT_S:.0f} s after SIGKILL: it waits for a device"
+        raise OperationError("end a command", cause, errno.ETIMEDOUT) from error
 
 
 async def _in_thread(operation: str, work: Callable[[], _T]) -> _T:
