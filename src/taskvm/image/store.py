@@ -50,6 +50,8 @@ Builder = Callable[[ImageSpec, Path, Progress], BuiltAssets]
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _LEAST_PREFIX = 12  # of a digest, as people shorten it
+# How long programs of a killed build may outlive it: tar took 3 s for the default image, more on a busy machine.
+_STRAGGLERS_S = 60.0
 
 
 class ImageStore:
@@ -135,7 +137,7 @@ class ImageStore:
             left = self.root / "staging"
             if left.exists():
                 size = measure(left)
-                shutil.rmtree(left)
+                _remove_left_over(left)
                 yield Removed("what an interrupted build left", size)
             named = {*self.refs().values(), *spare}
             paths = [self.root / "images" / name for name in self.digests() if name not in named]
@@ -179,7 +181,7 @@ class ImageStore:
             size = measure(path)
             trash.mkdir(mode=0o700, exist_ok=True)
             path.rename(trash / digest)
-        shutil.rmtree(trash)
+        _remove_left_over(trash)
         known = f" ({', '.join(names)})" if names else ""
         return Removed(f"image {digest[:_LEAST_PREFIX]}{known}", size)
 
@@ -244,7 +246,7 @@ class ImageStore:
         staging = self.root / "staging"
         if staging.exists():
             progress("removing what an interrupted build left behind")
-            shutil.rmtree(staging)
+            _remove_left_over(staging)
         staging.mkdir(mode=0o700)
         # Never the same path twice: what a killed builder's mmdebstrap still writes must not land in this build.
         new = Path(tempfile.mkdtemp(prefix="build-", dir=staging))
@@ -318,6 +320,17 @@ def _try_lock(lock: TextIO) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _remove_left_over(directory: Path) -> None:
+    """Remove a build's files. A program of a build that was killed may still add some; it ends by itself."""
+    deadline = time.monotonic() + _STRAGGLERS_S
+    while directory.exists() and time.monotonic() < deadline:
+        check()
+        shutil.rmtree(directory, ignore_errors=True)
+        time.sleep(0.02)
+    if directory.exists():
+        shutil.rmtree(directory)  # it says what is in the way
 
 
 def _describe(spec: ImageSpec, built: BuiltAssets, directory: Path) -> Manifest:

@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from tests.support.waiting import PATIENCE_S
+from tests.support.waiting import PATIENCE_S, wait_until
 
 from taskvm import paths as paths_module
 from taskvm.errors import HostError, ImageError, UsageError
@@ -127,6 +127,25 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
     assert store.list() == []
     assert store.refs() == {}
     assert not (tmp_path / "staging").exists()
+
+
+def test_a_program_that_outlives_its_killed_build_does_not_hold_up_the_next(
+    store: ImageStore,
+) -> None:
+    """It goes on to write what an interrupted build left, as tar does for some seconds after its parent's SIGKILL."""
+    left = store.root / "staging" / "build-old" / "tree"
+    left.mkdir(parents=True)
+    store.root.chmod(0o700)
+    write = (
+        "for n in $(seq 600); do mkdir -p d$((n % 50)) && : > d$((n % 50))/$n; done 2>/dev/null; :"
+    )
+    with subprocess.Popen(["sh", "-c", write], cwd=left) as straggler:
+        wait_until(lambda: (left / "d40").exists())
+        image = store.ensure(SPEC, silent)
+        assert straggler.wait() == 0
+
+    store.verify(image)
+    assert not (store.root / "staging").exists()
 
 
 KILLED_BUILD = """
