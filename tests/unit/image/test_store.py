@@ -136,9 +136,7 @@ def test_a_program_that_outlives_its_killed_build_does_not_hold_up_the_next(
     left = store.root / "staging" / "build-old" / "tree"
     left.mkdir(parents=True)
     store.root.chmod(0o700)
-    write = (
-        "for n in $(seq 600); do mkdir -p d$((n % 50)) && : > d$((n % 50))/$n; done 2>/dev/null; :"
-    )
+    write = "for n in $(seq 600); do mkdir -p d$((n % 50)) && true > d$((n % 50))/$n; done 2>/dev/null; true"
     with subprocess.Popen(["sh", "-c", write], cwd=left) as straggler:
         wait_until(lambda: (left / "d40").exists())
         image = store.ensure(SPEC, silent)
