@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from tests.support.hostile_kernel import ROOT, HostileKernel
 
+from taskvm.fs import listings
 from taskvm.fs.hooks import Hooks
 from taskvm.fs.hostdir import HostDir
 from taskvm.fs.memory import Memory
@@ -69,9 +70,10 @@ def test_directories_without_end_are_served_or_refused(share: Path, make: type[H
 
 
 @pytest.mark.parametrize("make", [HostDir, composed])
-def test_listings_that_begin_anywhere_and_never_end_hold_nothing(
+def test_listings_that_begin_anywhere_and_never_end_hold_few_descriptors(
     share: Path, make: type[HostDir]
 ) -> None:
+    """The last ones that were begun are kept, to go on where they stopped; those that could not begin are not."""
     for number in range(300):
         (share / f"file{number}").touch()
     kernel, chance = HostileKernel(make(share)), random.Random(1)
@@ -86,7 +88,7 @@ def test_listings_that_begin_anywhere_and_never_end_hold_nothing(
         error, _told = kernel.ask(opcode, ROOT, body if opcode != Opcode.OPENDIR else bytes(8))
         assert error in (0, errno.EINVAL, errno.ENOSYS)
 
-    assert len(list(Path("/proc/self/fd").iterdir())) <= held + 5
+    assert len(list(Path("/proc/self/fd").iterdir())) <= held + listings.MOST + 5
     assert kernel.lookup(ROOT, b"file") > 0
     assert kernel.failures == []
     kernel.close()

@@ -77,8 +77,12 @@ class Listings:
 
     def _begin(self, node: Node, at: int, offset: int) -> int:
         fd = os.open(b".", _FLAGS, dir_fd=at)
-        if offset:
-            os.lseek(fd, offset if offset < 1 << 63 else offset - (1 << 64), os.SEEK_SET)
+        try:
+            if offset:
+                os.lseek(fd, offset if offset < 1 << 63 else offset - (1 << 64), os.SEEK_SET)
+        except OSError:  # a guest may ask for any offset
+            os.close(fd)
+            raise
         self._next += 1
         self._listings[self._next] = _Listing(node, offset)
         for number, _held in self._fds.put(self._next, Held(fd)):
