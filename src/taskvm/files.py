@@ -326,10 +326,11 @@ class Files:
         *,
         limits: CopyLimits = CopyLimits(),  # noqa: B008 - frozen
     ) -> None:
-        """Copy a file, a symbolic link or a whole tree of the guest to `host_path`, where nothing may be yet.
+        """Copy a file or a whole tree of the guest to `host_path`, where nothing may be yet.
 
-        It appears whole or not at all, with permissions and times; the owner may always enter directories. Symbolic
-        links are copied as they are: following one later leads wherever the guest wished.
+        It appears whole or not at all, with permissions and times; the owner may always enter directories. Of a
+        symbolic link what it leads to in the guest is copied, so that `host_path` is none (`readlink` reads one).
+        Links in a tree are copied as they are: following one later leads wherever the guest wished.
 
         Raises UsageError when `host_path` exists, CopyError for a socket, FIFO, device or setuid file and when
         `limits` or the depth are exceeded, HostError when the host refuses.

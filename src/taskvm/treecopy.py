@@ -1,6 +1,7 @@
 """Files and whole trees between host and guest, one file at a time: nothing of their size is held in memory.
 
-Rule 1: no symbolic link is followed on either side; links are copied as links.
+Rule 1: links in a tree are copied as links. A guest's link that is named as the source is followed by the guest, so
+that a copy out is never a link itself; a link of the host is never followed.
 Rule 2: what a guest says is hostile. On the host every name is one component below an open descriptor (openat,
 O_NOFOLLOW, O_EXCL), only plain files, directories and links are made, never with setuid, and depth, count and bytes
 are bounded.
@@ -77,11 +78,26 @@ class CopyOut:
         with _host_errors(self._operation), _opened(self._target.parent, _DIRECTORY) as parent:
             if _is_there(parent, name):
                 raise UsageError(self._operation, "the target exists", "Remove it, or name another")
-            info = await self._files.stat(self._source, follow=False)
+            info = await self._find()
             with _staging(parent) as staging:
                 self._count(1)
                 await self._entry(info, self._source, staging, "copy", 0)
                 rename(staging, b"copy", parent, os.fsencode(name), RENAME_NOREPLACE)
+
+    async def _find(self) -> FileInfo:
+        """Return what the source is, or what it leads to."""
+        try:
+            info = await self._files.stat(self._source)
+        except GuestError as error:
+            with contextlib.suppress(GuestError):
+                link = await self._files.stat(self._source, follow=False)
+                if link.target is not None:
+                    cause = f"it leads to {link.target!r}: {os.strerror(error.errno)}"
+                    raise self._refusal(self._source, cause, "Name another") from error
+            raise
+        if info.type == "symlink":
+            raise self._refusal(self._source, "the guest does not say what it leads to")
+        return info
 
     async def _entry(
         self, info: FileInfo, path: str, directory: int, name: str, depth: int
@@ -91,7 +107,7 @@ class CopyOut:
         elif info.type == "symlink":
             os.symlink(await self._files.readlink(path), name, dir_fd=directory)
         elif info.type == "file":
-            await self._file(info, path, directory, name)
+            await self._file(info, path, directory, name, depth)
         else:
             raise self._refusal(path, f"it is of the type {info.type}")
 
@@ -111,11 +127,12 @@ class CopyOut:
             os.fchmod(inner, info.mode & _PERMISSIONS | stat.S_IRWXU)
             os.utime(inner, ns=_times(info))
 
-    async def _file(self, info: FileInfo, path: str, directory: int, name: str) -> None:
+    async def _file(self, info: FileInfo, path: str, directory: int, name: str, depth: int) -> None:
         if info.mode & _SET_IDS:
             raise self._refusal(path, "it is setuid or setgid")
         with _opened(name, _NEW_FILE, directory) as new:
-            async with contextlib.aclosing(self._files.open_read(path, follow=False)) as pieces:
+            reading = self._files.open_read(path, follow=depth == 0)
+            async with contextlib.aclosing(reading) as pieces:
                 async for piece in pieces:
                     self._spend(path, len(piece))
                     await _in_thread(_write_all, new, piece)
@@ -134,10 +151,10 @@ class CopyOut:
             cause = f"there are more than {self._limits.max_bytes} bytes, as of {path!r}"
             raise CopyError(self._operation, cause, "Copy a part of it, or raise max_bytes")
 
-    def _refusal(self, path: str, cause: str) -> CopyError:
-        return CopyError(
-            self._operation, f"{path!r} is not copied: {cause}", "Remove it, or copy its neighbours"
-        )
+    def _refusal(
+        self, path: str, cause: str, remedy: str = "Remove it, or copy its neighbours"
+    ) -> CopyError:
+        return CopyError(self._operation, f"{path!r} is not copied: {cause}", remedy)
 
 
 class CopyIn:

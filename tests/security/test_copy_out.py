@@ -273,7 +273,7 @@ async def test_a_link_to_what_cannot_be_is_refused(
     liar: tuple[Liar, Files], target: Path, text: bytes
 ) -> None:
     guest, files = liar
-    guest.root, guest.target = dict(LINK), text
+    guest.lists, guest.target = lambda path: [{"name": b"link", **LINK}], text
 
     with pytest.raises(TaskvmError):
         await files.copy_out("/t", target, limits=LIMITS)
@@ -284,15 +284,29 @@ async def test_a_link_to_what_cannot_be_is_refused(
 async def test_a_link_is_made_and_not_followed(
     liar: tuple[Liar, Files], target: Path, victim: Path
 ) -> None:
-    """A link at the top that leads to the victim is only a link; its mode and time are not set on the victim."""
+    """A link in the tree that leads to the victim is only a link; its mode and time are not set on the victim."""
     guest, files = liar
-    guest.root, guest.target = LINK | {"mode": 0o777}, bytes(victim / "file")
+    guest.lists = lambda path: [{"name": b"link", **LINK, "mode": 0o777}]
+    guest.target = bytes(victim / "file")
     before = (victim / "file").stat()
 
     await files.copy_out("/t", target, limits=LIMITS)
 
-    assert target.is_symlink()
+    assert (target / "link").is_symlink()
     assert (victim / "file").stat() == before
+
+
+async def test_a_copy_is_never_a_link_itself(
+    liar: tuple[Liar, Files], target: Path, victim: Path
+) -> None:
+    """Who reads the copy reads no file of the host's, also when the guest calls a link what it was to follow."""
+    guest, files = liar
+    guest.root, guest.target = dict(LINK), bytes(victim / "file")
+
+    with pytest.raises(CopyError, match="does not say what it leads to"):
+        await files.copy_out("/t", target, limits=LIMITS)
+
+    assert list(target.parent.iterdir()) == []
 
 
 async def test_a_cancelled_copy_leaves_nothing(liar: tuple[Liar, Files], target: Path) -> None:

@@ -253,13 +253,46 @@ async def test_copying_in_does_not_go_through_a_link_of_the_guests(vm: Sandbox, 
 
 
 async def test_a_single_file_and_a_single_link_are_copied(vm: Sandbox, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("/etc/shadow")
     await vm.files.copy_in("/etc/hostname", "/tmp/name")
-    await vm.files.symlink("/etc/shadow", "/tmp/link")
+    await vm.files.copy_in(tmp_path / "link", "/tmp/link")
     await vm.files.copy_out("/tmp/name", tmp_path / "name")
-    await vm.files.copy_out("/tmp/link", tmp_path / "link")
 
     assert (tmp_path / "name").read_bytes() == Path("/etc/hostname").read_bytes()
-    assert str((tmp_path / "link").readlink()) == "/etc/shadow"
+    assert await vm.files.readlink("/tmp/link") == "/etc/shadow"
+
+
+async def test_of_a_link_that_is_named_comes_what_it_leads_to_in_the_guest(
+    vm: Sandbox, tmp_path: Path
+) -> None:
+    """A file, through two links, and a directory, whose own links stay links."""
+    await vm.exec(
+        "mkdir -p /tmp/v1 && cd /tmp && echo guests >v1/file && chmod 750 v1/file && ln -s /etc/shadow v1/link"
+        " && ln -s v1 latest && ln -s latest/file first && ln -s /tmp/first second",
+        check=True,
+    )
+
+    await vm.files.copy_out("/tmp/second", tmp_path / "file")
+    await vm.files.copy_out("/tmp/latest", tmp_path / "latest")
+
+    copy = (tmp_path / "file").lstat()
+    assert (stat.S_IFMT(copy.st_mode), stat.S_IMODE(copy.st_mode)) == (stat.S_IFREG, 0o750)
+    assert (tmp_path / "file").read_text() == "guests\n"
+    assert not (tmp_path / "latest").is_symlink()
+    assert str((tmp_path / "latest" / "link").readlink()) == "/etc/shadow"
+
+
+async def test_a_link_that_leads_nowhere_says_where(vm: Sandbox, tmp_path: Path) -> None:
+    """Also one that leads to itself; the host's file of that name is not looked at."""
+    (tmp_path / "here").write_text("the host's")
+    await vm.files.symlink(str(tmp_path / "here"), "/tmp/astray")
+    await vm.files.symlink("round", "/tmp/round")
+
+    with pytest.raises(CopyError, match=f"leads to '{tmp_path}/here': No such file"):
+        await vm.files.copy_out("/tmp/astray", tmp_path / "copy")
+    with pytest.raises(CopyError, match="leads to 'round': Too many levels"):
+        await vm.files.copy_out("/tmp/round", tmp_path / "copy")
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
 
 async def test_nothing_that_exists_is_written_over(vm: Sandbox, tmp_path: Path) -> None:

@@ -182,6 +182,34 @@ def test_a_tree_goes_in_and_comes_out(work: str, tmp_path: Path) -> None:
     assert "exists" in again.stderr
 
 
+def test_of_a_guests_link_comes_a_file_and_of_the_hosts_nothing_goes_in(
+    work: str, tmp_path: Path
+) -> None:
+    """A guest may have made the host's, in a folder that it can write to, to be given another file."""
+    (tmp_path / "key").write_text("the host's\n")
+    (tmp_path / "report").symlink_to("key")
+    taskvm("exec", work, "sh", "-c", "echo guests > /tmp/v1; ln -s v1 /tmp/latest")
+
+    out = taskvm("cp", f"{work}:/tmp/latest", ".", cwd=tmp_path)
+    into = taskvm("cp", "report", f"{work}:/tmp/report", cwd=tmp_path)
+
+    assert out.returncode == 0, out.stderr
+    assert not (tmp_path / "latest").is_symlink()
+    assert (tmp_path / "latest").read_text() == "guests\n"
+    assert into.returncode == 2
+    assert f"if the guest may have that: {tmp_path / 'key'}\n" in into.stderr
+    assert taskvm("exec", work, "test", "-e", "/tmp/report").returncode == 1
+
+
+def test_a_slash_at_the_end_of_a_files_target_makes_a_directory(work: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("hello\n")
+
+    done = taskvm("cp", str(tmp_path / "file"), f"{work}:/tmp/made/for/it/")
+
+    assert done.returncode == 0, done.stderr
+    assert taskvm("exec", work, "cat", "/tmp/made/for/it/file").stdout == "hello\n"
+
+
 def test_a_server_in_it_is_made_reachable(work: str) -> None:
     """At the address that is printed, and listed."""
     server = "import socket; s = socket.create_server(('127.0.0.1', 8000)); s.accept()[0].sendall(b'served')"
@@ -353,6 +381,7 @@ def test_stopping_tells_who_is_attached(runtime: Path) -> None:
         (["exec", "nobody", "true"], "there is none"),
         (["stop"], "--all"),
         (["attach", "work", "999"], "no command 999"),
+        (["logs", "work", "999"], "`taskvm ps` has the numbers"),
         (["cp", "/etc/passwd", "/tmp/x"], "SANDBOX:PATH"),
         (["start", *SMALL, "--name", "work"], "has this name"),
         (["start", *SMALL, "--name", "-x"], "a name has"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal as signals
 import sys
 from pathlib import Path
@@ -151,8 +152,9 @@ def publish(sandbox: str, ports: tuple[str, ...]) -> None:
 def cp(source: str, target: str) -> None:
     """Copy a file or a tree into a running sandbox (`taskvm cp src work:/tmp`), or out of it (`taskvm cp work:/out .`).
 
-    Guest paths are absolute. Into a directory that is there, the copy goes under its own name, as with cp(1). Links are
-    copied as links; what comes out appears whole or not at all, and replaces nothing.
+    Guest paths are absolute. Into a directory that is there, the copy goes under its own name, as with cp(1). Links in
+    a tree are copied as links; of a guest's link that is the source comes what it leads to. What comes out appears
+    whole or not at all, and replaces nothing.
     """
     here, there = _split(source), _split(target)
     if (here is None) is (there is None):
@@ -163,6 +165,7 @@ def cp(source: str, target: str) -> None:
         path = Path(target)
         asyncio.run(_copy_out(here, path / Path(here[1]).name if path.is_dir() else path))
     elif there is not None:
+        _refuse_link(Path(source), target)
         asyncio.run(_copy_in(source, there))
 
 
@@ -180,6 +183,16 @@ async def _stop(sandboxes: tuple[str, ...]) -> int:
         else:
             raise outcome
     return status
+
+
+def _refuse_link(source: Path, target: str) -> None:
+    """A guest may have made it, in a folder that it can write to, to be given another file of the host."""
+    if source.is_symlink():
+        raise UsageError(
+            f"copy {source} to {target}",
+            "it is a symbolic link, and no link of the host is followed into a guest",
+            f"Name what it leads to, if the guest may have that: {os.path.realpath(source)}",
+        )
 
 
 async def _copy_in(source: str, target: tuple[str, str]) -> None:

@@ -158,7 +158,9 @@ class Holding:
             raise UsageError(
                 f"{operation} {self.name or self.vm.id}",
                 "nothing runs in it" if number is None else f"it has no command {number}",
-                f"Start one: `taskvm exec -it {self.name or self.vm.id} -- bash`",
+                f"Start one: `taskvm exec -it {self.name or self.vm.id} -- bash`"
+                if number is None
+                else "`taskvm ps` has the numbers of those that run",
             )
         return job
 

@@ -8,6 +8,7 @@ client. Its task is cancelled when the client leaves.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -157,12 +158,16 @@ async def copy(server: Server, service: Service, request: messages.CopyRequest) 
 
 
 async def _find_target(vm: Sandbox, request: messages.CopyRequest) -> str:
-    """Return where cp(1) would copy to: beneath a directory that is there, else to the very name."""
+    """Return where cp(1) would copy to: beneath a directory that is there, else to the very name.
+
+    A slash at the end says that a file's target is a directory, which is then made.
+    """
     try:
         if not (await vm.files.stat(request.guest)).is_dir:
             return request.guest
     except GuestError:
-        return request.guest
+        if not request.guest.endswith("/") or await asyncio.to_thread(os.path.isdir, request.host):
+            return request.guest
     return f"{request.guest.rstrip('/')}/{Path(request.host).name}"
 
 
