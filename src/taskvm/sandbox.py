@@ -524,10 +524,13 @@ class Sandbox:
         self._require_running(f"{operation} {path}")
         review = self._guest.reviews.get(str(path))
         if review is None:
+            places = ", ".join(self._guest.reviews)
             raise UsageError(
                 f"{operation} {path}",
                 "no directory is mounted there for review",
-                'Mount it with HostDir(path, mode="review")',
+                f"Name the place of one that is: {places}"
+                if places
+                else 'Mount it with HostDir(path, mode="review")',
             )
         return review
 

@@ -412,6 +412,8 @@ async def test_more_than_the_limits_is_refused_or_left_out(vm: Sandbox, workspac
 async def test_only_a_mount_for_review_has_changes(vm: Sandbox) -> None:
     with pytest.raises(UsageError, match="no directory is mounted there for review"):
         await vm.changes("/home")
+    with pytest.raises(UsageError, match=r"Name the place of one that is: /workspace$"):
+        await vm.changes("/home")
 
 
 async def test_git_in_the_guest_and_git_apply_on_the_host_agree(

@@ -51,7 +51,7 @@ def staged(path: Path) -> Iterator[Path]:
     """
     operation = f"make the checkpoint {path}"
     if path.exists() or path.is_symlink():
-        raise CheckpointError(operation, "it is there already", "Remove it")
+        raise CheckpointError(operation, "it is there already", "Remove it, or name another")
     sweep_staged(path.parent, None if path.parent == store_dir() else path.name)
     staging, held = path.parent / f".{path.name}.{secrets.token_hex(4)}", None
     try:

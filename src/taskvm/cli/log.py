@@ -13,7 +13,7 @@ import taskvm
 from taskvm import UsageError
 
 
-@click.command()
+@click.command(short_help="Print what a sandbox asked for, and what was decided.")
 @click.option("--follow", "-f", is_flag=True, help="Go on as the log grows, until Ctrl-C.")
 @click.option("--denied", is_flag=True, help="Only what was refused.")
 @click.option(

@@ -29,6 +29,9 @@ KeyPath = tuple[str | int, ...]
 
 _HEADER = re.compile(r"\s*\[(\[?)\s*([^\]]+?)\s*\]")
 _MISTAKE = re.compile(r"(.*) - at `\$(.*)`\Z")
+_FIELD = re.compile(r"Object (?:contains )?(unknown|missing required) field `(.*)`", re.DOTALL)
+_TOML_LINE = re.compile(r"\(at line (\d+), column \d+\)\Z")
+_TOML_PLACE = re.compile(r" \(at [^()]*\)\Z")
 _STEP = re.compile(r"\.(\w+)|\[(\d+)\]")
 _TOKEN = re.compile(r"\"(?:[^\"\\\n]|\\.)*\"|'[^'\n]*'|\]")
 _SPACE = re.compile(r"\s*")
@@ -66,7 +69,10 @@ def parse_document(text: str, name: str) -> PolicyDocument:
             f"{operation}, line {error.lineno}", f"it is no JSON: {error.msg}"
         ) from error
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(operation, f"it is no TOML: {error}") from error
+        place = _TOML_LINE.search(str(error))
+        line = int(place[1]) if place else text.rstrip().count("\n") + 1
+        cause = _TOML_PLACE.sub("", str(error))
+        raise UsageError(f"{operation}, line {line}", f"it is no TOML: {cause}") from error
     except RecursionError as error:
         raise UsageError(operation, "it is nested too deeply") from error
     try:
@@ -74,7 +80,31 @@ def parse_document(text: str, name: str) -> PolicyDocument:
     except msgspec.ValidationError as error:
         mistake = _MISTAKE.match(str(error))
         cause, path = (mistake[1], _parse_path(mistake[2])) if mistake else (str(error), ())
-        raise UsageError(f"{operation}, line {find_line(text, path)}", cause) from error
+        cause, path, next_step = _explain(cause, path)
+        raise UsageError(f"{operation}, line {find_line(text, path)}", cause, next_step) from error
+
+
+def _explain(cause: str, path: KeyPath) -> tuple[str, KeyPath, str]:
+    """Return what msgspec says of a place in the words of the file: the cause, its place and the next step."""
+    table, whose = (RuleTable, "a rule") if path[:1] == ("rules",) else (PolicyDocument, "a policy")
+    key = next((step for step in reversed(path) if isinstance(step, str)), "")
+    if field := _FIELD.fullmatch(cause):
+        if field[1] == "missing required":
+            return f"{whose} needs the key {field[2]!r}", path, "Add it"
+        known = ", ".join(table.__struct_fields__)
+        return (
+            f"there is no key {field[2]!r}",
+            (*path, field[2]),
+            f"The keys of {whose} are {known}",
+        )
+    if cause.startswith("Invalid enum value"):
+        known = '"allow" or "deny"' if key == "action" else '"https" or "http"'
+        return (
+            f"{key}: {cause.removeprefix('Invalid enum value ')} is not known",
+            path,
+            f"Write {known}",
+        )
+    return f"{key}: {cause}" if key else cause, path, ""
 
 
 def find_line(text: str, path: KeyPath) -> int:

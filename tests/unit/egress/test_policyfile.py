@@ -79,6 +79,26 @@ def test_an_unknown_key_is_a_mistake(tmp_path: Path) -> None:
             Policy.from_file(tmp_path / "p")
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('[[rules]]\naction = "allow"\nhost = ["a.test"]', "3: there is no key 'host'. The keys of a rule are name,"),
+        ('{"allow": [],\n"alow": []}', "2: there is no key 'alow'. The keys of a policy are rules, allow"),
+        ('[[rules]]\naction = "deny"', "1: a rule needs the key 'hosts'"),
+        ('[[rules]]\naction = "dent"', "2: action: 'dent' is not known. Write \"allow\" or \"deny\""),
+        ('allow = "a.test"', "1: allow: Expected"),
+        ("allow = []\nx = \n", "2: it is no TOML: Invalid value"),
+        ("allow = []\n\nx = [\n", "3: it is no TOML: Invalid value"),
+    ],
+)  # fmt: skip
+def test_a_mistake_says_what_is_right(text: str, said: str) -> None:
+    """In the words of the file, with the line of the key itself, also where the text is torn."""
+    with pytest.raises(UsageError) as caught:
+        Policy.from_text(text, "my.policy")
+
+    assert f"my.policy, line {said}" in str(caught.value)
+
+
 @pytest.mark.parametrize("data", [b"allow = [", b"{\n!", b"\xff", b"[" * 100_000, b"{" * 9, b"[]"])
 def test_what_is_no_policy_names_the_file(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "p.toml").write_bytes(data)
