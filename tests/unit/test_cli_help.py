@@ -26,6 +26,16 @@ def test_every_command_has_a_section() -> None:
     assert sorted(named) == sorted(main.commands)
 
 
+@pytest.mark.parametrize(
+    "arguments", [[], *([name] for name, each in main.commands.items() if isinstance(each, click.Group))]
+)  # fmt: skip
+def test_no_line_of_a_list_of_commands_is_cut_off(arguments: list[str]) -> None:
+    """In a terminal of 80 columns."""
+    said = CliRunner().invoke(main, [*arguments, "--help"], terminal_width=80).output
+
+    assert [line for line in said.splitlines()[1:] if line.endswith("...")] == []
+
+
 def test_every_option_of_a_sandbox_has_a_section() -> None:
     """And no section names what is not there."""
     commands = _sandbox_commands()

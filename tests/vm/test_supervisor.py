@@ -386,6 +386,11 @@ def test_stopping_tells_who_is_attached(runtime: Path) -> None:
         (["start", *SMALL, "--name", "work"], "has this name"),
         (["start", *SMALL, "--name", "-x"], "a name has"),
         (["start", *SMALL, "--idle-timeout", "nan"], "--idle-timeout nan"),
+        (
+            ["start", *SMALL, "--user", "nobody"],
+            "start a sandbox with --user: that is for one command",
+        ),
+        (["start", *SMALL, "--limit-memory", "64"], "Say it to taskvm exec"),
         (["run", *SMALL, "--name", "x", "--", "true"], "--detach"),
         (["run", *SMALL, "--idle-timeout", "5", "--", "true"], "--detach"),
         (["exec", "--user", "nosuch", "work", "true"], "nosuch"),

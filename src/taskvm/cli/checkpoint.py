@@ -19,7 +19,7 @@ def checkpoint() -> None:
     """Saved sandboxes: their disk, or their running programs too. `run --checkpoint NAME` starts from one."""
 
 
-@checkpoint.command("create")
+@checkpoint.command("create", short_help="Save a sandbox, which runs on.")
 @click.option("--memory", is_flag=True, help="With the programs that run in it.")
 @click.option("--stop", is_flag=True, help="End the sandbox then.")
 @click.argument("sandbox", shell_complete=complete.sandboxes)
@@ -100,7 +100,7 @@ def remove(names: tuple[str, ...]) -> None:
         store.remove(name)
 
 
-@checkpoint.command("export")
+@checkpoint.command("export", short_help="Write a disk checkpoint to a file.")
 @click.argument("name", shell_complete=complete.checkpoints)
 @click.argument("file", type=click.Path(path_type=Path))
 def export(name: str, file: Path) -> None:
@@ -108,7 +108,7 @@ def export(name: str, file: Path) -> None:
     taskvm.CheckpointStore().export(name, file)
 
 
-@checkpoint.command("import")
+@checkpoint.command("import", short_help="Take a disk checkpoint from a file.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.argument("name")
 def import_(file: Path, name: str) -> None:

@@ -20,7 +20,7 @@ def image() -> None:
     """Guest images: kernel, modules and root file system, named by digest."""
 
 
-@image.command("build")
+@image.command("build", short_help="Build a guest image: about a minute.")
 @click.option(
     "--mirror", metavar="URL", help="Debian archive to use. [default: the host's own apt sources]"
 )
@@ -103,14 +103,14 @@ def _as_json(
     ]
 
 
-@image.command("show")
+@image.command("show", short_help="Print what an image says of itself as JSON.")
 @click.argument("name", shell_complete=complete.images)
 def image_show(name: str) -> None:
     """Print the manifest of the image NAME (a name, a digest, or the start of a digest) as JSON."""
     click.echo(taskvm.ImageStore().get(name).manifest.to_json())
 
 
-@image.command("verify")
+@image.command("verify", short_help="Compare every file of images with what it was.")
 @click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=complete.images)
 def image_verify(names: tuple[str, ...]) -> None:
     """Read every file of the images (default: all) and compare it with the manifest. Exits with 1 on damage."""
@@ -142,7 +142,7 @@ def image_rm(names: tuple[str, ...]) -> None:
         _report(cache.remove(name, progress))
 
 
-@image.command("prune")
+@image.command("prune", short_help="Remove what no start will use again.")
 @click.option(
     "--keep",
     type=click.IntRange(min=0),

@@ -30,7 +30,7 @@ def policy() -> None:
     """Explain what may leave a sandbox."""
 
 
-@policy.command()
+@policy.command(short_help="Say what would happen to a request, and why.")
 @policy_options
 @click.option("--passthrough", multiple=True, metavar="HOST", help="TLS to it is not intercepted.")
 @click.option("--method", default="GET", show_default=True, help="The request's method.")
@@ -62,7 +62,7 @@ def check(
     sys.exit(0 if explanation.allowed else EXIT_REFUSED)
 
 
-@policy.command()
+@policy.command(short_help="Print the policy of options, or of a sandbox.")
 @policy_options
 @click.argument("sandbox", required=False, shell_complete=complete.sandboxes)
 def show(
@@ -82,7 +82,7 @@ def show(
     click.echo(rules.to_toml(), nl=False)
 
 
-@policy.command()
+@policy.command(short_help="Change what a running sandbox may reach.")
 @click.option("--policy", "policy_file", metavar="FILE", help="Replace it by this policy file.")
 @click.option("--allow", multiple=True, metavar="HOST", help="Allow a host, after all rules.")
 @click.option("--deny", multiple=True, metavar="HOST", help="Deny a host, before all rules.")
@@ -99,7 +99,7 @@ def change(
     click.echo(asyncio.run(changing).to_toml(), nl=False)
 
 
-@policy.command()
+@policy.command(short_help="Print the smallest policy that a log needs.")
 @click.argument("log", required=False)
 def suggest(log: str | None) -> None:
     """Print the smallest policy file that allows what the audit log LOG says was used.

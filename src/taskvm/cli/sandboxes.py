@@ -48,6 +48,7 @@ _COLUMNS = (
 @name_option
 def start(arguments: SandboxArguments, name: str | None) -> None:
     """Start a sandbox without a command, print its id, and leave it running: `taskvm exec` uses it."""
+    _refuse_unused(arguments)
 
     async def work() -> int:
         click.echo((await start_held(arguments, None, name)).id)
@@ -167,6 +168,23 @@ def cp(source: str, target: str) -> None:
     elif there is not None:
         _refuse_link(Path(source), target)
         asyncio.run(_copy_in(source, there))
+
+
+def _refuse_unused(arguments: SandboxArguments) -> None:
+    """What was asked for and held for nothing would be missed when it matters."""
+    said = {
+        "--cwd": arguments.cwd,
+        "--user": arguments.user,
+        "--timeout": arguments.timeout,
+        "--limit-… and --cpu-weight": arguments.limits,
+    }
+    unused = [option for option, value in said.items() if value is not None]
+    if unused:
+        raise UsageError(
+            f"start a sandbox with {', '.join(unused)}",
+            "that is for one command, and there is none",
+            "Say it to taskvm exec, or use taskvm run --detach",
+        )
 
 
 async def _stop(sandboxes: tuple[str, ...]) -> int:

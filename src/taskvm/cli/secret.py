@@ -16,7 +16,7 @@ def secret() -> None:
     """Add, replace and revoke the secrets of a running sandbox."""
 
 
-@secret.command()
+@secret.command(short_help="Add a secret, or give one another value.")
 @click.argument("sandbox", shell_complete=complete.sandboxes)
 @click.argument("secret", metavar="NAME@HOST[,…]")
 def put(sandbox: str, secret: str) -> None:
@@ -28,7 +28,7 @@ def put(sandbox: str, secret: str) -> None:
     click.echo(asyncio.run(taskvm.Supervisor().put_secret(sandbox, read_secret(secret))))
 
 
-@secret.command()
+@secret.command(short_help="Let a secret go nowhere from now on.")
 @click.argument("sandbox", shell_complete=complete.sandboxes)
 @click.argument("name")
 def revoke(sandbox: str, name: str) -> None:
