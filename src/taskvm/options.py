@@ -228,8 +228,11 @@ def _check_mount_path(path: str) -> None:
 
 def _check_provider(path: str, provider: object) -> None:
     if not isinstance(provider, Provider):
+        is_path = isinstance(provider, str | os.PathLike)
         raise UsageError(
-            f"mount at {path}", f"{provider!r} is no provider", f"Write HostDir({str(provider)!r})"
+            f"mount at {path}",
+            f"{provider!r} is no provider",
+            f"Write HostDir({str(provider)!r})" if is_path else "Write HostDir(path), or another",
         )
 
 

@@ -14,6 +14,7 @@ from taskvm.errors import UsageError
 from taskvm.fs.hostdir import HostDir
 from taskvm.fs.hostfile import HostFile
 from taskvm.fs.memory import Memory
+from taskvm.fs.provider import Provider
 from taskvm.fs.shadow import Shadow
 from taskvm.limits import Limits
 from taskvm.options import (
@@ -35,6 +36,23 @@ def test_a_mount_path_is_plain_absolute_and_not_the_systems(path: str) -> None:
     """A mount can neither hide the guest's system nor mean another path than it says."""
     with pytest.raises(UsageError):
         SandboxOptions(policy=NOTHING, mounts={path: Memory()})
+
+
+@pytest.mark.parametrize(
+    ("given", "step"),
+    [
+        ("src", "Write HostDir('src')"),
+        (Path("src"), "Write HostDir('src')"),
+        (Memory, "Write HostDir(path), or another"),
+    ],
+)
+def test_what_is_no_provider_is_told_from_a_path(given: object, step: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        SandboxOptions(
+            mounts=typing.cast("dict[str, Provider]", {"/workspace": given}), policy=NOTHING
+        )
+
+    assert caught.value.next_step == step
 
 
 @pytest.mark.parametrize(("name", "value"), [("", "x"), ("A=B", "x"), ("A B", "x"), ("A", "\0")])

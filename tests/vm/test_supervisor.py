@@ -379,6 +379,10 @@ def test_stopping_tells_who_is_attached(runtime: Path) -> None:
     ("arguments", "said"),
     [
         (["exec", "nobody", "true"], "there is none"),
+        (
+            ["exec", "work", "--user", "nobody", "--", "id"],
+            "Write options before the sandbox's name",
+        ),
         (["stop"], "--all"),
         (["attach", "work", "999"], "no command 999"),
         (["logs", "work", "999"], "`taskvm ps` has the numbers"),

@@ -130,6 +130,12 @@ def exec_(
     command: tuple[str, ...],
 ) -> None:
     """Run COMMAND in the running SANDBOX (name, id, or its beginning), and exit as it does."""
+    if command[0] != "--" and command[0].startswith("-"):
+        raise UsageError(
+            f"run a command in {sandbox}",
+            f"{command[0]} stands where the command begins",
+            "Write options before the sandbox's name, or -- before such a command",
+        )
     command = command[command[0] == "--" :]  # as after the options of `taskvm run`
     if not command:
         raise UsageError(f"run a command in {sandbox}", "there is none", "Write it after --")

@@ -178,10 +178,13 @@ def _run_mmdebstrap(
             process.terminate()
             raise
     if process.returncode != 0:
+        complaint = _complaint(log)
         raise ImageError(
             "build the Debian root file system",
-            f"mmdebstrap ended with {process.returncode}: {_complaint(log)}",
-            "Check the mirror and the network, or name another mirror: taskvm image build --mirror URL",
+            f"mmdebstrap ended with {process.returncode}: {complaint}",
+            "Look at the names of the packages: the suite has none that is called so"
+            if "E: Unable to locate package" in complaint
+            else "Check the mirror and the network, or name another mirror: taskvm image build --mirror URL",
         )
 
 

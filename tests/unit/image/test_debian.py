@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from taskvm.errors import ImageError
 from taskvm.image.debian import (
     AptMeter,
+    _run_mmdebstrap,
     host_apt_options,
     mmdebstrap_options,
     mount_namespace,
@@ -92,3 +94,19 @@ def test_what_a_build_mounts_as_root_is_not_seen_by_the_host(tmp_path: Path) -> 
 
 def test_an_ordinary_users_build_has_a_namespace_from_mmdebstrap() -> None:
     assert mount_namespace("unshare") == []
+
+
+@pytest.mark.parametrize(
+    ("complaint", "step"),
+    [
+        ("E: Unable to locate package nosuch", "Look at the names of the packages"),
+        ("E: Failed to fetch the index", "Check the mirror and the network"),
+    ],
+)
+def test_a_failed_build_says_what_to_look_at(tmp_path: Path, complaint: str, step: str) -> None:
+    argv = ["sh", "-c", f"cat >/dev/null; echo '{complaint}' >&2; exit 25", "sh"]
+
+    with pytest.raises(ImageError, match=complaint) as caught:
+        _run_mmdebstrap(argv, {"PATH": os.environ["PATH"]}, b"", tmp_path, lambda line: None)
+
+    assert caught.value.next_step.startswith(step)
