@@ -284,3 +284,18 @@ def test_images_are_listed_and_shown() -> None:
     assert shown["digest"][:12] in listed
     assert [each["digest"] for each in as_json if "default" in each["names"]] == [shown["digest"]]
     assert "git" in shown["packages"]
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_what_was_refused_is_named_at_the_end(count: int) -> None:
+    """Each host once, five at most; programs of the guest only saw that a name does not exist. Not with --quiet."""
+    asking = f"for n in $(seq {count}); do getent ahostsv4 host$n.test; getent ahostsv4 host$n.test; done; exit 3"
+
+    loud = taskvm("run", *SMALL[:-1], "--", "sh", "-c", asking)
+    quiet = taskvm("run", *SMALL, "--", "sh", "-c", asking)
+
+    told = [line for line in loud.stderr.splitlines() if line.startswith("taskvm: refused: ")]
+    hosts = range(1, min(count, 5) + 1)
+    assert told == [f"taskvm: refused: host{n}.test: no rule allows this host" for n in hosts]
+    assert ("taskvm log --denied" in loud.stderr) is (count > 5)
+    assert (loud.returncode, quiet.returncode, quiet.stderr) == (3, 3, "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import msgspec
 
 import taskvm
 from taskvm import UsageError
+
+MAX_TOLD = 5  # hosts that `taskvm run` names at its end
 
 
 @click.command(short_help="Print what a sandbox asked for, and what was decided.")
@@ -34,6 +37,22 @@ def log(log: str | None, follow: bool, denied: bool, number: int | None, as_json
         text = msgspec.json.encode(event).decode() if as_json else render(event)
         click.echo(text)
         sys.stdout.flush()
+
+
+def tell_refused(path: Path, sandbox: str) -> None:
+    """Say on standard error what `sandbox` was refused: its programs may only have seen that a name does not exist."""
+    refused: dict[str, str] = {}
+    with contextlib.suppress(UsageError):  # there is no record, or none any more
+        for event in taskvm.read_audit(path):
+            where = event.host or event.address
+            if event.sandbox == sandbox and event.decision == "deny" and where:
+                refused.setdefault(where, event.reason)
+            if len(refused) > MAX_TOLD:
+                break
+    for where, reason in [*refused.items()][:MAX_TOLD]:
+        click.echo(f"taskvm: refused: {where}: {reason}", err=True)
+    if len(refused) > MAX_TOLD:
+        click.echo(f"taskvm: and more was refused: taskvm log --denied {path}", err=True)
 
 
 def find_log(name: str | None) -> Path:

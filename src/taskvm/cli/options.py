@@ -216,7 +216,12 @@ SANDBOX_OPTIONS = (
         help="What runs the guest.",
     ),
     click.option("--cold", is_flag=True, help="Boot instead of starting from a warm template."),
-    click.option("--quiet", "-q", is_flag=True, help="No progress on standard error."),
+    click.option(
+        "--quiet",
+        "-q",
+        is_flag=True,
+        help="No progress on standard error, and not what was refused.",
+    ),
 )
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import sys
+from pathlib import Path
 
 import click
 
@@ -15,6 +16,7 @@ from taskvm.cli.asking import Asker
 from taskvm.cli.attached import interactive_option, make_launch, name_option, start_held
 from taskvm.cli.group import EXIT_FAILURE, EXIT_NO_READER, EXIT_TIMEOUT
 from taskvm.cli.help import SandboxCommand, examples
+from taskvm.cli.log import tell_refused
 from taskvm.cli.options import SandboxArguments, published, sandbox_options
 from taskvm.cli.review import Apply, Review, apply_option, diff_option
 from taskvm.cli.streams import (
@@ -100,9 +102,11 @@ def _execute(
     occupy_standard_streams()
     starting = arguments.create(oversight=asker.oversight if asker else None)
     taken: list[tuple[str, taskvm.ChangeSet]] = []
+    records: list[tuple[Path, str]] = []
 
     async def work() -> int:
         async with starting as vm:
+            records.append((vm.audit_path, vm.id))
             status = await _run(vm, arguments, command, asker.screen if asker else None, tty=tty)
             taken.extend(await review.take(vm))
         return status
@@ -111,6 +115,9 @@ def _execute(
         status = asyncio.run(until_signal(work()))
     except NoReaderError:
         status = EXIT_NO_READER
+    if not arguments.quiet:
+        for path, sandbox in records:
+            tell_refused(path, sandbox)
     if len(taken) < len(review.paths):
         click.echo("taskvm: interrupted: the changes under review are dropped", err=True)
     elif not review.settle(taken):
