@@ -32,6 +32,14 @@ def test_options_survive_the_way_to_another_process(
     assert there.mounts == (f"{tmp_path}:/workspace:ro",)
 
 
+def test_two_mounts_at_one_place_are_refused(tmp_path: Path) -> None:
+    """One of them would not be there, and nothing would say which."""
+    arguments = SandboxArguments.of({"mounts": [f"{tmp_path}:/w", f"{tmp_path}:/w:ro"]})
+
+    with pytest.raises(UsageError, match="another one is at /w"):
+        arguments.create()
+
+
 @pytest.mark.parametrize(
     "name",
     [each.name for each in _parameters() if each.metavar in ("FILE", "PEM")],

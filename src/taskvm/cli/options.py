@@ -299,6 +299,15 @@ class SandboxArguments:
         """Return the values of all secrets, by name, from this process's environment and files. Raises UsageError."""
         return {secret.name: secret.reveal() for secret in self._secrets(None)}
 
+    def _mounts(self) -> dict[str, taskvm.Provider]:
+        found: dict[str, taskvm.Provider] = {}
+        for text in self.mounts:
+            path, provider = self._mount(text)
+            if path in found:
+                raise UsageError(f"read --mount {text}", f"another one is at {path}")
+            found[path] = provider
+        return found
+
     def _mount(self, text: str) -> tuple[str, taskvm.Provider]:
         path, provider = _read_mount(text)
         if self.hide and not provider.is_file:
@@ -361,7 +370,7 @@ class SandboxArguments:
         """
         self.check()
         return taskvm.Sandbox.create(
-            mounts=dict(self._mount(text) for text in self.mounts),
+            mounts=self._mounts(),
             policy=read_policy(self.policy_file, self.allow, self.allow_addresses),
             resolve=read_table(self.resolve),
             secrets=self._secrets(variables),
