@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.support.mount_namespace import make_mounts_private
+
 if TYPE_CHECKING:
     from taskvm import Sandbox
 
@@ -47,6 +49,7 @@ def pytest_configure() -> None:
             signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.umask(0o022)
+    make_mounts_private()  # before the first thread; tests that need it say so where it cannot be
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import queue
 import socket
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from tests.support import fuse_pump
+from tests.support.mount_namespace import libc, make_mounts_private
 from tests.support.waiting import PATIENCE_S, wait_until
 
 from taskvm.fs.provider import Provider
@@ -25,25 +25,16 @@ from taskvm.fs.server import FsServer
 from taskvm.wire.frames import Frame, FrameDecoder, FrameType, encode_header
 from taskvm.wire.fuse import Opcode
 
-MS_PRIVATE, MS_REC = 1 << 18, 1 << 14
 MNT_DETACH = 2
-CLONE_NEWNS = 0x20000
 MOUNT_ID = 7
 
-libc = ctypes.CDLL(None, use_errno=True)
 _NAMES = {opcode.value: opcode.name for opcode in Opcode} | {39: "IOCTL"}
-_privacy: list[bool] = []
 
 
 def need_private_mounts() -> None:
-    """Let mounts be seen by this process and its children only, and end with it; skip where that cannot be."""
-    if _privacy:
-        return
-    if os.geteuid() != 0 or not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        pytest.skip("mounting FUSE needs root and /dev/fuse: the kernel tests did NOT run")
-    if libc.unshare(CLONE_NEWNS) or libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None):
-        pytest.skip(f"no private mount namespace ({os.strerror(ctypes.get_errno())}): NOT run")
-    _privacy.append(True)
+    """Skip where the tests have no mounts of their own, which tests/conftest.py gives them."""
+    if reason := make_mounts_private():
+        pytest.skip(reason)
 
 
 class KernelMount:
