@@ -21,6 +21,7 @@ from taskvm import Sandbox, SandboxLostError
 from taskvm.fs.server import FsServer
 from taskvm.vm.command import disk_beneath
 from taskvm.vm.disk import flatten, read_header
+from taskvm.vm.machine import Machine
 from taskvm.vm.memory import MemoryCopy
 from taskvm.vm.snapshot import save_disk, save_machine
 
@@ -201,11 +202,17 @@ async def test_a_merge_that_fails_costs_a_layer_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A host that is too slow or has no room: what was saved is saved, and the next save works."""
+    execute = Machine.execute
+
+    async def never_completed(machine: Machine, name: str, **arguments: object) -> object:
+        return None if name == "block-job-complete" else await execute(machine, name, **arguments)
+
     async with Sandbox.create(**GUEST) as vm:
         depth = len(vm._guest.layers.disk.layers)
         await vm.exec("echo kept-one > /var/tmp/one", check=True)
         with monkeypatch.context() as patch:
             patch.setattr("taskvm.vm.layers.MERGE_TIMEOUT_S", 0.0)
+            patch.setattr(Machine, "execute", never_completed)
             first = await vm.checkpoint(tmp_path / "one")
         deeper = len(vm._guest.layers.disk.layers)
         await vm.exec("echo kept-two > /var/tmp/two", check=True)
@@ -219,6 +226,40 @@ async def test_a_merge_that_fails_costs_a_layer_and_nothing_else(
     assert b"kept-two\n" in second.path.read_bytes()
     assert (deeper, merged) == (depth + 1, depth)
     assert said.stdout == "kept-one\nkept-two\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "timeout_s"), [("block-job-cancel", 0.0), ("block-job-complete", 0.2)]
+)
+async def test_a_merge_that_ends_while_it_is_given_up_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, timeout_s: float
+) -> None:
+    """QEMU is told to stop a merge that has become ready, and one that has ended by itself."""
+    execute = Machine.execute
+
+    async def slow(machine: Machine, name: str, **arguments: object) -> object:
+        waits = 0.5 if name == command else 0.0
+        if name == "block-job-cancel":  # the merge is ready by now
+            await asyncio.sleep(waits)
+            return await execute(machine, name, **arguments)
+        answer = await execute(machine, name, **arguments)
+        await asyncio.sleep(waits)  # the merge has ended by now
+        return answer
+
+    async with Sandbox.create(**GUEST) as vm:
+        depth = len(vm._guest.layers.disk.layers)
+        await vm.exec("echo kept-one > /var/tmp/one", check=True)
+        with monkeypatch.context() as patch:
+            patch.setattr("taskvm.vm.layers.MERGE_TIMEOUT_S", timeout_s)
+            patch.setattr(Machine, "execute", slow)
+            first = await vm.checkpoint(tmp_path / "one")
+        monkeypatch.setattr("taskvm.vm.layers.MAX_LAYERS", depth + 1)
+        await vm.checkpoint(tmp_path / "two")
+        said = await vm.exec("echo 3 > /proc/sys/vm/drop_caches; cat /var/tmp/one")
+        merged = len(vm._guest.layers.disk.layers)
+
+    assert b"kept-one\n" in first.path.read_bytes()
+    assert (said.stdout, merged) == ("kept-one\n", depth)
 
 
 async def test_a_guest_whose_mounts_do_not_go_on_is_ended(

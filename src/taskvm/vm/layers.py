@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
-from qemu.qmp import EventListener
+from qemu.qmp import EventListener, ExecuteError
 
 from taskvm.background import finished
 from taskvm.errors import HostError, SandboxLostError, SandboxStateError
@@ -142,13 +142,16 @@ class Layers:
                 "block-commit", **{"job-id": "merge", "device": layer_node(top)},
                 **{"base-node": layer_node(below)},
             )  # fmt: skip
+            # Never cancelled while it waits: an event that has just come would be lost with it.
+            ending = asyncio.get_running_loop().create_task(self._wait_merged(events))
             try:
-                async with asyncio.timeout(MERGE_TIMEOUT_S):
-                    error = await self._wait_merged(events)
-            except TimeoutError:
-                # It would be in the way of the next cut.
-                await self._machine.execute("block-job-cancel", device="merge", force=True)
-                error = await self._wait_merged(events)
+                await asyncio.wait([ending], timeout=MERGE_TIMEOUT_S)
+                if not ending.done():  # it would be in the way of the next cut
+                    await self._tell_job("block-job-cancel", force=True)
+                error = await ending
+            finally:
+                ending.cancel()
+                await asyncio.gather(ending, return_exceptions=True)
         if error:
             raise HostError(_MERGING, error, "Free disk space; the sandbox runs on")
         self._nodes.pop()
@@ -159,12 +162,20 @@ class Layers:
         while True:
             event = await self._machine.next_event(events, _MERGING)
             if event["event"] == "BLOCK_JOB_READY":
-                await self._machine.execute("block-job-complete", device="merge")
+                await self._tell_job("block-job-complete")
                 continue
             data = event.get("data")
             if event["event"] == "BLOCK_JOB_CANCELLED":
                 return f"it was not done within {MERGE_TIMEOUT_S:.0f} s"
             return str(data["error"]) if isinstance(data, dict) and "error" in data else ""
+
+    async def _tell_job(self, command: str, **arguments: bool) -> None:
+        """Ask for a change of the merge. QEMU refuses when it has ended, or is about to: its events tell how."""
+        try:
+            await self._machine.execute(command, device="merge", **arguments)
+        except SandboxLostError as error:
+            if not isinstance(error.__cause__, ExecuteError):
+                raise
 
     def _path(self, number: int) -> Path:
         return self._directory / f"layer{number}.qcow2"
