@@ -16,18 +16,16 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from signal import SIGKILL
 from types import TracebackType
 from typing import Literal, Self, Unpack
 
-import msgspec
-
-from taskvm.accounts import Account, Accounts
-from taskvm.arguments import check_timeout, check_variables, read_command, tell_command
+from taskvm.arguments import check_timeout, tell_command
 from taskvm.checkpoints.checkpoint import Checkpoint, checkpoint_path, find_checkpoint
 from taskvm.checkpoints.forking import fork_guest
 from taskvm.checkpoints.saving import save
+from taskvm.commands import Command, Commands
 from taskvm.egress.oversight import Oversight
 from taskvm.egress.policy import Policy
 from taskvm.egress.secret import Secret
@@ -39,7 +37,7 @@ from taskvm.errors import (
     TaskvmError,
     UsageError,
 )
-from taskvm.files import Files, GuestPath, encode_path
+from taskvm.files import Files, GuestPath
 from taskvm.fs.provider import Provider
 from taskvm.guest import Guest
 from taskvm.launch import launch
@@ -57,24 +55,18 @@ from taskvm.options import (
     read_options,
 )
 from taskvm.pool import WarmPool
-from taskvm.process import KILL_TIMEOUT_S, Capture, ExecResult, Process, pty_size
+from taskvm.process import KILL_TIMEOUT_S, Capture, ExecResult, Process
 from taskvm.progress import tell_terminal
-from taskvm.resources import ExecLimits, bounds_of
+from taskvm.resources import ExecLimits
 from taskvm.review.changes import ChangeSet
 from taskvm.review.mounted import ReviewMount
 from taskvm.review.survey import CHANGE_LIMITS, take_changes
 from taskvm.treecopy import CopyLimits
 from taskvm.usage import Statistics, measure
 from taskvm.vm.warm import AcceleratorChoice
-from taskvm.wire.control import ExecRequest, Started
+from taskvm.wire.control import Started
 
-Command = str | Sequence[str]
 State = Literal["running", "lost", "closed"]
-SHELL = "/bin/bash"
-# Every terminal emulator of today understands it, and every distribution describes it (ncurses-base).
-PTY_TERM = "xterm-256color"
-# Number 0 in every guest, whatever its files say.
-ROOT = Account(uid=0, gid=0, groups=(0,), name="root", home="/root")
 
 
 class Sandbox:
@@ -90,13 +82,9 @@ class Sandbox:
         self._reason = ""
         self._closing = asyncio.Lock()
         self._started_s = time.monotonic()
-        self._environment = {
-            **guest.environment,
-            **options.env,
-        }
         self.id: str = guest.id
         self.files: Files = Files(guest.control, guest.user.uid, guest.user.gid)
-        self._accounts = Accounts(self.files)
+        self._commands = Commands(guest, self.files, options)
         guest.on_lost = self._lose
 
     @classmethod
@@ -304,14 +292,9 @@ class Sandbox:
         unless `env` names another. `limits` are those of `exec`, as are the errors.
         """
         self._require_running("start a command")
-        account = await self._find_account(user)
-        if cwd is None and user not in (None, "root") and "/workspace" not in self._options.mounts:
-            cwd = await self._accounts.start_dir(account)
-        request = self._exec_request(command, cwd, env, merge_output, account)
-        if limits is not None:
-            request = msgspec.structs.replace(request, limits=bounds_of(limits))
-        if pty is not None:
-            request = self._with_terminal(request, pty, env)
+        request = await self._commands.request(
+            command, cwd=cwd, env=env or {}, merge_output=merge_output, pty=pty, user=user, limits=limits
+        )  # fmt: skip
         text = tell_command(command)
         call = self._guest.control.open_call(request, f"run {text!r} in the guest", (1, 2))
         try:
@@ -465,55 +448,6 @@ class Sandbox:
             return capture.result(await process.wait(), timed_out=True)
         await self._guest.control.probe("kill a command that did not begin", KILL_TIMEOUT_S)
         return ExecResult(exit_code=128 + SIGKILL, signal=SIGKILL, timed_out=True)
-
-    def _exec_request(
-        self,
-        command: Command,
-        cwd: GuestPath | None,
-        env: Mapping[str, str] | None,
-        merge: bool,
-        account: Account,
-    ) -> ExecRequest:
-        argv = read_command(command, SHELL)
-        check_variables(env or {})
-        environment = {**self._guest.placeholders, **self._environment, **(env or {})}
-        if account != self._own_account:
-            environment |= {**account.environment, **(env or {})}
-        return ExecRequest(
-            argv=[os.fsencode(item) for item in argv],
-            env=[os.fsencode(f"{name}={value}") for name, value in environment.items()],
-            cwd=encode_path(cwd or self._default_cwd, f"run {argv[0]!r} in {str(cwd)!r}"),
-            uid=account.uid,
-            gid=account.gid,
-            groups=list(account.groups),
-            merge=merge,
-        )
-
-    async def _find_account(self, user: str | None) -> Account:
-        if user is None:
-            return self._own_account
-        return ROOT if user == "root" else await self._accounts.find(user)
-
-    @property
-    def _own_account(self) -> Account:
-        user = self._guest.user
-        return Account(
-            uid=user.uid, gid=user.gid, groups=(user.gid,), name=user.name, home=user.home
-        )
-
-    def _with_terminal(
-        self, request: ExecRequest, pty: tuple[int, int], env: Mapping[str, str] | None
-    ) -> ExecRequest:
-        environment = list(request.env)
-        if "TERM" not in {**self._options.env, **(env or {})}:
-            environment = [item for item in environment if not item.startswith(b"TERM=")]
-            environment.append(f"TERM={PTY_TERM}".encode())
-        return msgspec.structs.replace(request, pty=pty_size(*pty), env=environment)
-
-    @property
-    def _default_cwd(self) -> PurePosixPath:
-        workspace = "/workspace" in self._options.mounts
-        return PurePosixPath("/workspace" if workspace else self._guest.user.home)
 
     @property
     def _gateway(self) -> Gateway:

@@ -1,4 +1,7 @@
-"""Commands in a real guest: output, input, endings, and the death of everything they started."""
+"""Commands in a real guest: output, input, endings, and the death of everything they started.
+
+Covers taskvm.commands: the account, directory and variables that they start with.
+"""
 
 import asyncio
 import signal

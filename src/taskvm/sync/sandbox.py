@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Self, Unpack
 
 from taskvm import sandbox as aio
+from taskvm.commands import Command
 from taskvm.egress.oversight import Oversight
 from taskvm.egress.policy import Policy
 from taskvm.egress.secret import Secret
@@ -27,7 +28,7 @@ from taskvm.progress import tell_terminal
 from taskvm.resources import ExecLimits
 from taskvm.review.changes import ChangeSet
 from taskvm.review.survey import CHANGE_LIMITS
-from taskvm.sandbox import Command, State
+from taskvm.sandbox import State
 from taskvm.sync.bridge import Bridge, Call
 from taskvm.sync.checkpoint import Checkpoint
 from taskvm.sync.files import Files
