@@ -18,16 +18,14 @@ for a provider and never for the guest.
 from __future__ import annotations
 
 import errno
-import fcntl
 import functools
 import logging
 import math
 import socket
 import struct
-import termios
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 
 from taskvm.errors import (
@@ -40,6 +38,7 @@ from taskvm.errors import (
 from taskvm.fs.aside import Aside
 from taskvm.fs.attention import Attention, Pauses
 from taskvm.fs.lane import Lane
+from taskvm.fs.outlet import MAX_IOVECS, send_all, unread
 from taskvm.fs.patience import Answers, Patience
 from taskvm.fs.provider import Provider, Source
 from taskvm.fs.session import Reply, Session
@@ -65,7 +64,6 @@ CLOSE_PATIENCE_S = 2.0
 SEND_SIZE = 256 * 1024
 # A short answer is cheaper to copy behind its header than to name to sendmsg.
 _COPY_BELOW = 4096
-_MAX_IOVECS = 512  # IOV_MAX is 1024; each answer adds at most two
 # fuse_in_header: what an answer to a mount that is gone needs to know.
 _UNIQUE = struct.Struct("<8xQ")
 
@@ -258,7 +256,7 @@ class FsServer:
 
     def _is_read(self, span_s: float) -> bool:
         """Whether the guest has taken all that was sent (SIOCOUTQ), now or in a moment."""
-        if not _unread(self._sock):
+        if not unread(self._sock):
             return True
         time.sleep(min(span_s, 0.001))
         return False
@@ -304,7 +302,7 @@ class FsServer:
         while count := self._receive(buffer):
             for frame in decoder.feed(memoryview(buffer)[:count]):
                 self._handle(frame)
-                if self._outgoing_size >= SEND_SIZE or len(self._outgoing) >= _MAX_IOVECS:
+                if self._outgoing_size >= SEND_SIZE or len(self._outgoing) >= MAX_IOVECS:
                     self._flush()
             self._flush()
 
@@ -392,13 +390,13 @@ class FsServer:
         header = encode_header(FrameType.FUSE, 0, mount_id, len(head) + len(body))
         # A port that ended has nobody left who waits for it.
         with self._sending, suppress(OSError):
-            _send_all(self._sock, [header + head, body])
+            send_all(self._sock, [header + head, body])
 
     def _flush(self) -> None:
         if self._outgoing:
             outgoing, self._outgoing, self._outgoing_size = self._outgoing, [], 0
             with self._sending:
-                _send_all(self._sock, outgoing)
+                send_all(self._sock, outgoing)
 
     def _end(self, error: Exception) -> None:
         if isinstance(error, FrameError | FuseError):
@@ -482,24 +480,3 @@ def _take_up(name: str, session: Session, state: bytes) -> None:
 def _gone(message: memoryview) -> Reply | None:
     """Answer for a mount that was removed while its requests were under way."""
     return encode_error(_UNIQUE.unpack_from(message)[0], errno.ENODEV)
-
-
-def _send_all(sock: socket.socket, buffers: Sequence[bytes]) -> None:
-    if len(buffers) == 1:  # nearly always; cheaper than sendmsg
-        sock.sendall(buffers[0])
-        return
-    remaining: list[bytes | memoryview] = list(buffers)
-    while remaining:
-        sent = sock.sendmsg(remaining[:_MAX_IOVECS])
-        done = 0
-        while done < len(remaining) and sent >= len(remaining[done]):
-            sent -= len(remaining[done])
-            done += 1
-        del remaining[:done]
-        if sent:
-            remaining[0] = memoryview(remaining[0])[sent:]
-
-
-def _unread(sock: socket.socket) -> int:
-    """Return how many bytes the other side has not taken yet (SIOCOUTQ)."""
-    return int(struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, b"\0\0\0\0"))[0])
