@@ -15,18 +15,19 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from taskvm.fs.attributes import Attributes
+from taskvm.fs.divided import Divided, Target, refuse_crossing
 from taskvm.fs.memory import Memory
 from taskvm.fs.mirrors import Mirrors
 from taskvm.fs.places import Path
-from taskvm.fs.provider import Change, DirEntry, Entry, Node, Provider, Source, refuse
+from taskvm.fs.provider import Change, DirEntry, Entry, Node, Source, refuse
 from taskvm.fs.syscalls import RENAME_EXCHANGE
 from taskvm.wire.fuse import SetAttr
-from taskvm.wire.fuse_replies import Attr, Lifetime, StatFs
+from taskvm.wire.fuse_replies import Attr, Lifetime
 
 if TYPE_CHECKING:
     from taskvm.fs.shadow import Shadow
@@ -37,6 +38,8 @@ _FIRST_OFFSET = 0x7FFF_FFFF_4000_0000
 _END_OFFSET = 0x7FFF_FFFF_8000_0000
 # Inode numbers of private files; below those of fs/specials.py, and beyond any file system of the host.
 _FIRST_INO = 1 << 61
+# Of the two providers.
+_SHADOW, _PRIVATE = 0, 1
 
 
 class PrivateLayerState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -47,15 +50,7 @@ class PrivateLayerState(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     given: dict[Node, int]
 
 
-class Target(NamedTuple):
-    """A node of one of the two providers."""
-
-    provider: Provider
-    node: Node
-    private: bool
-
-
-class PrivateLayer(Provider):
+class PrivateLayer(Divided):
     """Serves `shadow` and, where that hides, `private`; both are opened, and closed by this."""
 
     def __init__(self, shadow: Shadow, private: Memory) -> None:
@@ -107,14 +102,14 @@ class PrivateLayer(Provider):
 
     def lookup(self, parent: Node, name: bytes) -> Entry:
         directory = self._target(parent)
-        if not directory.private:
+        if directory.number == _SHADOW:
             path = self._path(directory, name)
             if self._shadow.patterns.may_hide(path):
                 with self._mirrors.at(path[:-1]) as mirror:
                     found = self._mirrors.find(mirror, path)
                     if found is not None:
-                        return self._told(found, private=True)
-        return self._told(directory.provider.lookup(directory.node, name), directory.private)
+                        return self._told(found, _PRIVATE)
+        return self._told(directory.provider.lookup(directory.node, name), directory.number)
 
     def forget(self, node: Node, count: int) -> None:
         if node % 2:
@@ -129,7 +124,7 @@ class PrivateLayer(Provider):
 
     def readdir(self, node: Node, offset: int, size: int) -> list[DirEntry]:
         directory = self._target(node)
-        if directory.private:
+        if directory.number == _PRIVATE:
             return [_listed(entry) for entry in self._private.readdir(directory.node, offset, size)]
         try:
             path = self._path(directory, b".")[:-1]
@@ -149,31 +144,27 @@ class PrivateLayer(Provider):
                 offset = entries[-1].offset
             return self._listed_behind(mirror, path, offset, size)
 
-    def readlink(self, node: Node) -> bytes:
-        target = self._target(node)
-        return target.provider.readlink(target.node)
-
     def create(self, parent: Node, name: bytes, mode: int, flags: int) -> Entry:
-        with self._place_for(parent, name, directory=False) as (provider, node, private):
-            return self._told(provider.create(node, name, mode, flags), private)
+        with self._place_for(parent, name, directory=False) as (number, provider, node):
+            return self._told(provider.create(node, name, mode, flags), number)
 
     def mknod(self, parent: Node, name: bytes, mode: int) -> Entry:
-        with self._place_for(parent, name, directory=False) as (provider, node, private):
-            return self._told(provider.mknod(node, name, mode), private)
+        with self._place_for(parent, name, directory=False) as (number, provider, node):
+            return self._told(provider.mknod(node, name, mode), number)
 
     def mkdir(self, parent: Node, name: bytes, mode: int) -> Entry:
-        with self._place_for(parent, name, directory=True) as (provider, node, private):
-            return self._told(provider.mkdir(node, name, mode), private)
+        with self._place_for(parent, name, directory=True) as (number, provider, node):
+            return self._told(provider.mkdir(node, name, mode), number)
 
     def symlink(self, parent: Node, name: bytes, target: bytes) -> Entry:
-        with self._place_for(parent, name, directory=False) as (provider, node, private):
-            return self._told(provider.symlink(node, name, target), private)
+        with self._place_for(parent, name, directory=False) as (number, provider, node):
+            return self._told(provider.symlink(node, name, target), number)
 
     def link(self, node: Node, parent: Node, name: bytes) -> Entry:
         source = self._target(node)
         with self._place_for(parent, name, directory=False) as target:
-            _refuse_crossing(source, target)
-            return self._told(target.provider.link(source.node, target.node, name), target.private)
+            refuse_crossing(source, target)
+            return self._told(target.provider.link(source.node, target.node, name), target.number)
 
     def unlink(self, parent: Node, name: bytes) -> None:
         with self._place_of(parent, name) as (target, _directory):
@@ -181,7 +172,7 @@ class PrivateLayer(Provider):
 
     def rmdir(self, parent: Node, name: bytes) -> None:
         with self._place_of(parent, name) as (target, _directory):
-            if target.private:
+            if target.number == _PRIVATE:
                 target.provider.rmdir(target.node, name)
                 return
         path = self._path(target, name)
@@ -194,8 +185,8 @@ class PrivateLayer(Provider):
     ) -> None:
         with self._place_of(parent, name) as (source, directory):
             with self._place_for(new_parent, new_name, directory=directory) as target:
-                _refuse_crossing(source, target)
-                if source.private:
+                refuse_crossing(source, target)
+                if source.number == _PRIVATE:
                     self._rename_private(
                         (parent, source, name), (new_parent, target, new_name), flags
                     )
@@ -218,76 +209,27 @@ class PrivateLayer(Provider):
         target = self._changed(node)
         return self._shown(target, *target.provider.setattr(target.node, changes))
 
-    def statfs(self, node: Node) -> StatFs:
-        target = self._target(node)
-        return target.provider.statfs(target.node)
-
-    def getxattr(self, node: Node, name: bytes) -> bytes:
-        target = _with_xattrs(self._target(node))
-        return target.provider.getxattr(target.node, name)
-
-    def setxattr(self, node: Node, name: bytes, value: bytes, flags: int) -> None:
-        target = _with_xattrs(self._changed(node))
-        target.provider.setxattr(target.node, name, value, flags)
-
-    def listxattr(self, node: Node) -> list[bytes]:
-        target = _with_xattrs(self._target(node))
-        return target.provider.listxattr(target.node)
-
-    def removexattr(self, node: Node, name: bytes) -> None:
-        target = _with_xattrs(self._changed(node))
-        target.provider.removexattr(target.node, name)
-
-    # Contents.
-
-    def read(self, node: Node, offset: int, size: int) -> bytes:
-        target = self._target(node)
-        return target.provider.read(target.node, offset, size)
-
-    def write(self, node: Node, offset: int, data: memoryview, *, append: bool) -> int:
-        target = self._changed(node)
-        return target.provider.write(target.node, offset, data, append=append)
-
-    def fsync(self, node: Node, *, data_only: bool) -> None:
-        target = self._target(node)
-        target.provider.fsync(target.node, data_only=data_only)
-
-    def allocate(self, node: Node, offset: int, length: int, mode: int) -> None:
-        target = self._changed(node)
-        target.provider.allocate(target.node, offset, length, mode)
-
-    def seek(self, node: Node, offset: int, whence: int) -> int:
-        target = self._target(node)
-        return target.provider.seek(target.node, offset, whence)
-
-    def copy_range(
-        self, node: Node, offset: int, target: Node, target_offset: int, length: int
-    ) -> int:
-        source, into = self._target(node), self._changed(target)
-        _refuse_crossing(source, into)
-        return source.provider.copy_range(source.node, offset, into.node, target_offset, length)
-
     # Nodes...
 
     def _target(self, node: Node) -> Target:
         if node % 2:
-            return Target(self._shadow, (node + 1) // 2, private=False)
+            return Target(_SHADOW, self._shadow, (node + 1) // 2)
         if node // 2 not in self._given:
             raise refuse(errno.ESTALE)
-        return Target(self._private, node // 2, private=True)
+        return Target(_PRIVATE, self._private, node // 2)
 
     def _changed(self, node: Node) -> Target:
         """Return what serves a node that is about to change. Only what is private can in a read-only mount."""
         target = self._target(node)
-        if not target.private and self._shadow.readonly:
+        if target.number == _SHADOW and self._shadow.readonly:
             raise refuse(errno.EROFS)
         return target
 
     def _path(self, directory: Target, name: bytes) -> Path:
         return self._shadow.place(directory.node).below(name)
 
-    def _told(self, entry: Entry, private: bool) -> Entry:
-        if not private:
+    def _told(self, entry: Entry, number: int) -> Entry:
+        if number == _SHADOW:
             return Entry(_odd(entry.node), entry.attr, entry.lifetime)
         self._given[entry.node] += 1
         attr = Attributes.of(entry.attr, _FIRST_INO | entry.attr.st_ino)
@@ -295,7 +237,7 @@ class PrivateLayer(Provider):
 
     def _shown(self, target: Target, attr: Attr, lifetime: Lifetime) -> tuple[Attr, Lifetime]:
         return (
-            Attributes.of(attr, _FIRST_INO | attr.st_ino) if target.private else attr,
+            Attributes.of(attr, _FIRST_INO | attr.st_ino) if target.number == _PRIVATE else attr,
             lifetime,
         )
 
@@ -305,14 +247,14 @@ class PrivateLayer(Provider):
     def _place_for(self, parent: Node, name: bytes, *, directory: bool) -> Iterator[Target]:
         """Yield the directory that a new thing goes to."""
         above = self._target(parent)
-        if above.private:
+        if above.number == _PRIVATE:
             yield above
             return
         path = self._path(above, name)
         if self._shadow.patterns.hides(path, directory=directory):
             with self._mirrors.at(path[:-1], make=True) as mirror:
                 assert mirror is not None
-                yield Target(self._private, mirror, private=True)
+                yield Target(_PRIVATE, self._private, mirror)
             return
         yield self._changed(parent)
 
@@ -320,12 +262,12 @@ class PrivateLayer(Provider):
     def _place_of(self, parent: Node, name: bytes) -> Iterator[tuple[Target, bool]]:
         """Yield the directory that a thing is in, and whether it is a directory itself."""
         above = self._target(parent)
-        if not above.private:
+        if above.number == _SHADOW:
             path = self._path(above, name)
             with self._mirrors.at(path[:-1]) as mirror:
                 kind = self._mirrors.kind_of(mirror, path)
                 if kind is not None and mirror is not None:
-                    yield Target(self._private, mirror, private=True), kind
+                    yield Target(_PRIVATE, self._private, mirror), kind
                     return
             self._changed(parent)
         entry = above.provider.lookup(above.node, name)
@@ -378,14 +320,3 @@ def _odd(node: Node) -> Node:
 
 def _listed(entry: DirEntry, offset: int = 0) -> DirEntry:
     return DirEntry(entry.name, _FIRST_INO | entry.ino, entry.kind, offset + entry.offset)
-
-
-def _refuse_crossing(source: Target, target: Target) -> None:
-    if source.private is not target.private:
-        raise refuse(errno.EXDEV)
-
-
-def _with_xattrs(target: Target) -> Target:
-    if not target.provider.xattrs:
-        raise refuse(errno.EOPNOTSUPP)
-    return target

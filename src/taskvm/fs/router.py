@@ -17,12 +17,13 @@ import stat
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import NamedTuple, Self
+from typing import Self
 
 import msgspec
 
 from taskvm.errors import UsageError
 from taskvm.fs.attributes import BLOCK, Attributes
+from taskvm.fs.divided import Divided, Target, refuse_crossing
 from taskvm.fs.provider import ROOT, Change, DirEntry, Entry, Node, Provider, Source, refuse
 from taskvm.fs.wrapper import Wrapper
 from taskvm.wire.fuse import SetAttr
@@ -33,14 +34,6 @@ _FIRST_OFFSET = 0x7FFF_FFFF_8000_0000
 _END_OFFSET = 0x7FFF_FFFF_FFFF_FFFF  # where ext4 says that a directory ends
 _LIFETIME = Lifetime(entry_ns=0, attr_ns=0)  # what is below a junction may come and go
 _MASK = (1 << 64) - 1
-
-
-class Target(NamedTuple):
-    """A node of one of the providers, the one with this number."""
-
-    number: int
-    provider: Provider
-    node: Node
 
 
 class Junction:
@@ -54,7 +47,7 @@ class Junction:
         self.routes: dict[bytes, Junction] = {}
 
 
-class Router(Provider):
+class Router(Divided):
     """Serves each provider of `routes` at its path: `{"/": HostDir("."), "/cache": Memory()}`.
 
     Without a route at "/" the root holds the routes and nothing else.
@@ -215,10 +208,6 @@ class Router(Provider):
             offset = entries[-1].offset
         return self._routes_of(junction, offset, dots=under is None)
 
-    def readlink(self, node: Node) -> bytes:
-        target = self._target(node)
-        return target.provider.readlink(target.node)
-
     def create(self, parent: Node, name: bytes, mode: int, flags: int) -> Entry:
         target = self._free(parent, name)
         return self._entry(target.number, target.provider.create(target.node, name, mode, flags))
@@ -237,7 +226,7 @@ class Router(Provider):
 
     def link(self, node: Node, parent: Node, name: bytes) -> Entry:
         source, target = self._target(node), self._free(parent, name)
-        _refuse_crossing(source, target)
+        refuse_crossing(source, target)
         return self._entry(target.number, target.provider.link(source.node, target.node, name))
 
     def unlink(self, parent: Node, name: bytes) -> None:
@@ -252,7 +241,7 @@ class Router(Provider):
         self, parent: Node, name: bytes, new_parent: Node, new_name: bytes, flags: int
     ) -> None:
         source, target = self._movable(parent, name), self._movable(new_parent, new_name)
-        _refuse_crossing(source, target)
+        refuse_crossing(source, target)
         source.provider.rename(source.node, name, target.node, new_name, flags)
 
     # Attributes.
@@ -277,53 +266,7 @@ class Router(Provider):
                 blocks=0, free=0, available=0, files=len(self._junctions), files_free=0,
                 block_size=BLOCK, fragment_size=BLOCK, max_name=255,
             )  # fmt: skip
-        target = self._target(node)
-        return target.provider.statfs(target.node)
-
-    def getxattr(self, node: Node, name: bytes) -> bytes:
-        target = self._with_xattrs(node)
-        return target.provider.getxattr(target.node, name)
-
-    def setxattr(self, node: Node, name: bytes, value: bytes, flags: int) -> None:
-        target = self._with_xattrs(node)
-        target.provider.setxattr(target.node, name, value, flags)
-
-    def listxattr(self, node: Node) -> list[bytes]:
-        target = self._with_xattrs(node)
-        return target.provider.listxattr(target.node)
-
-    def removexattr(self, node: Node, name: bytes) -> None:
-        target = self._with_xattrs(node)
-        target.provider.removexattr(target.node, name)
-
-    # Contents.
-
-    def read(self, node: Node, offset: int, size: int) -> bytes:
-        target = self._target(node)
-        return target.provider.read(target.node, offset, size)
-
-    def write(self, node: Node, offset: int, data: memoryview, *, append: bool) -> int:
-        target = self._target(node)
-        return target.provider.write(target.node, offset, data, append=append)
-
-    def fsync(self, node: Node, *, data_only: bool) -> None:
-        target = self._target(node)
-        target.provider.fsync(target.node, data_only=data_only)
-
-    def allocate(self, node: Node, offset: int, length: int, mode: int) -> None:
-        target = self._target(node)
-        target.provider.allocate(target.node, offset, length, mode)
-
-    def seek(self, node: Node, offset: int, whence: int) -> int:
-        target = self._target(node)
-        return target.provider.seek(target.node, offset, whence)
-
-    def copy_range(
-        self, node: Node, offset: int, target: Node, target_offset: int, length: int
-    ) -> int:
-        source, into = self._target(node), self._target(target)
-        _refuse_crossing(source, into)
-        return source.provider.copy_range(source.node, offset, into.node, target_offset, length)
+        return super().statfs(node)
 
     # Nodes, of ours and of the providers...
 
@@ -410,12 +353,6 @@ class Router(Provider):
             raise refuse(errno.EBUSY)
         return self._target(parent)
 
-    def _with_xattrs(self, node: Node) -> Target:
-        target = self._target(node)
-        if not target.provider.xattrs:
-            raise refuse(errno.EOPNOTSUPP)
-        return target
-
     # What is told...
 
     def _told(self, index: int, attr: Attr) -> Attributes:
@@ -474,8 +411,3 @@ def _innermost(provider: Provider) -> Provider:
     while isinstance(provider, Wrapper):
         provider = provider.inner
     return provider
-
-
-def _refuse_crossing(source: Target, target: Target) -> None:
-    if source.number != target.number:
-        raise refuse(errno.EXDEV)

@@ -1,4 +1,4 @@
-"""taskvm.fs.router: several providers in one tree (their attributes are taskvm.fs.attributes)."""
+"""taskvm.fs.router: several providers in one tree (taskvm.fs.divided; their attributes are taskvm.fs.attributes)."""
 
 from __future__ import annotations
 
