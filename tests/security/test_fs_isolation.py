@@ -22,6 +22,8 @@ CANARY = "CANARY-of-the-host"
 class Hanging(PathProvider):
     """Plain Python of a user's: reading the file `stuck` takes as long as it is not allowed."""
 
+    lifetime_s = 0.0  # the guest asks each time
+
     def __init__(self) -> None:
         self.allowed = threading.Event()
         self.asked = threading.Event()
