@@ -89,8 +89,11 @@ class Lane:
 
     @property
     def due(self) -> float:
-        """When (of time.monotonic) the request that is under way takes too long; infinite when none is."""
-        return self._due
+        """When (of time.monotonic) a request takes too long, at the earliest; infinite when none has been asked."""
+        with self._state:
+            if self._due < math.inf or not self._waiting:
+                return self._due
+            return time.monotonic() + self.session.provider.request_deadline_s  # about to begin
 
     @property
     def is_late(self) -> bool:

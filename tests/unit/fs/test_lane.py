@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
+import os
 import struct
 import threading
 from collections.abc import Iterator
@@ -135,9 +137,33 @@ def test_who_waits_too_long_is_told_so_and_so_is_all_that_waits_behind(
         answers = [answer(guest) for _ in range(2)]
 
     assert answers == [(1, errno.ETIMEDOUT)] * 2
-    (record,) = caplog.records[:1]
+    record = next(one for one in caplog.records if one.name == "taskvm.fs")
     assert "/data has not answered LOOKUP for 0.05 s" in record.getMessage()
     assert "private" not in caplog.text
+
+
+def test_a_request_that_no_thread_has_taken_yet_has_an_end_too(
+    guest: Guest, mounted: Slow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server asks the lane once, as soon as the request is there; on a busy host the thread comes later."""
+    lane = guest.server._lanes[1]
+    begun = threading.Event()
+
+    def read(descriptor: int) -> int:
+        assert begun.wait(PATIENCE_S)
+        return eventfd_read(descriptor)
+
+    eventfd_read = os.eventfd_read
+    monkeypatch.setattr(os, "eventfd_read", read)
+    guest.send(Opcode.LOOKUP, 1, SLOW)
+    wait_until(lambda: lane._waiting)
+    due = lane.due
+    begun.set()
+    mounted.allowed.set()
+
+    assert answer(guest) == (1, 0)
+    assert due < math.inf
+    assert lane.due == math.inf
 
 
 def test_a_mount_that_hangs_refuses_at_once_and_comes_back(guest: Guest, overdue: Slow) -> None:
