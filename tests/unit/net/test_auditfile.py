@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from taskvm import auditreading
 from taskvm.auditreading import find_audit_log, read_audit
 from taskvm.egress.audit import AuditEvent, render_event, render_time
 from taskvm.errors import HostError, UsageError
@@ -96,6 +97,39 @@ def test_a_reader_follows_across_parts(tmp_path: Path) -> None:
     file.close()
 
     assert [event.host for event in (first, *rest)] == [f"h{number}.test" for number in range(12)]
+
+
+@pytest.mark.parametrize("follow", [False, True])
+def test_parts_that_begin_while_a_reader_looks_for_them_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, follow: bool
+) -> None:
+    """What it finds is not true any more when it opens it."""
+    path = tmp_path / "audit.jsonl"
+    file = AuditFile(path, part_bytes=1)
+    unwritten = iter(range(12))
+
+    def write() -> None:
+        for number in islice(unwritten, 2):
+            file.append(line(number))
+
+    def outdated(path: Path) -> list[Path]:
+        parts = find_parts(path)
+        write()
+        return parts
+
+    write()
+    monkeypatch.setattr(auditreading, "find_parts", outdated)
+    events = list(islice(read_audit(path, follow=follow), 12))
+    file.close()
+
+    assert [event.host for event in events] == [f"h{number}.test" for number in range(12)]
+
+
+def test_a_record_whose_next_part_could_not_be_begun_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    path.with_name("audit.jsonl.1").write_bytes(line(0))
+
+    assert hosts(path) == ["h0.test"]
 
 
 def test_a_line_that_a_crash_has_cut_is_left_out(tmp_path: Path) -> None:
