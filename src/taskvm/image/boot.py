@@ -74,7 +74,7 @@ def boot_files(image: Image, agent_path: Path) -> BootFiles:
     except FileNotFoundError:
         directory.mkdir(mode=0o700, exist_ok=True)
         _write_once(initrd, archive)
-        _remove_old(directory)
+        _remove_old(directory, initrd)
     whole = hashlib.sha256(f"{image.digest} {digest}".encode()).hexdigest()
     head = _kernel_head(image, directory / f"{image.digest}.head")
     return BootFiles(image.kernel, initrd, head, image.rootfs, whole)
@@ -155,8 +155,10 @@ def _write_once(path: Path, content: bytes) -> None:
         os.close(directory)
 
 
-def _remove_old(directory: Path) -> None:
-    for path in newest_first(directory.glob("*.cpio"))[_KEPT_INITRAMFS:]:
+def _remove_old(directory: Path, made: Path) -> None:
+    # Times do not tell which it is: others may bear the same, or a later one, of a clock that was set back.
+    others = (path for path in directory.glob("*.cpio") if path != made)
+    for path in newest_first(others)[_KEPT_INITRAMFS - 1 :]:
         # Another process may have removed it first; a QEMU that runs has read it already.
         with contextlib.suppress(FileNotFoundError):
             path.unlink()

@@ -149,6 +149,19 @@ def test_only_the_latest_are_kept(
     assert last.initrd in kept
 
 
+def test_the_one_just_made_is_kept_whatever_the_clock_says(
+    image: Image, agent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(boot, "_KEPT_INITRAMFS", 1)
+    earlier = boot_files(image, agent).initrd
+    os.utime(earlier, (2**33, 2**33))
+    agent.write_bytes(b"a later agent")
+
+    last = boot_files(image, agent).initrd
+
+    assert list(last.parent.glob("*.cpio")) == [last]
+
+
 def test_a_missing_agent_is_an_error_that_says_how_to_build_it(
     image: Image, tmp_path: Path
 ) -> None:
