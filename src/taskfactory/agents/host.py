@@ -130,6 +130,11 @@ async def _follow(
                     return Ending(exit_code=128 + signal.SIGKILL, stopped=True)
         code = await process.wait()
     except TimeoutError:
+        # A program that stood still finds the output and its limit together: it was written in time.
+        if transport is not None:
+            transport.close()
+            while data := await reader.read(_CHUNK):
+                on_output(data)
         return Ending(exit_code=128 + signal.SIGKILL, timed_out=True)
     finally:
         (pipe if transport is None else transport).close()

@@ -1,14 +1,18 @@
 """taskfactory.agents.host: files and commands on this host."""
 
 import asyncio
+import fcntl
 import os
 import signal
+import termios
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from tests.support.processes import children_of, is_alive
 from tests.support.waiting import PATIENCE_S, until
 
+from taskfactory.agents import host
 from taskfactory.agents.host import HostOperations
 from taskfactory.agents.operations import Ending, Entry
 from taskfactory.errors import OperationError
@@ -97,12 +101,39 @@ async def test_a_large_output_arrives_whole(tmp_path: Path) -> None:
 async def test_a_timeout_kills_everything(tmp_path: Path) -> None:
     output = Output()
 
+    for timeout_s in (1, 5, PATIENCE_S):  # a busy host may take seconds to begin
+        ending = await HOST.exec(
+            "sleep 600 & echo $!; wait", cwd=str(tmp_path), on_output=output, timeout_s=timeout_s
+        )
+        assert ending.timed_out
+        if output.data:
+            break
+
+    await _dies(int(output.data))
+
+
+async def test_what_was_written_before_a_timeout_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though this program stood still, and finds the output and the end of the time at once."""
+
+    start = host._start
+
+    async def started(
+        argv: Sequence[str], cwd: str, env: dict[str, str], sink: int
+    ) -> asyncio.subprocess.Process:
+        process = await start(argv, cwd, env, sink)
+        await until(lambda: fcntl.ioctl(sink, termios.FIONREAD, bytes(4)) != bytes(4))
+        return process
+
+    output = Output()
+    monkeypatch.setattr(host, "_start", started)
     ending = await HOST.exec(
-        "sleep 600 & echo $!; wait", cwd=str(tmp_path), on_output=output, timeout_s=5
+        "echo out; sleep 600", cwd=str(tmp_path), on_output=output, timeout_s=0
     )
 
     assert ending.timed_out
-    await _dies(int(output.data))
+    assert output.data == b"out\n"
 
 
 async def test_a_sink_that_has_enough_ends_the_command(tmp_path: Path) -> None:
