@@ -85,6 +85,7 @@ class KernelMount:
         self.server.quiesce()
         state = self.server.export_mounts()[MOUNT_ID]
         self.server.close()
+        self._downwards.join(PATIENCE_S)
         self._sock.close()
         return state
 
@@ -97,7 +98,7 @@ class KernelMount:
     def _connect(self) -> None:
         self._sock, theirs = socket.socketpair()
         self.server = FsServer(theirs, on_failure=self.failures.append)
-        self._start(self._down)
+        self._downwards = self._start(self._down)
 
     def _mount(self, theirs: socket.socket, *, file: bool) -> None:
         if file:
@@ -127,9 +128,11 @@ class KernelMount:
                 else:
                     self.refused.append((int(number), bytes.fromhex(message)))
 
-    def _start(self, run: Callable[[], None]) -> None:
-        self._threads.append(threading.Thread(target=run, daemon=True))
-        self._threads[-1].start()
+    def _start(self, run: Callable[[], None]) -> threading.Thread:
+        thread = threading.Thread(target=run, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+        return thread
 
     def _up(self) -> None:
         with self._pump.makefile("rb") as messages:
@@ -146,9 +149,10 @@ class KernelMount:
 
     def _down(self) -> None:
         decoder, sock = FrameDecoder(), self._sock
-        while data := sock.recv(1 << 18):
-            for frame in decoder.feed(data):
-                self._take(frame)
+        with suppress(OSError):  # the server ended before it had read what the kernel asked last
+            while data := sock.recv(1 << 18):
+                for frame in decoder.feed(data):
+                    self._take(frame)
 
     def _take(self, frame: Frame) -> None:
         if frame.type is FrameType.QUIESCE:

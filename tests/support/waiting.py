@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 PATIENCE_S = 100.0
 POLL_S = 0.02
@@ -20,6 +21,17 @@ def wait_until(true: Callable[[], object]) -> None:
     while not true():
         assert time.monotonic() < deadline, f"it did not happen within {PATIENCE_S:.0f} s"
         time.sleep(POLL_S)
+
+
+def eventually(true: Callable[[], object]) -> bool:
+    """Wait until it is true; tell whether it came to be. A look that fails, at what just changed, says nothing."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        with suppress(OSError):
+            if true():
+                return True
+        time.sleep(POLL_S)
+    return False
 
 
 async def until(true: Callable[[], object]) -> None:

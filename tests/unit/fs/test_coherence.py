@@ -13,12 +13,11 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from tests.support.kernel_mount import KernelMount
-from tests.support.waiting import PATIENCE_S
+from tests.support.waiting import eventually
 
 from taskvm.fs import coherence as coherence_module
 from taskvm.fs import hosttree
@@ -45,17 +44,6 @@ def seen(root: Path) -> dict[str, object]:
             path.readlink() if is_link else path.read_bytes() if path.is_file() else None,
         )
     return found
-
-
-def eventually(holds: Callable[[], bool]) -> bool:
-    """Wait until it holds, much longer than it may take."""
-    deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline:
-        with suppress(OSError):  # changed between a listing and a look
-            if holds():
-                return True
-        time.sleep(0.01)
-    return False
 
 
 def populate(host: Path) -> None:
@@ -470,14 +458,14 @@ def test_a_saved_guest_goes_on_with_another_server(kernel_mount: Mount, host: Pa
     assert before.keys() == {"file", "kept", "lost", "deep", "deep/er", "deep/er/leaf", "deep/link"}
     assert eventually(lambda: (mount.path / "absent").exists())
     assert eventually(lambda: (mount.path / "file").read_bytes() == b"changed meanwhile")
-    assert not (mount.path / "lost").exists()
+    assert eventually(lambda: not (mount.path / "lost").exists())
     assert (mount.path / "fifo").is_fifo()
     kept.write("and written")
     kept.close()
     lost.close()
     assert (host / "kept").read_text() == "and written"
     (mount.path / "fifo").unlink()
-    assert seen(mount.path) == seen(host)
+    assert eventually(lambda: seen(mount.path) == seen(host)), (seen(mount.path), seen(host))
 
 
 def test_a_state_of_another_directory_is_refused(host: Path, tmp_path: Path) -> None:

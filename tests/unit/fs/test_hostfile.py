@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.kernel_mount import KernelMount
-from tests.unit.fs.test_coherence import eventually
+from tests.support.waiting import eventually
 
 from taskvm.errors import UsageError
 from taskvm.fs.hostdir import HostDir

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.kernel_mount import libc
-from tests.support.waiting import PATIENCE_S, wait_until
+from tests.support.waiting import PATIENCE_S, eventually
 
 from taskvm.fs.hostdir import HostDir
 from taskvm.fs.memory import Memory
@@ -318,16 +318,9 @@ def test_changes_of_the_host_show_within_the_lifetime(guest: Path, host: Path) -
     (host / "new").rename(host / "replaced")
     (host / "link").symlink_to("nowhere")
 
-    wait_until(lambda: (guest / "file").read_text() == "two, in place")
-    wait_until(lambda: (guest / "replaced").read_text() == "two")
-    wait_until(lambda: names(guest) == ["file", "link", "replaced"])
-
-
-def leads_to(link: Path, target: str) -> bool:
-    try:
-        return str(link.readlink()) == target
-    except FileNotFoundError:  # seen between its removal and its making
-        return False
+    assert eventually(lambda: (guest / "file").read_text() == "two, in place")
+    assert eventually(lambda: (guest / "replaced").read_text() == "two")
+    assert eventually(lambda: names(guest) == ["file", "link", "replaced"])
 
 
 def test_a_symbolic_link_that_the_host_replaced_is_read_anew(guest: Path, host: Path) -> None:
@@ -335,8 +328,8 @@ def test_a_symbolic_link_that_the_host_replaced_is_read_anew(guest: Path, host: 
         (host / "link").unlink(missing_ok=True)
         (host / "link").symlink_to(f"target{number}")
         if number < 2:
-            wait_until(lambda at=number: leads_to(guest / "link", f"target{at}"))
-    wait_until(lambda: leads_to(guest / "link", "target4"))
+            assert eventually(lambda at=number: str((guest / "link").readlink()) == f"target{at}")
+    assert eventually(lambda: str((guest / "link").readlink()) == "target4")
 
 
 def test_locks_of_the_guest_exclude_each_other(guest: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tests.support.waiting import PATIENCE_S
+from tests.support.waiting import eventually
 
 from taskvm.fs.hostdir import HostDir
 from taskvm.fs.lower import Lower
@@ -165,10 +165,7 @@ def test_a_kernel_reads_through_it_what_the_host_saves_and_removes(
     assert (mounted / "a" / "file").read_text() == "first"
 
     save(host / "a" / "file", "second")
-    deadline = time.monotonic() + PATIENCE_S
-    while (mounted / "a" / "file").read_text() != "second":
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    assert eventually(lambda: (mounted / "a" / "file").read_text() == "second")
     shutil.rmtree(host / "a")
     time.sleep(0.2)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.kernel_mount import KernelMount
-from tests.support.waiting import wait_until
+from tests.support.waiting import eventually
 
 from taskvm.errors import UsageError
 from taskvm.fs.hostdir import HostDir
@@ -215,7 +215,7 @@ def test_what_the_host_removes_and_makes_again_has_its_private_things(
     (host / "away").rename(host / "packages")
 
     module = mounted / "packages" / "app" / "node_modules" / "module"
-    wait_until(module.exists)
+    assert eventually(module.exists)
     assert module.read_text() == "guest"
 
 
