@@ -267,9 +267,8 @@ def test_a_bug_of_a_provider_is_eio_and_reported_once_without_contents(
         answers = [guest.ask(Opcode.LOOKUP, 1, b"private\0") for _ in range(3)]
 
     assert answers == [errno.EIO] * 3
-    assert [record.getMessage() for record in caplog.records] == [
-        "LOOKUP failed with RuntimeError, a bug: the guest got EIO"
-    ]
+    ours = [record.getMessage() for record in caplog.records if record.name == "taskvm.fs"]
+    assert ours == ["LOOKUP failed with RuntimeError, a bug: the guest got EIO"]
 
 
 @pytest.mark.parametrize(
