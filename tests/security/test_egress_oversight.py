@@ -60,7 +60,7 @@ class Person:
 @asynccontextmanager
 async def lab_for(
     port: int, approver: Approver | None = None, *, hook: HttpHook | None = None, rules: str = "",
-    deadline_s: float = 10.0, allow: tuple[str, ...] = (), secrets: tuple[Secret, ...] = (),
+    deadline_s: float = PATIENCE_S, allow: tuple[str, ...] = (), secrets: tuple[Secret, ...] = (),
 ) -> AsyncIterator[Lab]:  # fmt: skip
     names = ("api.test", "new.test", "other.test")
     oversight = Oversight(approver, deadline_s, hooks=(hook,) if hook else ())
@@ -232,11 +232,14 @@ async def test_a_guest_that_comes_and_goes_asks_one_question(
     person.ready.clear()
     approver = dialog.ask if plain else person.answer
     async with lab_for(server.port, approver, deadline_s=PATIENCE_S) as lab:
+        asking = lab.gateway._egress.approvals
+        assert asking is not None
         for _ in range(5):
             await _come_and_go(lab, server.port)
+        assert not sum(pending.waiting for pending in asking._pending.values())
         async with asyncio.TaskGroup() as group:
             last = group.create_task(ask(lab, "new.test", server.port))
-            await until(lambda: lab.gateway.connections)
+            await until(lambda: sum(pending.waiting for pending in asking._pending.values()))
             person.ready.set()
             dialog.answered.set()
 
