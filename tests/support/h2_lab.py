@@ -105,7 +105,8 @@ class H2Client:
         for event in self.connection.receive_data(data) if data else ():
             self._take(event)
         if not self.closed:
-            await self.flush()
+            with contextlib.suppress(OSError):  # closed meanwhile: the next read says so
+                await self.flush()
 
     async def read_to_end(self) -> None:
         """Read until the gateway closes the connection."""
