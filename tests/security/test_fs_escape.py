@@ -380,6 +380,7 @@ def test_a_guest_that_reads_no_answers_stops_only_its_own_thread(share: Path) ->
     request = struct.pack("<QQIIQII", 0, 0, 1 << 20, 0, 0, 0, 0)
 
     flood = encode_header(FrameType.FUSE, 0, MOUNT, 80) + kernel.message(Opcode.READ, big, request)
+    kernel.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)  # else what a host says
     kernel.sock.settimeout(1)
     with pytest.raises(TimeoutError):
         kernel.sock.sendall(flood * 50_000)

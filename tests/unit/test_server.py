@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from tests.support.waiting import PATIENCE_S
+from tests.support.waiting import PATIENCE_S, until
 
 import taskvm
 from taskvm.errors import HostError, UsageError
@@ -89,7 +89,7 @@ async def test_more_clients_than_it_serves_are_hung_up_on(
 ) -> None:
     """Those that are served go on, and places that are left are given to others."""
     monkeypatch.setattr("taskvm.supervisor.server.MAX_CONNECTIONS", 3)
-    async with serving(place):
+    async with serving(place) as server:
         loop = asyncio.get_running_loop()
         socks = [await _connect(place) for _ in range(4)]
         greetings = [await loop.sock_recv(sock, 1) for sock in socks]
@@ -97,7 +97,9 @@ async def test_more_clients_than_it_serves_are_hung_up_on(
         assert [len(greeting) for greeting in greetings] == [1, 1, 1, 0]
         for sock in socks:
             sock.close()
-        assert await Supervisor().list() == []
+        await until(lambda: not server._serving)
+        with await _connect(place) as sock:
+            assert len(await loop.sock_recv(sock, 1)) == 1
 
 
 async def test_an_error_is_the_clients_and_a_bug_is_the_logs(
