@@ -19,6 +19,8 @@ from taskvm.errors import HostError
 from taskvm.paths import cache_dir, hold, private_dir
 
 _LOCK = "lock"
+# A thread of a fork or a checkpoint that its sandbox's end has met may just have made one more file in its directory.
+_ATTEMPTS = 8
 # Between making a directory and renaming it lie microseconds; a host may have been asleep in between.
 UNFINISHED_AGE_S = 3600.0
 
@@ -64,7 +66,10 @@ class RunDir:
     def remove(self) -> None:
         """Delete the directory and drop the lock. Idempotent."""
         if self._lock is not None:
-            shutil.rmtree(self.path, ignore_errors=True)
+            for _ in range(_ATTEMPTS):
+                shutil.rmtree(self.path, ignore_errors=True)
+                if not self.path.exists():
+                    break
             os.close(self._lock)
             self._lock = None
             self._holds.close()

@@ -31,6 +31,24 @@ def test_a_directory_is_private_and_removed_by_its_owner() -> None:
     assert list(run_base().iterdir()) == []
 
 
+def test_what_a_thread_still_makes_in_it_is_removed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fork is about to have its layer when its sandbox is closed: that comes after the look at what there is."""
+    run_dir, rmdir = RunDir.create("one"), os.rmdir
+    late = [run_dir.path / "layer1.qcow2"]
+
+    def make_and_remove(path: str, *, dir_fd: int | None = None) -> None:
+        while late:
+            late.pop().touch()
+        rmdir(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "rmdir", make_and_remove)
+
+    run_dir.remove()
+
+    assert late == []
+    assert list(run_base().iterdir()) == []
+
+
 def test_a_sweep_takes_the_dead_and_leaves_the_living() -> None:
     """The directory of a killed process goes; that of a running one stays."""
     living = RunDir.create("living")
