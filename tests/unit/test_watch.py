@@ -106,10 +106,15 @@ class Stage:
     async def _rouse(self) -> None:
         await self.machine.execute("cont")
 
-    def watch(self, directory: Path, traffic: Callable[[], int] = lambda: 0) -> Watch:
+    def watch(
+        self,
+        directory: Path,
+        traffic: Callable[[], int] = lambda: 0,
+        limits: Limits = Limits(idle_pause_s=PAUSE_S, free_disk_mib=0),  # noqa: B008 - a value
+    ) -> Watch:
         return Watch(
             self.guest,
-            Limits(idle_pause_s=PAUSE_S, free_disk_mib=0),
+            limits,
             directory=directory,
             connections=lambda: 0,
             traffic=traffic,
@@ -165,6 +170,31 @@ async def test_a_request_does_not_wait_for_a_mount_that_is_written_before_a_paus
 
     assert stops == 0
     assert scene.agent.asked.count("sync") == 2
+
+
+async def test_time_in_which_this_program_stood_still_is_no_idleness(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An hour, with a limit of a minute: the mounts' thread has yet to see what the guest has written meanwhile."""
+    loop, still_s, looks = asyncio.get_running_loop(), [0.0], [0]
+    clock = loop.time
+    limits = Limits(idle_pause_s=0, idle_timeout_s=60, free_disk_mib=0)
+    monkeypatch.setattr(loop, "time", lambda: clock() + still_s[0])
+    monkeypatch.setattr(watch_module, "TICK_S", PAUSE_S)
+
+    def traffic() -> int:
+        looks[0] += 1
+        return 0
+
+    async with stage() as scene, asyncio.TaskGroup() as group:
+        watching = group.create_task(scene.watch(tmp_path, traffic, limits).run())
+        await until(lambda: looks[0] > 1)
+        still_s[0], seen = 3600, looks[0]
+        await until(lambda: looks[0] > seen + 1 or watching.done())
+        ended = watching.done()
+        watching.cancel()
+
+    assert not ended
 
 
 async def test_a_guest_that_is_stopped_on_purpose_is_not_taken_for_dead() -> None:
