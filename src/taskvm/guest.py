@@ -144,6 +144,11 @@ class Guest:
             raise
 
     @property
+    def lost(self) -> Exception | None:
+        """Why it is gone, if it is."""
+        return self._lost
+
+    @property
     def placeholders(self) -> Mapping[str, str]:
         """What it sees instead of each secret that it has now."""
         return {} if self.gateway is None else self.gateway.keyring.placeholders

@@ -86,6 +86,8 @@ class Sandbox:
         self.files: Files = Files(guest.control, guest.user.uid, guest.user.gid)
         self._commands = Commands(guest, self.files, options)
         guest.on_lost = self._lose
+        if guest.lost is not None:  # a copy, while others of its fork were still starting
+            self._lose(guest.lost)
 
     @classmethod
     def create(

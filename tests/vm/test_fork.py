@@ -6,14 +6,18 @@ Covers taskvm.checkpoints.forking.
 import asyncio
 import contextlib
 import importlib.util
+import os
+import signal
 import subprocess
 import sys
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.conftest import GUEST
-from tests.support.waiting import PATIENCE_S
+from tests.support.processes import qemu_of
+from tests.support.waiting import PATIENCE_S, until
 
 from taskvm import (
     HostDir,
@@ -21,6 +25,7 @@ from taskvm import (
     Memory,
     Policy,
     Sandbox,
+    SandboxLostError,
     SandboxStateError,
     Secret,
     Shadow,
@@ -28,6 +33,8 @@ from taskvm import (
     UsageError,
     sync,
 )
+from taskvm.checkpoints.forking import _start_all
+from taskvm.guest import Guest
 from taskvm.launch import _linked
 from taskvm.vm.command import Disk
 from taskvm.vm.layers import MAX_LAYERS
@@ -388,6 +395,30 @@ async def test_one_copy_that_fails_is_its_error_and_no_others(
     assert not made[1].exists()
 
 
+async def test_a_copy_that_is_lost_while_others_start_is_a_lost_sandbox(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It has started, so it is a sandbox; it says at once that it is gone, and why."""
+
+    async def started_and_killed(*arguments: Any) -> list[Guest | TaskvmError]:
+        (guest,) = started = await _start_all(*arguments)
+        assert isinstance(guest, Guest)
+        os.kill(qemu_of(guest.machine.pid), signal.SIGKILL)
+        await until(lambda: guest.lost)
+        return started
+
+    monkeypatch.setattr("taskvm.checkpoints.forking._start_all", started_and_killed)
+    async with Sandbox.create(**GUEST) as vm:
+        (copy,) = await vm.fork_many(1)
+        assert isinstance(copy, Sandbox)
+        async with copy:
+            state = copy.state
+            with pytest.raises(SandboxLostError, match="QEMU was ended by SIGKILL"):
+                copy.statistics()
+
+    assert state == "lost"
+
+
 @pytest.mark.parametrize("delay_s", [0.05, 0.2, 0.4, 0.8])
 async def test_an_original_that_is_closed_meanwhile_is_an_error_of_each_copy_or_of_all(
     delay_s: float,
@@ -419,7 +450,7 @@ def test_the_example_finds_the_best_of_n(tmp_path: Path) -> None:
     """As a person runs it: the wrong attempts lose, and the host's directory stays as it was."""
     done = subprocess.run(
         [sys.executable, EXAMPLES / "best_of_n.py", "4", tmp_path],
-        capture_output=True, text=True, timeout=PATIENCE_S, check=False,
+        capture_output=True, text=True, timeout=2 * PATIENCE_S, check=False,
     )  # fmt: skip
 
     assert (done.returncode, done.stderr) == (0, "")
