@@ -5,13 +5,16 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator
 
+import msgspec
 import pytest
 
 from taskvm.errors import SandboxLostError, UsageError
 from taskvm.files import Files
 from taskvm.port import FramePort, Inlet, StreamReset
-from taskvm.process import ByteStream, ExecResult
+from taskvm.process import ByteStream, ExecResult, Process
 from taskvm.vm.control import Control
+from taskvm.wire.control import ExecRequest
+from taskvm.wire.frames import FrameType, encode_frame
 
 
 @contextlib.asynccontextmanager
@@ -83,3 +86,25 @@ async def test_a_guest_path_is_absolute(path: str) -> None:
         await Files(control, 0, 0).read_bytes(path)
     control.close(SandboxLostError("test", "over"))
     await asyncio.sleep(0)
+
+
+async def test_an_end_that_came_while_this_program_stood_still_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An hour after a command was killed its exit lies in the port: nobody looks at the clock first."""
+    loop, still_s = asyncio.get_running_loop(), [0.0]
+    clock = loop.time
+    monkeypatch.setattr(loop, "time", lambda: clock() + still_s[0])
+    ours, theirs = socket.socketpair()
+    control = await Control.open(ours)
+    call = control.open_call(ExecRequest(argv=[b"x"], env=[], cwd=b"/"), "run x", (1, 2))
+
+    killing = loop.create_task(Process(call, "x", pid=1).kill_all())
+    await asyncio.sleep(0)
+    for kind, message in ((FrameType.REPLY, {"pid": 1}), (FrameType.EXIT, {"signal": 9})):
+        theirs.send(encode_frame(kind, 0, call.stream, msgspec.msgpack.encode(message)))
+    still_s[0] = 3600
+    await killing
+
+    control.close(SandboxLostError("test", "over"))
+    theirs.close()
