@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 PATIENCE_S = 100.0
@@ -40,6 +40,17 @@ async def until(true: Callable[[], object]) -> None:
     while not true():
         assert time.monotonic() < deadline, f"it did not happen within {PATIENCE_S:.0f} s"
         await asyncio.sleep(POLL_S)
+
+
+def growing(first_s: float) -> Iterator[float]:
+    """Yield spans of time, each four times the last, up to PATIENCE_S.
+
+    For a limit within which something has to happen first: how long that takes is the machine's to say.
+    """
+    span_s = first_s
+    while span_s < PATIENCE_S:
+        yield span_s
+        span_s *= 4
 
 
 async def until_settled(value: Callable[[], int], for_s: float = 0.5) -> int:

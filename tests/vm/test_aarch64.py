@@ -3,6 +3,7 @@
 import pytest
 from tests.support.images import CAN_BUILD_OTHER
 from tests.support.images import OTHER_ARCH as OTHER
+from tests.support.waiting import growing
 
 from taskvm import HostDir, ImageSpec, ImageStore, Sandbox, examine
 
@@ -34,7 +35,10 @@ async def test_a_guest_of_the_other_processor_runs_commands_and_serves_files(
         await vm.exec("sha256sum /tmp/data > /workspace/sum", check=True)
         async with await vm.spawn("stty size; exit 7", pty=(30, 100)) as shell:
             screen = b"".join([piece async for piece in shell.stdout])
-        killed = await vm.exec("sleep 100 & sleep 100", timeout_s=10)
+        for limit_s in growing(2):
+            killed = await vm.exec("sleep 500 & echo started; sleep 500", timeout_s=limit_s)
+            if killed.stdout:
+                break
 
         assert machine.stdout.split("\n")[:2] == [OTHER, "42"]
         assert (failed.stdout, failed.stderr, failed.exit_code) == ("out\n", "err\n", 3)

@@ -8,7 +8,7 @@ import signal
 from collections.abc import AsyncIterator
 
 import pytest
-from tests.support.waiting import PATIENCE_S
+from tests.support.waiting import PATIENCE_S, growing
 
 from taskvm import CommandError, GuestError, Sandbox, UsageError
 
@@ -170,11 +170,14 @@ async def gone(vm: Sandbox, pattern: str) -> None:
 async def test_a_timeout_ends_double_forked_daemons(vm: Sandbox) -> None:
     """What an exec started dies with it: setsid, nohup and ignored signals do not help."""
     command = (
-        "setsid sh -c 'trap \"\" TERM HUP INT; exec -a taskvm-daemon sleep 500' >/dev/null 2>&1 & "
-        "echo started; sleep 500"
+        "rm -f /tmp/up; setsid bash -c 'trap \"\" TERM HUP INT; >/tmp/up; exec -a taskvm-daemon sleep 500' "
+        ">/dev/null 2>&1 & until test -e /tmp/up; do sleep 0.01; done; echo started; sleep 500"
     )
 
-    result = await vm.exec(["bash", "-c", command], timeout_s=6)
+    for limit_s in growing(1):
+        result = await vm.exec(["bash", "-c", command], timeout_s=limit_s)
+        if result.stdout:
+            break
 
     assert result.timed_out
     assert result.stdout == "started\n"
