@@ -65,6 +65,12 @@ async def silent_server() -> AsyncIterator[tuple[int, list[asyncio.StreamWriter]
         server.close()
 
 
+def is_forgotten(checkpoint: Checkpoint, kept: Path) -> bool:
+    """Delete it, again: a neighbour who tidies up the cache may have had this directory in hand."""
+    checkpoint.delete()
+    return not kept.parent.exists()
+
+
 async def test_a_disk_is_kept_and_everything_else_is_fresh(tmp_path: Path) -> None:
     """The recipe: install, save, resume for each task. Twice at a time, each another; the source runs on."""
     secret = Secret("API_TOKEN", value="value-7f21c0", hosts=["api.test"])
@@ -148,11 +154,12 @@ async def test_programs_go_on_where_they_were_saved(tmp_path: Path) -> None:
             clock = float((await one.exec(["date", "+%s.%N"])).stdout)
             await one.exec("until test -s /dev/shm/curl; do sleep 0.1; done", timeout_s=PATIENCE_S)
             curl = (await one.exec("cat /dev/shm/curl")).stdout
-            later = int((await one.exec("cat /dev/shm/count")).stdout)
+            goes_on = f"until test $(cat /dev/shm/count) -gt {first}; do sleep 0.05; done"
+            later = await one.exec(goes_on, timeout_s=PATIENCE_S)
             names = one.placeholders
 
     assert 0 < first <= at + 100_000
-    assert later > first
+    assert later.ok
     assert (names, curl) == ({"API_TOKEN": token}, "curl 56\n")
     pairs = [*zip(before.splitlines(), seen.splitlines(), strict=True)]
     assert [old == new for old, new in pairs] == [False] * 5 + [True] * 2
@@ -313,9 +320,8 @@ async def test_what_is_kept_of_a_removed_checkpoint_goes_with_its_last_sandbox(
         assert kept.samefile(saved.path)
         saved.delete()
         assert kept.exists()
-    saved.delete()
 
-    assert not kept.parent.exists()
+    await until(lambda: is_forgotten(saved, kept))
 
 
 async def test_a_checkpoint_of_ones_own_is_not_read_again(
@@ -352,18 +358,17 @@ async def test_a_checkpoint_on_another_file_system_is_copied_once(
                 (kept,) = one._guest.origin.files.layers
             inode = kept.stat().st_ino
             (kept.parent / ".killed").touch()
-            list(forget_disks())
-            assert not (kept.parent / ".killed").exists()
+            await until(lambda: not (list(forget_disks()) or (kept.parent / ".killed").exists()))
             async with checkpoint.resume() as two:
                 said = (await two.exec("cat /var/tmp/kept")).stdout
                 again = kept.stat().st_ino
                 checkpoint.delete()
                 async with two.fork() as child:
                     copied = (await child.exec("cat /var/tmp/kept")).stdout
-            checkpoint.delete()
+
+            await until(lambda: is_forgotten(checkpoint, kept))
 
     assert (said, copied, again) == ("kept\n", "kept\n", inode)
-    assert not kept.parent.exists()
 
 
 async def test_a_full_disk_costs_the_checkpoint_and_nothing_else(
