@@ -122,6 +122,10 @@ class FramePort(asyncio.Protocol):
         if self._transport is not None and self._lost is None:
             self._transport.writelines(held)
 
+    def held_frames(self) -> list[Frame]:
+        """Return what was sent since `hold`: a guest that is saved now never hears of it."""
+        return FrameDecoder().feed(b"".join(self._held or []))
+
     async def quiesce(self) -> None:
         """Bring the guest's side of the port to rest, also while it is held.
 
@@ -310,10 +314,11 @@ class Inlet:
         return self._credit
 
     def drain(self, credit: int) -> None:
-        """Begin as the flow of a guest that was saved with `credit` left to send; all that comes is dropped."""
+        """Begin as the flow of a guest that was saved with at most `credit` left to send; all that comes is dropped."""
         self._discarding = True
         self._credit = credit
-        self._grant(self._window - credit)
+        # A whole window: of `credit` the guest lacks what was granted while its port was held.
+        self._grant(self._window)
 
     def fail(self, error: Exception) -> None:
         """End the flow with `error`, unless it has ended."""

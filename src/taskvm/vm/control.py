@@ -289,6 +289,8 @@ class Control:
     def export(self) -> ControlState:
         """Return the state of a port at rest."""
         running = [call for call in self._calls.values() if 2 in call.inlets and call.reply.done()]
+        others = set(self._calls) - {call.stream for call in running}
+        others |= {each.stream for each in self.port.held_frames() if each.type is FrameType.RESET}
         return ControlState(
             next_stream=self._next_stream,
             highest_stream=self._highest_stream,
@@ -303,7 +305,7 @@ class Control:
                 )
                 for call in running
             ],
-            others=sorted(set(self._calls) - {call.stream for call in running}),
+            others=sorted(others),
         )
 
     def adopt(self, state: ControlState) -> None:

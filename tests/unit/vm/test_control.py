@@ -13,9 +13,18 @@ from hypothesis import strategies as st
 
 from taskvm.errors import GuestError, GuestProtocolError, SandboxLostError
 from taskvm.vm import control as control_module
-from taskvm.vm.control import Control
+from taskvm.vm.control import Call, Control
 from taskvm.wire import control as messages
-from taskvm.wire.frames import Frame, FrameDecoder, FrameType, encode_frame, encode_u32
+from taskvm.wire.frames import (
+    INITIAL_CREDIT,
+    MAX_DATA,
+    Frame,
+    FrameDecoder,
+    FrameType,
+    decode_u32,
+    encode_frame,
+    encode_u32,
+)
 
 
 class Guest:
@@ -213,3 +222,47 @@ async def test_a_guest_that_does_not_answer_a_ping_is_lost(monkeypatch: pytest.M
 
     assert lost == [error]
     assert isinstance(later, SandboxLostError)
+
+
+async def _run_command(control: Control, guest: Guest) -> Call:
+    request = messages.ExecRequest(argv=[b"cat"], env=[], cwd=b"/")
+    call = control.open_call(request, "run cat", (1, 2))
+    await guest.receive()
+    await guest.send(FrameType.REPLY, call.stream, {"pid": 7})
+    await call.answer(messages.Started)
+    return call
+
+
+async def test_a_saved_command_goes_on_though_credit_for_it_was_held_when_it_was_saved() -> None:
+    """The guest had spent its window, and was granted another while its port was at rest: it does not know."""
+    async with control_and_guest() as (control, guest):
+        call = await _run_command(control, guest)
+        control.port.hold()
+        for _ in range(INITIAL_CREDIT // MAX_DATA):
+            await guest.send(FrameType.DATA, call.stream, b"x" * MAX_DATA, 1)
+            await call.inlets[1].read(MAX_DATA)
+        state = control.export()
+    async with control_and_guest() as (copy, guest):
+        copy.adopt(state)
+        copy.open_call(messages.PingRequest(), "ask something else")
+
+        first = await guest.receive()
+
+    assert (first.type, first.stream, first.channel) == (FrameType.CREDIT, call.stream, 1)
+    assert decode_u32(first.payload) >= INITIAL_CREDIT
+
+
+async def test_a_command_that_was_given_up_while_its_guest_was_saved_ends_in_the_copy() -> None:
+    """The saved guest never heard of the RESET, which was held: the copy's is told again."""
+    async with control_and_guest() as (control, guest):
+        call = await _run_command(control, guest)
+        control.port.hold()
+        call.forget(errno=errno.ECANCELED)
+        state = control.export()
+    async with control_and_guest() as (copy, guest):
+        copy.adopt(state)
+        copy.open_call(messages.PingRequest(), "ask something else")
+
+        reset = await guest.receive()
+
+    assert (reset.type, reset.stream) == (FrameType.RESET, call.stream)
