@@ -238,12 +238,14 @@ class Control:
         # Urgent: an agent at rest answers, and a ping in a port that is held would never leave.
         call = self.open_call(messages.PingRequest(), operation, urgent=True)
         self.calls_made -= 1
-        # Not asyncio.timeout: after the program itself stood still, the answer is there and counts.
-        await asyncio.wait([call.reply], timeout=timeout_s)
-        if call.reply.done():
-            await call.answer(messages.Done)
+        try:
+            # Not asyncio.timeout: after the program itself stood still, the answer is there and counts.
+            await asyncio.wait([call.reply], timeout=timeout_s)
+            if call.reply.done():
+                await call.answer(messages.Done)
+                return
+        finally:
             self.drop(call.stream)
-            return
         error = SandboxLostError(
             operation,
             f"the guest did not answer within {timeout_s:g} s",

@@ -224,6 +224,17 @@ async def test_a_guest_that_does_not_answer_a_ping_is_lost(monkeypatch: pytest.M
     assert isinstance(later, SandboxLostError)
 
 
+async def test_a_ping_that_nobody_waits_for_any_more_is_no_activity() -> None:
+    """A sandbox whose probe was cancelled would never be idle again."""
+    async with control_and_guest() as (control, guest):
+        probing = asyncio.get_running_loop().create_task(control.probe("end a late command"))
+        await guest.receive()
+        probing.cancel()
+        await asyncio.wait([probing])
+
+        assert control.open_calls == 0
+
+
 async def _run_command(control: Control, guest: Guest) -> Call:
     request = messages.ExecRequest(argv=[b"cat"], env=[], cwd=b"/")
     call = control.open_call(request, "run cat", (1, 2))
