@@ -5,6 +5,8 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from tests.support.waiting import PATIENCE_S, until
@@ -12,7 +14,7 @@ from tests.support.waiting import PATIENCE_S, until
 import taskvm
 from taskvm.errors import HostError, UsageError
 from taskvm.supervisor.client import Supervisor
-from taskvm.supervisor.holding import Recipe
+from taskvm.supervisor.holding import Holding, Recipe
 from taskvm.supervisor.place import Place
 from taskvm.supervisor.server import Server
 from taskvm.wire.frames import FrameType, encode_frame
@@ -128,6 +130,42 @@ async def test_what_it_does_not_know_is_refused(place: Path) -> None:
                 said += data
             assert b"UsageError" in said
             sock.close()
+
+
+class Slow:
+    """What a sandbox is to its end: one that takes long."""
+
+    def __init__(self) -> None:
+        self.vm = SimpleNamespace(id="sandbox-slow")
+        self.ended_s = 0.0
+        self.outcome = ""
+        self.ended = asyncio.Event()
+
+    @property
+    def running(self) -> bool:
+        return not self.outcome
+
+    def end(self, outcome: str) -> None:
+        self.outcome = outcome
+
+
+async def test_it_ends_though_who_asked_for_it_waits_no_longer(place: Path) -> None:
+    """Ctrl-C at `taskvm supervisor stop` while sandboxes end: one that cannot be reached would keep the lock."""
+    slow = Slow()
+    async with asyncio.TaskGroup() as group:
+        server = Server(Place(place), no_recipe, taskvm.__version__, linger_s=1e6)
+        ready = asyncio.Event()
+        running = group.create_task(server.run(ready.set))
+        await ready.wait()
+        server.roster._holdings["sandbox-slow"] = cast("Holding", slow)
+        stopping = group.create_task(Supervisor().shut_down())
+        await until(lambda: slow.outcome)
+        stopping.cancel()
+        await until(lambda: not server._serving)
+        slow.ended.set()
+        await until(running.done)
+
+    assert not (place / "socket").exists()
 
 
 async def test_it_ends_when_it_has_held_nothing_for_a_while(place: Path) -> None:

@@ -99,10 +99,10 @@ class Server:
         )
 
     async def shut_down(self) -> None:
-        """End every sandbox, and then the supervisor."""
+        """End every sandbox, and then the supervisor; that is done, too, when who asks for it waits no longer."""
         self._leave_place()
-        await self.roster.close("the supervisor was stopped")
         self._stopping.set()
+        await self.roster.close("the supervisor was stopped")
 
     # How.
 
