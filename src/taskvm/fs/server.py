@@ -25,8 +25,8 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 from taskvm.errors import (
     GuestProtocolError,
@@ -150,7 +150,7 @@ class FsServer:
         session = Session(opened, self._report, tell, aside if opened.prompt else None)
         if state is not None:
             with self._serving:
-                self._rest()
+                self._rest(Patience(QUIESCE_TIMEOUT_S))
             _take_up(self._names[mount_id], session, state)
         return session
 
@@ -206,16 +206,13 @@ class FsServer:
         rest = Patience(QUIESCE_TIMEOUT_S, given_up)
         if any(lane.is_late for lane in self._lanes.values()):
             raise TimeoutError(_NO_RETURN)
-        rest.wait(lambda span_s: self._serving.acquire(timeout=span_s), _NO_RETURN)
-        try:
-            self._rest()
-        finally:
-            self._serving.release()
-        number = self._answers.ask()  # one that was given up on may be answered only now
-        self._send_control(FrameType.QUIESCE, rest)
+        with _taken(self._serving, rest, _NO_RETURN):
+            self._rest(rest)
+        # One that was given up on may be answered only now.
+        number = self._send_control(FrameType.QUIESCE, rest, self._answers.ask)
         rest.wait(lambda span_s: self._answers.wait_for(number, span_s), _NO_ANSWER)
         if self._ended.is_set():
-            raise SandboxLostError("bring the guest's port taskvm.fs to rest", "it was closed")
+            raise _closed()
         for lane in list(self._lanes.values()):
             rest.wait(lane.wait_idle, _NO_RETURN)
         rest.wait(self._is_read, _NO_READER)
@@ -252,12 +249,18 @@ class FsServer:
         for lane in lanes:
             lane.join(deadline - time.monotonic())
         self._attention.close()
-        self._sock.close()
+        with (
+            self._sending
+        ):  # the number that a thread is about to send to must not become another file's
+            self._sock.close()
 
     def _is_read(self, span_s: float) -> bool:
         """Whether the guest has taken all that was sent (SIOCOUTQ), now or in a moment."""
-        if not unread(self._sock):
-            return True
+        try:
+            if not unread(self._sock):
+                return True
+        except (OSError, ValueError) as error:  # of a number that is none any more
+            raise _closed() from error
         time.sleep(min(span_s, 0.001))
         return False
 
@@ -275,8 +278,8 @@ class FsServer:
         elif mount_id in self._mounts:
             self._attention.unwatch(self._mounts[mount_id].provider.sources())
 
-    def _rest(self) -> None:
-        with self._sending:
+    def _rest(self, patience: Patience) -> None:
+        with _taken(self._sending, patience, _NO_READER):
             if self._held is None:
                 self._held = []
         for number in [*self._mounts, *self._lanes]:
@@ -440,18 +443,28 @@ class FsServer:
             with suppress(OSError):
                 self._sock.sendall(told)
 
-    def _send_control(self, kind: FrameType, patience: Patience) -> None:
+    def _send_control(
+        self, kind: FrameType, patience: Patience, count: Callable[[], int] = lambda: 0
+    ) -> int:
+        """Send a frame about the port itself. Return what `count` says, which is asked when it is sure to be sent."""
         operation = f"send {kind.name} to the guest's port {PORT_FS}"
-        patience.wait(
-            lambda span_s: self._sending.acquire(timeout=span_s),
-            f"{operation}: the guest does not read",
-        )
-        try:
-            self._sock.sendall(encode_header(kind, 0, 0, 0))
-        except OSError as error:
-            raise SandboxLostError(operation, error.strerror or str(error)) from error
-        finally:
-            self._sending.release()
+        with _taken(self._sending, patience, f"{operation}: the guest does not read"):
+            number = count()
+            try:
+                self._sock.sendall(encode_header(kind, 0, 0, 0))
+            except OSError as error:
+                raise SandboxLostError(operation, error.strerror or str(error)) from error
+        return number
+
+
+@contextmanager
+def _taken(lock: threading.Lock, patience: Patience, complaint: str) -> Iterator[None]:
+    """Take a lock as long as there is patience. Raises TimeoutError with `complaint`."""
+    patience.wait(lambda span_s: lock.acquire(timeout=span_s), complaint)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _export(name: str, session: Session) -> bytes:
@@ -480,3 +493,7 @@ def _take_up(name: str, session: Session, state: bytes) -> None:
 def _gone(message: memoryview) -> Reply | None:
     """Answer for a mount that was removed while its requests were under way."""
     return encode_error(_UNIQUE.unpack_from(message)[0], errno.ENODEV)
+
+
+def _closed() -> SandboxLostError:
+    return SandboxLostError("bring the guest's port taskvm.fs to rest", "it was closed")

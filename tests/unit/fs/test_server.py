@@ -19,7 +19,9 @@ from taskvm.fs import coherence as coherence_module
 from taskvm.fs import server as server_module
 from taskvm.fs.hostdir import HostDir
 from taskvm.fs.memory import Memory
+from taskvm.fs.patience import Patience
 from taskvm.fs.provider import Change, Entry, Provider
+from taskvm.fs.server import FsServer
 from taskvm.fs.session import Session
 from taskvm.wire.frames import FrameType, encode_frame, encode_header
 from taskvm.wire.fuse import WRITE_CACHE, Opcode
@@ -173,6 +175,45 @@ def test_a_rest_that_is_given_up_before_it_began_asks_nothing(guest: Guest) -> N
     assert guest.receive().type is FrameType.RESUME
 
 
+def test_a_rest_is_given_up_though_an_answer_is_not_read(guest: Guest) -> None:
+    """A thread that sends one has the lock until the guest reads."""
+    given_up = threading.Event()
+    given_up.set()
+    with guest.server._sending, pytest.raises(TimeoutError, match="not read"):
+        guest.server.quiesce(given_up)
+
+
+def test_a_rest_that_was_given_up_unasked_leaves_the_next_one_its_answer(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread begins to send an answer just before QUIESCE is, and the guest is slow to read."""
+    given_up = threading.Event()
+    given_up.set()
+    then = _then_blocked(guest.server)
+    with monkeypatch.context() as slow:
+        slow.setattr(guest.server, "_rest", then)
+        with pytest.raises(TimeoutError, match="not read"):
+            guest.server.quiesce(given_up)
+    guest.server._sending.release()
+    again = threading.Thread(target=guest.server.quiesce)
+    again.start()
+    assert guest.receive().type is FrameType.QUIESCE
+    guest.sock.sendall(encode_header(FrameType.QUIESCED, 0, 0, 0))
+    again.join(PATIENCE_S)
+
+    assert not again.is_alive()
+
+
+def _then_blocked(server: FsServer) -> Callable[..., None]:
+    rest = server._rest
+
+    def both(*patience: Patience) -> None:
+        rest(*patience)
+        server._sending.acquire()
+
+    return both
+
+
 def test_an_answer_that_nobody_asked_for_ends_the_guest(guest: Guest) -> None:
     guest.sock.sendall(encode_header(FrameType.QUIESCED, 0, 0, 0))
 
@@ -196,6 +237,33 @@ def test_a_port_that_ends_while_it_comes_to_rest_is_lost(guest: Guest) -> None:
     resting.join(PATIENCE_S)
 
     assert len(errors) == 1
+
+
+def test_a_port_that_is_closed_while_its_last_answers_are_not_read_is_lost(guest: Guest) -> None:
+    """A sandbox is closed while it is being saved."""
+    guest.server.add_mount(1, Memory())
+    guest.ask(Opcode.INIT, 0, INIT)
+    errors: list[Exception] = []
+    glanced = threading.Event()
+
+    def rest() -> None:
+        try:
+            guest.server.quiesce()
+        except Exception as error:  # noqa: BLE001 - the test judges it
+            errors.append(error)
+
+    is_read = guest.server._is_read
+    guest.server._is_read = lambda span_s: glanced.set() or is_read(span_s)  # type: ignore[method-assign,func-returns-value]  # told when it waits
+    resting = threading.Thread(target=rest)
+    resting.start()
+    assert guest.receive().type is FrameType.QUIESCE
+    guest.send(Opcode.GETATTR, 1, bytes(16))
+    guest.sock.sendall(encode_header(FrameType.QUIESCED, 0, 0, 0))
+    assert glanced.wait(PATIENCE_S)
+    guest.server.close()
+    resting.join(PATIENCE_S)
+
+    assert [type(error) for error in errors] == [SandboxLostError]
 
 
 @pytest.mark.parametrize(
