@@ -27,12 +27,21 @@ async def finished(
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         hurry()
-        while not task.done():
-            with contextlib.suppress(asyncio.CancelledError):  # again; the first is raised below
-                await asyncio.wait([task])
-        if not task.cancelled():
-            task.exception()  # retrieved: the caller's cancellation comes first
+        await outlast(task)
         raise
+
+
+async def outlast(*works: asyncio.Future[_T]) -> None:
+    """Wait until all `works` have ended, however often the caller is cancelled; what they raise is dropped.
+
+    For a caller that has been cancelled, and would take away what they use.
+    """
+    while running := [work for work in works if not work.done()]:
+        with contextlib.suppress(asyncio.CancelledError):  # again; the caller raises the first
+            await asyncio.wait(running)
+    for work in works:
+        if not work.cancelled():
+            work.exception()  # retrieved: the caller's cancellation comes first
 
 
 class Background:

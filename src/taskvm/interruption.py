@@ -13,6 +13,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import ParamSpec, TypeVar
 
+from taskvm.background import outlast
+
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 # How often work that waits for something else, such as a program or a lock, asks.
@@ -32,7 +34,10 @@ def check() -> None:
 
 
 async def in_thread(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-    """Run `function` in a thread and return what it returns. A cancellation is told to it, and waits for its end."""
+    """Run `function` in a thread and return what it returns. A cancellation is told to it, and waits for its end.
+
+    So does another one: what the work uses, such as a descriptor, is the caller's, who takes it away.
+    """
     told = threading.Event()
     context = contextvars.copy_context()
     context.run(_told.set, told)
@@ -43,11 +48,5 @@ async def in_thread(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwa
         return await asyncio.shield(work)
     except asyncio.CancelledError:
         told.set()
-        work.add_done_callback(_forget)
-        await asyncio.wait([work])
+        await outlast(work)
         raise
-
-
-def _forget(work: asyncio.Future[_T]) -> None:
-    if not work.cancelled():
-        work.exception()  # retrieved: it is the cancellation's, or nobody's

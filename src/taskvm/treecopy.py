@@ -11,26 +11,23 @@ Rule 4: a copy in may find its tree changed while it reads (a shared folder): de
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import secrets
 import shutil
 import stat
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING
 
 from taskvm.errors import CopyError, GuestError, HostError, UsageError
 from taskvm.filestream import PIECE_BYTES
 from taskvm.fs.syscalls import RENAME_NOREPLACE, rename
+from taskvm.interruption import in_thread
 
 if TYPE_CHECKING:
     from taskvm.files import FileInfo, Files
-
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 
 # Each level holds a descriptor, and a process has 1024 of them by default.
 MAX_DEPTH = 128
@@ -135,7 +132,7 @@ class CopyOut:
             async with contextlib.aclosing(reading) as pieces:
                 async for piece in pieces:
                     self._spend(path, len(piece))
-                    await _in_thread(_write_all, new, piece)
+                    await in_thread(_write_all, new, piece)
             os.fchmod(new, info.mode & _PERMISSIONS)
             os.utime(new, ns=_times(info))
 
@@ -264,16 +261,6 @@ def _staging(parent: int) -> Iterator[int]:
         shutil.rmtree(name, ignore_errors=True, dir_fd=parent)
 
 
-async def _in_thread(function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
-    """Call in a thread and, when cancelled, wait for its end: the descriptor it uses must not be closed before."""
-    working = asyncio.get_running_loop().run_in_executor(None, lambda: function(*args, **kwargs))
-    try:
-        return await asyncio.shield(working)
-    except asyncio.CancelledError:
-        await asyncio.wait([working])
-        raise
-
-
 def _write_all(descriptor: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
@@ -281,7 +268,7 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 
 async def _pieces(descriptor: int) -> AsyncIterator[bytes]:
-    while data := await _in_thread(os.read, descriptor, PIECE_BYTES):
+    while data := await in_thread(os.read, descriptor, PIECE_BYTES):
         yield data
 
 

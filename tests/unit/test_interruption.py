@@ -2,6 +2,8 @@
 
 import asyncio
 import fcntl
+import gc
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +28,29 @@ async def test_the_result_and_the_error_of_the_work_are_those_of_the_call() -> N
     assert await in_thread(lambda: check() or "done") == "done"
     with pytest.raises(ZeroDivisionError):
         await in_thread(lambda: 1 // 0)
+
+
+async def test_the_end_of_the_work_is_waited_for_however_often_it_is_cancelled() -> None:
+    """A caller closes the descriptor that the work writes to: its number may be another file's then."""
+    may_end, left = threading.Event(), []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: left.append(context))
+
+    def work() -> None:
+        may_end.wait(PATIENCE_S)
+        raise ValueError("too late to be told")
+
+    caller = asyncio.get_running_loop().create_task(in_thread(work))
+    for _ in range(3):
+        await asyncio.sleep(0)
+        caller.cancel()
+    await asyncio.sleep(0)
+    ended_first = caller.done()
+    may_end.set()
+    await asyncio.wait([caller])
+    gc.collect()
+
+    assert caller.cancelled()
+    assert (ended_first, left) == (False, [])
 
 
 def in_a_program(_: ImageSpec, target: Path, progress: Progress) -> BuiltAssets:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+from taskvm.background import outlast
 from taskvm.errors import HostError, SandboxLostError, SandboxStateError
 from taskvm.vm.extents import copy_extent, data_extents
 from taskvm.vm.machine import Machine
@@ -161,14 +162,14 @@ class MemoryCopy:
         return descriptor
 
     async def _in_threads(self, *works: Callable[[], None]) -> None:
-        """Run all `works`; whoever is cancelled waits until they have noticed, since they use our descriptors."""
+        """Run all `works`; whoever is cancelled, and again, waits until they have noticed: they use our descriptors."""
         loop = asyncio.get_running_loop()
         running = [loop.run_in_executor(None, work) for work in works]
         try:
             await asyncio.wait(running)
         except asyncio.CancelledError:
             self._stopped = True
-            await asyncio.wait(running)
+            await outlast(*running)
             raise
         errors = [error for each in running if (error := each.exception()) is not None]
         if not errors:

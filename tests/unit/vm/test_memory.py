@@ -1,10 +1,13 @@
 """Which pages are copied together, and the parts of a file that are no holes.
 
-Covers the pure parts of taskvm.vm.memory, and taskvm.vm.extents.
+Covers the parts of taskvm.vm.memory that need no QEMU, and taskvm.vm.extents.
 """
 
+import asyncio
 import errno
+import gc
 import os
+import threading
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -12,10 +15,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.waiting import PATIENCE_S
 
 from taskvm.errors import SandboxLostError, SandboxStateError
 from taskvm.vm.extents import copy_extent, data_extents
-from taskvm.vm.memory import _OWN, _refused, join_runs
+from taskvm.vm.memory import _OWN, MemoryCopy, _refused, join_runs
 
 MIB = 1024 * 1024
 
@@ -53,6 +57,31 @@ def test_a_host_that_lets_nobody_read_is_told_what_to_change() -> None:
     assert isinstance(refused, SandboxStateError)
     assert "kernel.yama.ptrace_scope" in refused.next_step
     assert isinstance(gone, SandboxLostError)
+
+
+async def test_copiers_end_before_what_they_use_is_closed(tmp_path: Path) -> None:
+    """Also when their caller is cancelled again, and when one of them fails meanwhile, which nobody asks for."""
+    may_end, left = threading.Event(), []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: left.append(context))
+    copy = object.__new__(MemoryCopy)
+    copy._path = tmp_path
+
+    def work() -> None:
+        may_end.wait(PATIENCE_S)
+        raise SandboxLostError("copy", "QEMU has ended")
+
+    copying = asyncio.get_running_loop().create_task(copy._in_threads(work, work))
+    for _ in range(3):
+        await asyncio.sleep(0)
+        copying.cancel()
+    await asyncio.sleep(0)
+    ended_first = copying.done()
+    may_end.set()
+    await asyncio.wait([copying])
+    gc.collect()
+
+    assert copying.cancelled()
+    assert (ended_first, left) == (False, [])
 
 
 @pytest.fixture
