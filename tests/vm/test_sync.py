@@ -4,6 +4,7 @@ Covers taskvm.sync.bridge, taskvm.sync.sandbox, taskvm.sync.process, taskvm.sync
 surfaces promise is claimed once, in the modules that say BOTH_SURFACES.
 """
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -11,7 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from tests.support.processes import is_alive
 from tests.support.waiting import PATIENCE_S, wait_until
 
 from taskvm import SandboxStateError, UsageError
+from taskvm.opening import Opening
 from taskvm.sync import HostDir, Process, Sandbox, WarmPool
 
 pytestmark = pytest.mark.vm
@@ -137,6 +139,44 @@ def test_progress_is_told_in_the_thread_that_called() -> None:
 
     assert call.run(work) == 7
     assert heard == [("half way", threading.current_thread())]
+
+
+class Started:
+    """A sandbox that has come up."""
+
+    closed = False
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+def test_a_sandbox_that_has_started_when_its_start_is_ended_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A callback's exception may come when all is done: nobody has the sandbox."""
+    from taskvm.sync import sandbox as module
+    from taskvm.sync.bridge import Bridge
+
+    started = Started()
+
+    def fail_late(_line: str) -> None:
+        wait_until(lambda: started in Bridge.current()._closers)
+        Bridge.current().call(asyncio.sleep, 0.01)
+        raise LookupError("the line could not be shown")
+
+    async def start(on_progress: Callable[[str], None]) -> Started:
+        on_progress("starting")
+        return started
+
+    def create(*, on_progress: Callable[[str], None], **_: object) -> Opening[Started]:
+        return Opening(lambda: start(on_progress))
+
+    monkeypatch.setattr(module.aio.Sandbox, "create", create)
+    with pytest.raises(LookupError, match="could not be shown"):
+        Sandbox.create(on_progress=fail_late)
+
+    assert started.closed
+    assert started not in Bridge.current()._closers
 
 
 def test_an_iterators_exception_ends_the_exec_and_is_raised(blocking: Sandbox) -> None:

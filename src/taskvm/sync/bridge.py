@@ -163,13 +163,21 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 class Call:
     """One blocking call. Without `cancels` an interruption stops the waiting only, and the work goes on to its end.
 
+    `undo` gets what a work has made that was done when it was to be cancelled: nobody else has it.
     `callback` and `stream` make of the user's functions and iterators what the work may use: they run in `run`.
     """
 
-    def __init__(self, bridge: Bridge, *, cancels: bool = True) -> None:
+    def __init__(
+        self,
+        bridge: Bridge,
+        *,
+        cancels: bool = True,
+        undo: Callable[[Any], Awaitable[None]] | None = None,
+    ) -> None:
         bridge.require_usable()
         self._bridge = bridge
         self._cancels = cancels
+        self._undo = undo
         self._posts: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
 
     def run(self, function: Callable[_P, Awaitable[_T]], *args: _P.args, **kwargs: _P.kwargs) -> _T:
@@ -183,8 +191,10 @@ class Call:
         except BaseException:
             if self._cancels:
                 self._bridge.submit(work.cancel)
-                with contextlib.suppress(CancelledError):
-                    work.ended.exception()  # waits
+                with contextlib.suppress(CancelledError, TaskvmError):  # the interruption is told
+                    failed = work.ended.exception()  # waits
+                    if failed is None and self._undo is not None:
+                        self._bridge.release(partial(self._undo, work.ended.result()))
             raise
         try:
             return work.ended.result()

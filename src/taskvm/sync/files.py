@@ -167,7 +167,8 @@ class Files:
         async def watch() -> aio_filewatch.FileWatch:
             return await self._files.watch(path, recursive=recursive)
 
-        return FileWatch(self._bridge, self._bridge.call(watch))
+        call = Call(self._bridge, undo=aio_filewatch.FileWatch.close)
+        return FileWatch(self._bridge, call.run(watch))
 
     def rename(self, path: GuestPath, to: GuestPath, *, replace: bool = True) -> None:
         """Rename `path` to `to` within one file system; without `replace` an existing `to` is EEXIST."""

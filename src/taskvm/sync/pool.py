@@ -43,7 +43,7 @@ class WarmPool:
         )
 
     def __enter__(self) -> Self:
-        self._entering = Call(self._bridge)
+        self._entering = Call(self._bridge, undo=lambda _: self._exit())
         self._entering.run(self._enter)
         return self
 

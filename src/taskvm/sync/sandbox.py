@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self, Unpack
 
+from taskvm import process as aio_process
 from taskvm import sandbox as aio
 from taskvm.commands import Command
 from taskvm.egress.oversight import Oversight
@@ -86,7 +88,7 @@ class Sandbox:
         start a sandbox; SandboxLostError when the guest does not come up. Nothing is left behind then.
         """
         bridge = Bridge.current()
-        call = Call(bridge)
+        call = Call(bridge, undo=partial(_close, bridge))
         starting = aio.Sandbox.create(
             mounts=mounts, allow=allow, allow_addresses=allow_addresses, policy=policy, oversight=oversight,
             secrets=secrets, env=env, resolve=resolve, extra_ca_files=extra_ca_files, passthrough=passthrough,
@@ -239,7 +241,7 @@ class Sandbox:
         terminal that the command gets instead of pipes, as the leader of its session; $TERM is xterm-256color then,
         unless `env` names another. `limits` are those of `exec`, as are the errors.
         """
-        process = self._bridge.call(
+        process = Call(self._bridge, undo=aio_process.Process.kill_all).run(
             self._sandbox.spawn,
             command,
             cwd=cwd,
@@ -264,7 +266,8 @@ class Sandbox:
         async def forward() -> aio_ingress.Forward:
             return await self._sandbox.forward(port, host=host, host_port=host_port)
 
-        return Forward(self._bridge, self._bridge.call(forward))
+        call = Call(self._bridge, undo=aio_ingress.Forward.close)
+        return Forward(self._bridge, call.run(forward))
 
     def checkpoint(
         self, target: str | os.PathLike[str], *, memory: bool = False, stop: bool = False
@@ -294,7 +297,7 @@ class Sandbox:
         **changes: Unpack[ResumeArguments],
     ) -> list[Sandbox | TaskvmError]:
         """Start `count` copies as `fork` does, all of one instant. See `taskvm.Sandbox.fork_many`."""
-        call = Call(self._bridge)
+        call = Call(self._bridge, undo=self._close_all)
         own = changes_of_copies(count, changes, each)  # here: it is the caller's thread
         for one in own:
             if "on_progress" in one:
@@ -356,7 +359,16 @@ class Sandbox:
         self.close()
 
     async def _close(self) -> None:
-        try:
-            await self._sandbox.close()
-        finally:
-            self._bridge.disown(self._sandbox)
+        await _close(self._bridge, self._sandbox)
+
+    async def _close_all(self, started: Sequence[aio.Sandbox | TaskvmError]) -> None:
+        for one in started:
+            if isinstance(one, aio.Sandbox):
+                await _close(self._bridge, one)
+
+
+async def _close(bridge: Bridge, sandbox: aio.Sandbox) -> None:
+    try:
+        await sandbox.close()
+    finally:
+        bridge.disown(sandbox)
