@@ -12,7 +12,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -487,3 +487,10 @@ class Guest:
 
     async def _ask(self, request: Request, operation: str, *, urgent: bool = False) -> None:
         await self.control.request(request, Done, operation, urgent=urgent)
+
+
+async def close_all(guests: Iterable[Guest]) -> None:
+    """Close them one after the other. A cancellation, which one of them meets, leaves none of the others running."""
+    async with contextlib.AsyncExitStack() as ending:
+        for guest in guests:
+            ending.push_async_callback(guest.close)

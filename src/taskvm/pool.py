@@ -16,7 +16,7 @@ from typing import Self
 
 from taskvm.background import Background
 from taskvm.errors import SandboxLostError, SandboxStateError, UsageError
-from taskvm.guest import Guest
+from taskvm.guest import Guest, close_all
 from taskvm.launch import fork
 from taskvm.options import DEFAULT_CPUS, DEFAULT_MEMORY_MIB
 from taskvm.progress import tell_terminal
@@ -73,9 +73,12 @@ class WarmPool:
         trace: TracebackType | None,
     ) -> None:
         self._template = None
-        await self._background.aclose()
-        while self._ready:
-            await self._ready.popleft().close()
+        try:
+            await self._background.aclose()
+        finally:
+            ready = [*self._ready]
+            self._ready.clear()
+            await close_all(ready)
 
     async def take(self, template: Template) -> Guest | None:
         """Hand over a ready guest of `template`, running, or None when there is none; a replacement is started."""

@@ -23,7 +23,7 @@ from taskvm.fs.provider import Provider
 from taskvm.fs.router import Router
 from taskvm.fs.shadow import Shadow
 from taskvm.fs.wrapper import Wrapper
-from taskvm.guest import Guest
+from taskvm.guest import Guest, close_all
 from taskvm.launch import resume
 from taskvm.options import SandboxOptions
 from taskvm.vm.template import Template
@@ -102,8 +102,7 @@ async def _start_all(
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(start(options)) for options in children]
     except BaseException:  # cancelled: nobody gets those that have started
-        for guest in started:
-            await guest.close()
+        await close_all(started)
         raise
     return [task.result() for task in tasks]
 
