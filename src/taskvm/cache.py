@@ -63,7 +63,7 @@ class Cache:
         """
         disks = list(stored_disks().values())
         yield from self._store.prune(keep, progress, spare={disk.image for disk in disks})
-        images = {image.digest: _boot_files(image) for image in self._sound_images()}
+        images = dict(self._bootable())
         current = list(images.values())
         digests = {files.digest for files in current} | {
             guest_key(images[disk.image].digest, disk.sha256)
@@ -78,19 +78,20 @@ class Cache:
             {name for files in current for name in (files.initrd.name, files.head.name)}
         )
 
-    def _sound_images(self) -> Iterator[Image]:
+    def _bootable(self) -> Iterator[tuple[str, BootFiles]]:
         for digest in self._store.digests():
-            with contextlib.suppress(TaskvmError):
-                yield self._store.get(digest)
+            with contextlib.suppress(ImageError):  # damaged, or removed since
+                yield digest, _boot_files(self._store.get(digest))
 
     def _old_initramfs(self, kept: set[str]) -> Iterator[Removed]:
         directory = self._store.root / "initramfs"
         for path in sorted(directory.iterdir()) if directory.is_dir() else ():
-            status = path.stat()
-            if path.name not in kept and status.st_mtime < time.time() - _INITRAMFS_AGE_S:
-                size = measure(path)
-                path.unlink(missing_ok=True)
-                yield Removed(f"initial file system {path.name[:12]}", size)
+            with contextlib.suppress(FileNotFoundError):  # another was faster
+                status = path.stat()
+                if path.name not in kept and status.st_mtime < time.time() - _INITRAMFS_AGE_S:
+                    size = measure(path)
+                    path.unlink()
+                    yield Removed(f"initial file system {path.name[:12]}", size)
 
 
 def _boot_files(image: Image) -> BootFiles:

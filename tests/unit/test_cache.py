@@ -104,6 +104,39 @@ def test_an_image_goes_with_its_names_and_its_templates(store: ImageStore, cache
     )
 
 
+def test_two_may_prune_at_a_time(store: ImageStore, cache: Cache) -> None:
+    """What one has listed, the other may have removed."""
+    directory = store.root / "initramfs"
+    directory.mkdir(parents=True)
+    for name in ("aa.cpio", "bb.cpio"):
+        (directory / name).touch()
+        os.utime(directory / name, (0, 0))
+    first = cache.prune(0, silent)
+
+    removed = [next(first).what, *(each.what for each in Cache(store).prune(0, silent))]
+    removed += [each.what for each in first]
+
+    assert removed == ["initial file system aa.cpio", "initial file system bb.cpio"]
+
+
+def test_an_image_that_is_removed_while_another_prunes_is_none(
+    store: ImageStore, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was there when images were listed."""
+    image = store.ensure(ImageSpec(), silent)
+    get = store.get
+
+    def get_late(digest: str) -> Image:
+        found = get(digest)
+        store.remove(digest, silent)
+        return found
+
+    monkeypatch.setattr(store, "get", get_late)
+
+    assert list(cache.prune(0, silent)) == []
+    assert not image.path.exists()
+
+
 def test_a_damaged_image_can_be_removed(store: ImageStore, cache: Cache) -> None:
     image = store.ensure(ImageSpec(), silent)
     image.kernel.unlink()

@@ -56,7 +56,10 @@ class CpioEntry:
 
 
 def boot_files(image: Image, agent_path: Path) -> BootFiles:
-    """Return the files to boot `image` with the agent. Raises ImageError when there is no agent at `agent_path`."""
+    """Return the files to boot `image` with the agent.
+
+    Raises ImageError when there is no agent at `agent_path`, or no image any more; HostError.
+    """
     try:
         agent = agent_path.read_bytes()
     except OSError as error:
@@ -65,6 +68,17 @@ def boot_files(image: Image, agent_path: Path) -> BootFiles:
             str(error.strerror),
             "Build it: scripts/build-native",
         ) from error
+    try:
+        return _put_together(image, agent)
+    except OSError as error:
+        raise ImageError(
+            f"use the guest image {image.path}",
+            f"{error.strerror or error}: {error.filename}",
+            "If it was removed a moment ago, start again: the default image is built anew",
+        ) from error
+
+
+def _put_together(image: Image, agent: bytes) -> BootFiles:
     archive = write_cpio(initramfs_entries(image, agent))
     digest = hashlib.sha256(archive).hexdigest()
     directory = image.path.parent.parent / "initramfs"

@@ -94,14 +94,20 @@ class ImageStore:
         """Return all images, the newest first."""
         directory = self.root / "images"
         names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-        images = [self._load(name) for name in names if _DIGEST.fullmatch(name)]
+        found = (self._find(name) for name in names if _DIGEST.fullmatch(name))
+        images = [image for image in found if image is not None]
         return sorted(images, key=lambda image: image.manifest.created, reverse=True)
 
     def refs(self) -> dict[str, str]:
         """Return every name and the digest it stands for."""
         directory = self.root / "refs"
         paths = directory.iterdir() if directory.is_dir() else ()
-        return {path.name: path.read_text().strip() for path in paths if _NAME.fullmatch(path.name)}
+        found = {}
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):  # its image has just been removed
+                if _NAME.fullmatch(path.name):
+                    found[path.name] = path.read_text().strip()
+        return found
 
     def names(self) -> tuple[str, ...]:
         """Return the names that people gave; others find what a specification was built into."""
@@ -199,12 +205,17 @@ class ImageStore:
         if not _NAME.fullmatch(name_or_digest):
             raise UsageError("find a guest image", f"{name_or_digest!r} is no name and no digest")
         digest = self.refs().get(name_or_digest, name_or_digest)
-        if _DIGEST.fullmatch(digest):
-            return self._load(digest) if (self.root / "images" / digest).is_dir() else None
-        if len(digest) < _LEAST_PREFIX:
-            return None
-        matches = [found for found in self.digests() if found.startswith(digest)]
-        return self._load(matches[0]) if len(matches) == 1 else None
+        if not _DIGEST.fullmatch(digest):
+            matches = [found for found in self.digests() if found.startswith(digest)]
+            if len(digest) < _LEAST_PREFIX or len(matches) != 1:
+                return None
+            digest = matches[0]
+        try:
+            return self._load(digest)
+        except ImageError:
+            if (self.root / "images" / digest).is_dir():
+                raise
+            return None  # it is not there, or no more
 
     def _load(self, digest: str) -> Image:
         path = self.root / "images" / digest

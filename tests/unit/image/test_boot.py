@@ -22,6 +22,14 @@ from taskvm.image.manifest import (
 )
 
 
+def test_an_image_that_has_just_been_removed_is_an_image_error(image: Image, agent: Path) -> None:
+    """`taskvm image rm` at the moment of a start."""
+    (image.path / "modules/00-virtio_ring.ko").unlink()
+
+    with pytest.raises(ImageError, match="No such file or directory"):
+        boot_files(image, agent)
+
+
 def read_cpio(archive: bytes) -> list[CpioEntry]:
     """Read a newc archive as the kernel does (init/initramfs.c), without the trailer."""
     entries: list[CpioEntry] = []

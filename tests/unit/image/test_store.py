@@ -66,6 +66,30 @@ def test_an_image_is_built_once(store: ImageStore, builder: Builder) -> None:
     assert builder.runs == 1
 
 
+def test_a_name_that_is_removed_while_names_are_read_is_none(
+    store: ImageStore, image: Image
+) -> None:
+    """Each start reads all names; another process may be removing an image."""
+    (store.root / "refs" / "going").symlink_to("gone")  # listed, and not there when it is read
+
+    assert store.get("default") == image
+    assert store.names() == ("default",)
+
+
+def test_an_image_that_is_removed_while_images_are_listed_is_none(
+    store: ImageStore, image: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = store._load
+
+    def load_late(digest: str) -> Image:
+        store.remove(digest, silent)
+        return load(digest)
+
+    monkeypatch.setattr(store, "_load", load_late)
+
+    assert store.list() == []
+
+
 def test_an_image_is_found_by_name_digest_and_the_start_of_its_digest(
     store: ImageStore, image: Image
 ) -> None:
