@@ -388,10 +388,14 @@ class Guest:
         return self._mounts
 
     @asynccontextmanager
-    async def kept_awake(self) -> AsyncIterator[None]:
-        """Wake the guest if it is paused, and pause it no more until the end. One at a time."""
+    async def kept_awake(self, operation: str) -> AsyncIterator[None]:
+        """Wake the guest if it is paused, and pause it no more until the end. One at a time.
+
+        Raises SandboxLostError, of the `operation`, when it has ended, or was closed, by then.
+        """
         assert self.watch is not None, "only an equipped guest is watched"
         async with self.watch.kept_awake():
+            self.control.require_open(operation)
             yield
 
     @asynccontextmanager

@@ -446,6 +446,26 @@ async def test_an_original_that_is_closed_meanwhile_is_an_error_of_each_copy_or_
     assert not vm._guest.directory.exists()
 
 
+@pytest.mark.parametrize("kind", ["fork", "checkpoint"])
+async def test_a_sandbox_that_is_closed_while_it_waits_to_be_copied_is_lost(
+    tmp_path: Path, kind: str
+) -> None:
+    """Another copy is being made; then there is nothing left to be copied, not even its directory."""
+    vm = await Sandbox.create(**GUEST)
+    guest = vm._guest
+    begun = {"fork": lambda: vm.fork_many(1), "checkpoint": lambda: vm.checkpoint(tmp_path / "it")}
+    assert guest.watch is not None
+    watch = guest.watch
+    async with guest.kept_awake("make another"):
+        copying = asyncio.get_running_loop().create_task(begun[kind]())
+        await until(lambda: watch._needed == 2)
+        await vm.close()
+
+    with pytest.raises(SandboxLostError, match="it was closed"):
+        await copying
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_example_finds_the_best_of_n(tmp_path: Path) -> None:
     """As a person runs it: the wrong attempts lose, and the host's directory stays as it was."""
     done = subprocess.run(

@@ -41,7 +41,7 @@ async def fork_guest(guest: Guest, children: Sequence[SandboxOptions]) -> list[G
         raise UsageError(f"{operation} {len(children)} times", f"it must be 1 to {MAX_FORKS}")
     _refuse_shared_writing(guest, operation)
     with _directory(guest.directory) as directory, ExitStack() as lent:
-        async with guest.kept_awake():
+        async with guest.kept_awake(operation):
             cut, carried = await cut_machine(guest, directory)
             lent.enter_context(guest.layers.lent())
         origin = guest.origin

@@ -42,7 +42,7 @@ async def save(guest: Guest, path: Path, *, memory: bool) -> Saved:
     Raises CheckpointError, HostError on a full disk, SandboxStateError, SandboxLostError.
     """
     with staged(path) as staging:
-        async with guest.kept_awake(), guest.layers.merged():
+        async with guest.kept_awake(f"save the sandbox {guest.id}"), guest.layers.merged():
             if memory:
                 cut, carried = await cut_machine(guest, staging)
             else:

@@ -198,8 +198,7 @@ class Control:
 
         Raises SandboxLostError when the sandbox is gone.
         """
-        if self._lost is not None:
-            raise SandboxLostError(operation, str(self._lost))
+        self.require_open(operation)
         assert len(self._calls) < MAX_STREAMS, "calls leak"
         call = Call(self, self._next_stream, operation, urgent=urgent, passive=passive)
         for channel in channels:
@@ -210,6 +209,11 @@ class Control:
         self._highest_stream = max(self._highest_stream, call.stream)
         self._calls[call.stream] = call
         return call
+
+    def require_open(self, operation: str) -> None:
+        """Raise SandboxLostError when the guest is gone, or was closed."""
+        if self._lost is not None:
+            raise SandboxLostError(operation, str(self._lost))
 
     async def request(
         self,
