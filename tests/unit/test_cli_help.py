@@ -55,9 +55,33 @@ def test_every_option_of_a_sandbox_has_a_section() -> None:
 def test_the_help_shows_every_option_and_examples(command: click.Command) -> None:
     shown = CliRunner().invoke(main, [str(command.name), "--help"]).output
 
-    options = [each for each in command.params if isinstance(each, click.Option)]
+    options = [
+        each for each in command.params if isinstance(each, click.Option) and not each.hidden
+    ]
     assert [name for each in options for name in each.opts if name not in shown] == []
     assert f"  taskvm {command.name} " in shown.partition("Examples:")[2]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--cwd", "/tmp"),
+        ("--user", "nobody"),
+        ("--timeout", "5"),
+        ("--limit-memory", "64"),
+        ("--limit-processes", "9"),
+        ("--limit-cpus", "0.5"),
+        ("--cpu-weight", "7"),
+    ],
+)
+def test_the_help_of_start_shows_no_option_that_it_refuses(option: str, value: str) -> None:
+    """It says where that belongs, and not that there is none."""
+    shown = CliRunner().invoke(main, ["start", "--help"]).output
+    refused = CliRunner().invoke(main, ["start", option, value])
+
+    assert option not in shown
+    assert refused.exit_code == 2
+    assert "Say it to taskvm exec" in refused.output
 
 
 def test_what_no_section_names_is_not_lost() -> None:

@@ -6,7 +6,7 @@ last one, so that a new option is never hidden; `tests/unit/test_cli_help.py` ho
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import click
@@ -80,6 +80,13 @@ class SandboxCommand(click.Command):
         for title, rows in in_sections(records, OPTIONS):
             with formatter.section(title):
                 formatter.write_dl(rows)
+
+
+def hide(command: click.Command, names: Collection[str]) -> None:
+    """Name these options nowhere. `command` still reads them, to say more about one than that there is none."""
+    for each in command.params:
+        if isinstance(each, click.Option) and each.name in names:
+            each.hidden = True
 
 
 def in_sections(

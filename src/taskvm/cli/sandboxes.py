@@ -15,8 +15,9 @@ import taskvm
 from taskvm import TaskvmError, UsageError
 from taskvm.cli import complete
 from taskvm.cli.attached import name_option, start_held
+from taskvm.cli.commandlimits import NAMES as LIMITS
 from taskvm.cli.group import EXIT_FAILURE, EXIT_NO_READER
-from taskvm.cli.help import SandboxCommand, examples
+from taskvm.cli.help import SandboxCommand, examples, hide
 from taskvm.cli.options import SandboxArguments, published, sandbox_options
 from taskvm.cli.streams import STDERR, STDOUT, NoReaderError, copy_stream, until_signal
 from taskvm.cli.table import size, span, table
@@ -55,6 +56,9 @@ def start(arguments: SandboxArguments, name: str | None) -> None:
         return 0
 
     sys.exit(asyncio.run(until_signal(work())))
+
+
+hide(start, ("cwd", "user", "timeout", *LIMITS))  # as _refuse_unused refuses them
 
 
 @click.command(short_help="List the sandboxes that outlive their command line.")
