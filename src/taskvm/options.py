@@ -128,15 +128,18 @@ class Machinery:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Its processors, and its memory in MiB: what was said, else the checkpoint's, whose memory has no other."""
-        facts = None if self.checkpoint is None else self.checkpoint.facts
-        if facts is not None and self.checkpoint is not None and self.checkpoint.memory is not None:
-            return facts.cpus, facts.memory_mib
+        """Its processors, and its memory in MiB: what was said, else the checkpoint's.
+
+        Raises UsageError for another one than a saved memory has.
+        """
+        saved = None if self.checkpoint is None else self.checkpoint.facts
         cpus, memory_mib = self.cpus, self.memory_mib
         if cpus is None:
-            cpus = DEFAULT_CPUS if facts is None else facts.cpus
+            cpus = DEFAULT_CPUS if saved is None else saved.cpus
         if memory_mib is None:
-            memory_mib = DEFAULT_MEMORY_MIB if facts is None else facts.memory_mib
+            memory_mib = DEFAULT_MEMORY_MIB if saved is None else saved.memory_mib
+        if self.checkpoint is not None and self.checkpoint.memory is not None:
+            _check_shape(self.checkpoint, cpus, memory_mib)
         return cpus, memory_mib
 
 
@@ -267,6 +270,17 @@ def is_writable_in(provider: Provider, path: Path) -> bool:
     if not isinstance(provider, HostDir) or provider.mode == "ro":
         return False
     return path.resolve().is_relative_to(provider.path)
+
+
+def _check_shape(saved: Saved, cpus: int, memory_mib: int) -> None:
+    """Raise UsageError for another machine than the one that a memory was saved of."""
+    facts = saved.facts
+    if (cpus, memory_mib) != (facts.cpus, facts.memory_mib):
+        raise UsageError(
+            f"start from the checkpoint {saved.path} with {cpus} CPUs and {memory_mib} MiB",
+            f"its memory is of a machine with {facts.cpus} and {facts.memory_mib}",
+            f"Leave them out, or use its disk: {saved.disk}",
+        )
 
 
 def _check_checkpoint(saved: Saved, options: SandboxOptions) -> None:

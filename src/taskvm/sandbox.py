@@ -133,7 +133,7 @@ class Sandbox:
         image: a name or digest of the image store; default the standard image, built when missing (minutes, once).
         checkpoint: what `checkpoint` returned, or its name or path, to start from instead of an image.
         cpus: virtual CPUs (2). memory_mib: guest memory in MiB (512). Both are the checkpoint's if not given, and for
-        one with memory in any case. accel: "auto" proves KVM before it believes in it.
+        one with memory no others can be given. accel: "auto" proves KVM before it believes in it.
         warm: start from the saved memory of a booted guest (made on first use); False boots.
         pool: machines started ahead to take one from.
         on_progress: called with a line about work that takes seconds. By default a terminal's standard error has it.

@@ -24,6 +24,7 @@ from taskvm.options import (
     SandboxOptions,
     change_options,
     is_writable_in,
+    read_options,
 )
 
 NOTHING = Policy.parse()
@@ -147,10 +148,24 @@ def test_a_copy_has_the_limits_that_are_not_named() -> None:
 
 @pytest.mark.parametrize("memory", [True, False])
 def test_a_checkpoint_brings_its_shape_along(memory: bool) -> None:
-    """What is said counts, but for a saved memory, which has the size that it has."""
-    facts = SimpleNamespace(cpus=3, memory_mib=2048)
-    saved = typing.cast("Saved", SimpleNamespace(facts=facts, memory=memory or None))
+    saved = _saved(memory=memory)
 
     assert Machinery(checkpoint=saved).shape == (3, 2048)
-    assert Machinery(checkpoint=saved, cpus=1).shape == ((3 if memory else 1), 2048)
+    assert Machinery(checkpoint=saved, cpus=3, memory_mib=2048).shape == (3, 2048)
     assert Machinery(memory_mib=64).shape == (2, 64)
+
+
+@pytest.mark.parametrize("said", [{"cpus": 1}, {"memory_mib": 512}], ids=str)
+def test_what_is_said_of_the_shape_counts_or_is_refused(said: dict[str, int]) -> None:
+    """A disk boots in any machine; a saved memory is of one, which was used in silence."""
+    expected = (said.get("cpus", 3), said.get("memory_mib", 2048))
+
+    assert Machinery(checkpoint=_saved(memory=False), **said).shape == expected  # type: ignore[arg-type]  # two ints
+    with pytest.raises(UsageError, match="of a machine with 3 and 2048.*use its disk"):
+        read_options(Machinery(checkpoint=_saved(memory=True), **said))  # type: ignore[arg-type]  # two ints
+
+
+def _saved(*, memory: bool) -> Saved:
+    facts = SimpleNamespace(cpus=3, memory_mib=2048)
+    saved = SimpleNamespace(facts=facts, memory=memory or None, path="/saved", disk="/saved/disk")
+    return typing.cast("Saved", saved)

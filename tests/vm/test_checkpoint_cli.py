@@ -33,6 +33,7 @@ def test_a_sandbox_is_saved_listed_carried_and_started_from(tmp_path: Path) -> N
         shown = json.loads(taskvm("checkpoint", "show", "whole"))
         ran = taskvm("run", *SMALL, "--checkpoint", "base", "--", "cat", "/var/tmp/tool")
         whole = taskvm("run", "--checkpoint", "whole", "--", "cat", "/var/tmp/tool", "/dev/shm/x")
+        other = taskvm("run", "--checkpoint", "whole", "--memory=128", "--", "true", status=2)
         taskvm("checkpoint", "export", "base", str(tmp_path / "base.qcow2"))
         taskvm("checkpoint", "import", str(tmp_path / "base.qcow2"), "again")
         refused = taskvm("checkpoint", "export", "whole", str(tmp_path / "w"), status=125)
@@ -49,6 +50,7 @@ def test_a_sandbox_is_saved_listed_carried_and_started_from(tmp_path: Path) -> N
     assert len(shown["sha256"]) == 64
     assert shown["qemu_version"][0].isdecimal()
     assert (ran, whole) == ("tool\n", "tool\nx\n")
+    assert "use its disk" in other
     assert "its memory fits this host" in refused
     assert "it was saved and stopped" in stopped
     assert taskvm("checkpoint", "list") == ""
