@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Unpack, get_args
 
 from taskvm.arguments import check_variables, refuse_unknown
 from taskvm.checkpoints.checkpointfile import Saved
+from taskvm.egress.nametable import parse_table
 from taskvm.egress.oversight import Oversight
 from taskvm.egress.passthrough import NOTHING, Passthrough
 from taskvm.egress.policy import Policy
@@ -105,6 +106,7 @@ class SandboxOptions:
         if self.checkpoint is not None:
             _check_checkpoint(self.checkpoint, self)
         check_variables(self.env)
+        parse_table(self.resolve)
         for secret in self.secrets:
             if secret.name in self.env:
                 raise UsageError(

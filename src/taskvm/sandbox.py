@@ -124,7 +124,7 @@ class Sandbox:
         policy: rules with methods and paths, such as `Policy.from_file`; they come before `allow`.
         oversight: who is asked about hosts that no rule names, and hooks on requests and responses.
         secrets: values that the guest never sees; it finds a placeholder in the variable of the secret's name.
-        env: further variables for every command. resolve: name → address, instead of the host's resolver.
+        env: variables for every command. resolve: name → address, or several with commas, instead of looking it up.
         extra_ca_files: PEM files that upstream certificates are verified with, besides the host's own.
         passthrough: allowed hosts whose TLS is not intercepted, for programs that pin certificates; no secret can be
             for one, and the guest trusts this host's authorities besides (a second for each program without KVM).

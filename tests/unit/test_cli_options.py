@@ -40,6 +40,18 @@ def test_two_mounts_at_one_place_are_refused(tmp_path: Path) -> None:
         arguments.create()
 
 
+def test_two_lists_of_addresses_of_one_host_are_refused() -> None:
+    """The first was looked at by nobody. One may have them all; two spellings of a name are one."""
+    twice = SandboxArguments.of({"resolve": ["a.test=192.0.2.7", "a.test=192.0.2.8"]})
+    spelled = SandboxArguments.of({"resolve": ["a.test=192.0.2.7", "A.test.=192.0.2.8"]})
+
+    with pytest.raises(UsageError, match=r"in one: a\.test=192\.0\.2\.7,192\.0\.2\.8"):
+        twice.create()
+    with pytest.raises(UsageError, match=r"another one is for a\.test"):
+        spelled.create()
+    SandboxArguments.of({"resolve": ["a.test=192.0.2.7,192.0.2.8", "b.test=::1"]}).create()
+
+
 @pytest.mark.parametrize(
     "name",
     [each.name for each in _parameters() if each.metavar in ("FILE", "PEM")],

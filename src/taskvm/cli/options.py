@@ -51,8 +51,8 @@ POLICY_OPTIONS = (
     click.option(
         "--resolve",
         multiple=True,
-        metavar="HOST=ADDRESS",
-        help="Use ADDRESS for HOST instead of looking it up.",
+        metavar="HOST=ADDRESS[,…]",
+        help="Use ADDRESS for HOST instead of looking it up; several are tried in this order.",
     ),
 )
 
@@ -434,7 +434,17 @@ def read_policy(
 
 def read_table(resolve: Iterable[str]) -> dict[str, str]:
     """Return the table of names that --resolve gives."""
-    return dict(pair(text, "--resolve", "HOST=ADDRESS") for text in resolve)
+    table: dict[str, str] = {}
+    for text in resolve:
+        name, addresses = pair(text, "--resolve", "HOST=ADDRESS")
+        if name in table:
+            raise UsageError(
+                f"read --resolve {text}",
+                f"another one is for {name}",
+                f"Write all of its addresses in one: {name}={table[name]},{addresses}",
+            )
+        table[name] = addresses
+    return table
 
 
 def _ignore(arguments: SandboxArguments) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from taskvm.egress.hostpattern import to_ascii
+from taskvm.egress.nametable import parse_table
 from taskvm.egress.passthrough import Passthrough
 from taskvm.egress.policy import (
     Decision,
@@ -18,7 +19,13 @@ from taskvm.egress.policy import (
     decide_request,
 )
 from taskvm.errors import UsageError
-from taskvm.wire.hostname import HostNameError, parse_address, parse_authority, render_authority
+from taskvm.wire.hostname import (
+    HostNameError,
+    IPAddress,
+    parse_address,
+    parse_authority,
+    render_authority,
+)
 from taskvm.wire.message import HttpRefused, Origin, check_method, check_target
 
 DEFAULT_PORTS: dict[str, int] = {"http": 80, "https": 443, "ws": 80, "wss": 443}
@@ -58,20 +65,24 @@ def explain(
 ) -> Explanation:
     """Return what `policy` would do with a request to `url`. Nothing is looked up.
 
-    resolve: name → address, as for a sandbox; the address of another name is judged when it is known.
+    resolve: name → addresses, as for a sandbox; those of another name are judged when they are known.
     passthrough: hosts whose TLS is not intercepted, as for a sandbox.
-    Raises UsageError for a text that is no http(s) or ws(s) URL.
+    Raises UsageError for a text that is no http(s) or ws(s) URL, and for a table with what is no name or address.
     """
+    known = parse_table(resolve or {})
     passed = Passthrough.parse(passthrough, policy)
     intent = _read_url(url, method)
     authority = render_authority(intent.host, intent.port, DEFAULT_PORTS[intent.scheme])
     path = intent.target.decode("ascii", "replace")
     shown = f"{method} {intent.scheme}://{authority}{path}"
-    return Explanation(shown, tuple(_steps(policy, intent, resolve or {}, passed)))
+    return Explanation(shown, tuple(_steps(policy, intent, known, passed)))
 
 
 def _steps(
-    policy: Policy, intent: Intent, resolve: Mapping[str, str], passthrough: Passthrough
+    policy: Policy,
+    intent: Intent,
+    known: Mapping[str, Sequence[IPAddress]],
+    passthrough: Passthrough,
 ) -> Iterator[Step]:
     name = decide_name(policy, intent.host, intent.port)
     yield Step("name", name)
@@ -88,9 +99,11 @@ def _steps(
     if literal is not None and literal.version == 6:
         yield Step("address", _NO_IPV6)
         return
-    address = parse_address(resolve.get(intent.host, intent.host))
-    if address is not None:
-        yield Step("address", decide_address(policy, intent.host, address, intent.port))
+    addresses = known.get(intent.host, () if literal is None else (literal,))
+    decisions = [decide_address(policy, intent.host, each, intent.port) for each in addresses]
+    # One that is allowed is connected to, whatever the others are.
+    for decision in sorted(decisions, key=lambda each: each.allowed):
+        yield Step("address", decision)
 
 
 _NO_IPV6 = Decision(

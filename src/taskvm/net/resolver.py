@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from taskvm.errors import UpstreamError, UsageError
-from taskvm.wire.hostname import HostNameError, IPAddress, parse_address, parse_hostname
+from taskvm.egress.nametable import parse_table
+from taskvm.errors import UpstreamError
+from taskvm.wire.hostname import IPAddress, parse_address
 
 LOOKUP_TIMEOUT_S = 10.0
 # getaddrinfo blocks its thread for as long as the host's resolver likes; more lookups wait.
@@ -57,26 +58,12 @@ class MappedResolver:
     """
 
     def __init__(self, table: Mapping[str, str], others: Resolver) -> None:
-        """Raises UsageError for an entry that is not a host name and an IP address."""
-        self._table = dict(_parse_entry(name, address) for name, address in table.items())
+        """Raises UsageError as `parse_table`."""
+        self._table = parse_table(table)
         self._others = others
 
     async def resolve(self, host: str) -> Sequence[IPAddress]:
-        address = self._table.get(host)
-        return await self._others.resolve(host) if address is None else [address]
-
-
-def _parse_entry(name: str, text: str) -> tuple[str, IPAddress]:
-    operation = f"read the entry {name!r} = {text!r} of the table of names"
-    address = parse_address(text)
-    if address is None:
-        raise UsageError(operation, "the second is not an IP address", "Write name=address")
-    try:
-        return parse_hostname(name), address
-    except HostNameError as error:
-        raise UsageError(
-            operation, f"the name is refused: {error}", "Write name=address"
-        ) from error
+        return self._table.get(host) or await self._others.resolve(host)
 
 
 def _lookup(host: str) -> list[IPAddress]:

@@ -16,6 +16,7 @@ import ssl
 from collections.abc import Iterable
 from contextlib import closing
 
+from taskvm.egress.nametable import MAX_ADDRESSES
 from taskvm.egress.policy import Decision, Policy, decide_address
 from taskvm.errors import UpstreamError, UsageError
 from taskvm.net.resolver import Resolver
@@ -30,7 +31,6 @@ HANDSHAKE_TIMEOUT_S = 15.0
 # Connections to servers of one sandbox: one for each of the guest's, and as many for those of HTTP/2 whose
 # servers speak HTTP/1.1. Descriptors are the process's, and other sandboxes need theirs.
 MAX_SERVERS = 512
-MAX_ADDRESSES = 8  # tried at most, of those that a name has
 
 # What ALPN calls the versions of HTTP (RFC 7301, RFC 9113 section 3.1).
 H1 = "http/1.1"

@@ -80,6 +80,17 @@ def test_a_known_address_is_judged() -> None:
     assert explanation.steps[-1].decision.rule == "special-address"
 
 
+def test_of_several_addresses_one_that_is_allowed_is_enough() -> None:
+    """It is the one that is connected to; what is refused is shown before it."""
+    table = {"API.test": "192.0.2.1,93.184.216.34,10.0.0.1"}
+
+    explanation = explain(POLICY, "https://api.test/", resolve=table)
+
+    said = [step.decision.allowed for step in explanation.steps if step.subject == "address"]
+    assert said == [False, False, True]
+    assert explanation.allowed
+
+
 @pytest.mark.parametrize(
     "url", ["api.test", "ftp://api.test/", "https://a@api.test/", "https:///x", "https://[::1", "https://a.test/ b"]
 )  # fmt: skip

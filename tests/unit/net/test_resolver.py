@@ -49,7 +49,6 @@ async def test_a_table_comes_first_and_its_entries_are_checked() -> None:
 
     assert await mapped.resolve("api.test") == [ipaddress.ip_address("192.0.2.7")]
     assert (await mapped.resolve("localhost"))[0].is_loopback
-    for name, address in (("a.test", "b.test"), ("a b", "192.0.2.7"), ("127.1", "192.0.2.7")):
-        with pytest.raises(UsageError, match="table of names"):
-            MappedResolver({name: address}, resolver)
+    with pytest.raises(UsageError, match="table of names"):
+        MappedResolver({"a.test": "b.test"}, resolver)
     resolver.close()
