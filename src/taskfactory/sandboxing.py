@@ -100,14 +100,13 @@ def _host_takes_over(config: SandboxConfig, error: Exception) -> bool:
     """Whether the user's `"onUnavailable": "host"` means this failure: a part of the sandbox is not installed.
 
     Everything else refuses, since an agent may have brought it about: an earlier guest fills the disk or the memory,
-    a task's file names an image that is not there. A part that is missing has no cause besides; a QEMU that was
-    started and failed has one. What was to be reviewed before it is done is not done without.
+    a task's file names an image that is not there, a QEMU that was started and failed found no memory. What was to
+    be reviewed before it is done is not done without.
     """
-    from taskvm.errors import UnavailableError
+    from taskvm.errors import NotInstalledError
 
     chosen = config.on_unavailable == "host" and config.workspace_mode != "review"
-    missing = isinstance(error, UnavailableError) and error.__cause__ is None
-    return chosen and missing
+    return chosen and isinstance(error, NotInstalledError)
 
 
 def _refusal(error: Exception) -> str:

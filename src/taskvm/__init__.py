@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         GuestProtocolError,
         HostError,
         ImageError,
+        NotInstalledError,
         SandboxError,
         SandboxLostError,
         SandboxStateError,
@@ -89,7 +90,7 @@ else:
             "taskvm.egress.suggestion": "Suggestion suggest_policy",
             "taskvm.errors": (
                 "CheckpointError CommandError CopyError GuestError GuestProtocolError "
-                "HostError ImageError SandboxError SandboxLostError SandboxStateError "
+                "HostError ImageError NotInstalledError SandboxError SandboxLostError SandboxStateError "
                 "TaskvmError UnavailableError UpstreamError UsageError"
             ),
             "taskvm.files": "FileInfo Files",
@@ -202,6 +203,7 @@ __all__ = [
     "UsageError",
     "HostError",
     "UnavailableError",
+    "NotInstalledError",
     "ImageError",
     "CheckpointError",
     "UpstreamError",

@@ -5,7 +5,8 @@
     TaskvmError
     ├── UsageError                 the caller's arguments, options or files
     ├── HostError                  this host lacks something or refuses it
-    │   ├── UnavailableError       no QEMU, no usable accelerator, no confinement: no sandbox can start here
+    │   ├── UnavailableError       no usable accelerator, no confinement: no sandbox can start here
+    │   │   └── NotInstalledError  no QEMU, or no native program of this package
     │   ├── ImageError             a guest image cannot be built, found or trusted
     │   └── CheckpointError        a checkpoint cannot be found, made or trusted
     ├── UpstreamError              a server on the network, beyond the sandbox
@@ -58,6 +59,12 @@ class HostError(TaskvmError):
 class UnavailableError(HostError):
     """Raised when no sandbox can start on this host. ``taskvm doctor`` explains; nothing was run on the host
     instead.
+    """
+
+
+class NotInstalledError(UnavailableError):
+    """Raised when a part that every sandbox needs is not installed on this host: QEMU, or a native program of this
+    package. Nothing that a guest does brings it about.
     """
 
 

@@ -18,6 +18,7 @@ from tests.support.waiting import PATIENCE_S, until
 from taskvm import (
     HostDir,
     HostError,
+    NotInstalledError,
     Sandbox,
     SandboxLostError,
     SandboxStateError,
@@ -135,7 +136,7 @@ async def test_missing_qemu_is_explained(monkeypatch: pytest.MonkeyPatch) -> Non
     """Without QEMU no sandbox starts, and the error says how to get it."""
     monkeypatch.setenv("PATH", "/nonexistent")
 
-    with pytest.raises(UnavailableError, match="apt-get install qemu"):
+    with pytest.raises(NotInstalledError, match="apt-get install qemu"):
         await Sandbox.create(**GUEST)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from taskvm.errors import UnavailableError
+from taskvm.errors import NotInstalledError, UnavailableError
 from taskvm.paths import cache_dir, replace_file
 
 INSTALL_HINT = {
@@ -51,7 +51,8 @@ def host_arch() -> str:
 def find_qemu(arch: str) -> Qemu:
     """Return the host's QEMU for guests of `arch`.
 
-    Raises UnavailableError when QEMU or qemu-img is missing, does not answer, or has no machine for us.
+    Raises NotInstalledError when QEMU or qemu-img is missing, UnavailableError when it does not answer, or has no
+    machine for us.
     """
     path, image_tool = _locate(arch, f"qemu-system-{arch}"), _locate(arch, "qemu-img")
     facts = _remembered(path, arch)
@@ -63,7 +64,7 @@ def find_qemu(arch: str) -> Qemu:
 def _locate(arch: str, name: str) -> Path:
     found = shutil.which(name)
     if found is None:
-        raise UnavailableError(
+        raise NotInstalledError(
             f"find {name}",
             "it is not in PATH",
             INSTALL_HINT.get(arch, "Install QEMU for this architecture"),
