@@ -3,6 +3,8 @@
 
 #include <errno.h>
 #include <stdio.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
 
 #include "cgroup.h"
 #include "counters.h"
@@ -10,11 +12,14 @@
 
 static const struct limit {
 	const char *key, *file, *form;
+	bool of_disk; /* the line begins with the device that it is about */
 } LIMITS[] = {
-	{"memory", "memory.max", "%lld"},
-	{"processes", "pids.max", "%lld"},
-	{"cpu_weight", "cpu.weight", "%lld"},
-	{"cpu_us", "cpu.max", "%lld 100000"}, /* of each 100 ms, the kernel's own default */
+	{"memory", "memory.max", "%lld", false},
+	{"processes", "pids.max", "%lld", false},
+	{"cpu_weight", "cpu.weight", "%lld", false},
+	{"cpu_us", "cpu.max", "%lld 100000", false}, /* of each 100 ms, the kernel's own default */
+	{"disk_read", "io.max", "rbps=%lld", true},
+	{"disk_write", "io.max", "wbps=%lld", true},
 };
 
 static const struct counter {
@@ -29,18 +34,29 @@ static const struct counter {
 	{"oom_kills", "memory.events", "oom_kill"},
 };
 
+/* Write "MAJOR:MINOR " of the disk that the root file system is on, and return its length; an empty text where it is on none. */
+static size_t write_disk(char *text, size_t size)
+{
+	struct stat root;
+	*text = 0;
+	if (stat("/", &root) < 0)
+		return 0;
+	return (size_t)snprintf(text, size, "%u:%u ", major(root.st_dev), minor(root.st_dev));
+}
+
 bool accounting_limit(int group, const struct request *request, struct failure *failure)
 {
 	size_t length;
 	const uint8_t *limits = request_map(request, "limits", &length);
 	for (size_t i = 0; limits && i < ARRAY_SIZE(LIMITS); i++) {
 		struct msgpack_value value;
-		char text[48];
+		char text[64];
 		if (!msgpack_find(limits, length, LIMITS[i].key, &value) || value.type == MSGPACK_NIL)
 			continue;
 		if (value.type != MSGPACK_INTEGER || value.integer <= 0)
 			return fail_call(failure, EINVAL, LIMITS[i].key);
-		snprintf(text, sizeof(text), LIMITS[i].form, (long long)value.integer);
+		size_t start = LIMITS[i].of_disk ? write_disk(text, sizeof(text)) : 0;
+		snprintf(text + start, sizeof(text) - start, LIMITS[i].form, (long long)value.integer);
 		if (!cgroup_write(group, LIMITS[i].file, text))
 			return fail_call(failure, errno, LIMITS[i].file);
 	}

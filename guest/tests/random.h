@@ -77,9 +77,10 @@ static inline size_t random_exec(uint8_t *bytes, size_t capacity)
 	}
 	if (limits) {
 		msgpack_write_string(&map, "limits");
-		msgpack_write_map(&map, 2);
+		msgpack_write_map(&map, 3);
 		put_integer(&map, "memory", random_integer());
 		put_integer(&map, "cpu_us", random_integer());
+		put_integer(&map, "disk_read", random_integer());
 	}
 	CHECK(!map.overflow);
 	return map.length;

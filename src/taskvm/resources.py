@@ -19,6 +19,8 @@ _RANGES = {
     "processes": (1, 2**22),  # PID_MAX_LIMIT of a 64-bit kernel
     "cpus": (0.01, 1024),
     "cpu_weight": (1, 10_000),
+    "disk_read_mib_s": (0.01, 2**20),
+    "disk_write_mib_s": (0.01, 2**20),
 }
 _MIB = 1024 * 1024
 
@@ -31,12 +33,16 @@ class ExecLimits:
     processes: processes and threads at a time; beyond it fork fails (EAGAIN).
     cpus: processor time as a number of processors: 0.5 is half of one.
     cpu_weight: its share when commands compete, 1 … 10000; every command has 100.
+    disk_read_mib_s, disk_write_mib_s: MiB a second from and to the guest's disk, mounts not counted; a program waits
+        there for what is beyond. What the cache has is not read, and what it writes behind a program counts then.
     """
 
     memory_mib: int | None = None
     processes: int | None = None
     cpus: float | None = None
     cpu_weight: int | None = None
+    disk_read_mib_s: float | None = None
+    disk_write_mib_s: float | None = None
 
     def __post_init__(self) -> None:
         for name, (least, most) in _RANGES.items():
@@ -70,10 +76,12 @@ class ExecUsage:
 def bounds_of(limits: ExecLimits) -> ExecBounds:
     """Return the limits as the guest's agent takes them."""
     return ExecBounds(
-        memory=None if limits.memory_mib is None else limits.memory_mib * _MIB,
+        memory=_bytes(limits.memory_mib),
         processes=limits.processes,
         cpu_weight=limits.cpu_weight,
         cpu_us=None if limits.cpus is None else int(limits.cpus * _CPU_PERIOD_US),
+        disk_read=_bytes(limits.disk_read_mib_s),
+        disk_write=_bytes(limits.disk_write_mib_s),
     )
 
 
@@ -88,3 +96,7 @@ def usage_of(report: UsageReport) -> ExecUsage:
         written_bytes=report.written_bytes,
         oom_kills=report.oom_kills,
     )
+
+
+def _bytes(mib: float | None) -> int | None:
+    return None if mib is None else int(mib * _MIB)

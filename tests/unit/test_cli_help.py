@@ -71,6 +71,8 @@ def test_the_help_shows_every_option_and_examples(command: click.Command) -> Non
         ("--limit-memory", "64"),
         ("--limit-processes", "9"),
         ("--limit-cpus", "0.5"),
+        ("--limit-disk-read", "1"),
+        ("--limit-disk-write", "1"),
         ("--cpu-weight", "7"),
     ],
 )

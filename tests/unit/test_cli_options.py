@@ -81,6 +81,8 @@ def test_options_that_do_not_exist_are_refused(options: dict[str, object]) -> No
         {"limit_memory": 0},
         {"limit_processes": -1},
         {"limit_cpus": float("nan")},
+        {"limit_disk_read": 0.0},
+        {"limit_disk_write": -1.0},
         {"cpu_weight": 20_000},
         {"disk_limit": 0},
         {"free_disk": -1},
@@ -102,11 +104,17 @@ def test_what_is_said_of_limits_reaches_the_sandbox_and_its_command(
     monkeypatch.setattr("taskvm.Sandbox.create", lambda **options: given.update(options))
 
     arguments = SandboxArguments.of(
-        {"disk_limit": 100, "free_disk": 0, "idle_pause": 0.0, "limit_memory": 64}
+        {
+            "disk_limit": 100,
+            "free_disk": 0,
+            "idle_pause": 0.0,
+            "limit_memory": 64,
+            "limit_disk_read": 1.5,
+        }
     )
     arguments.create()
 
-    assert arguments.limits == ExecLimits(memory_mib=64)
+    assert arguments.limits == ExecLimits(memory_mib=64, disk_read_mib_s=1.5)
     assert SandboxArguments.of({}).limits is None
     assert {name: given[name] for name in LimitArguments.__annotations__ if name in given} == {
         "disk_limit_mib": 100,

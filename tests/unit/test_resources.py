@@ -26,6 +26,8 @@ REPORT = UsageReport(
         {"cpus": float("nan")},
         {"cpu_weight": 0},
         {"cpu_weight": 10_001},
+        {"disk_read_mib_s": 0},
+        {"disk_write_mib_s": float("nan")},
     ],
 )
 def test_a_limit_that_the_kernel_does_not_know_is_refused(wrong: dict[str, float]) -> None:
@@ -34,11 +36,13 @@ def test_a_limit_that_the_kernel_does_not_know_is_refused(wrong: dict[str, float
 
 
 def test_limits_become_the_numbers_of_the_cgroup() -> None:
-    limits = ExecLimits(memory_mib=2, processes=5, cpus=0.5, cpu_weight=50)
+    limits = ExecLimits(
+        memory_mib=2, processes=5, cpus=0.5, cpu_weight=50, disk_read_mib_s=1.5, disk_write_mib_s=1
+    )
 
     assert bounds_of(limits) == ExecBounds(
-        memory=2 * 1024 * 1024, processes=5, cpu_us=50_000, cpu_weight=50
-    )
+        memory=2 << 20, processes=5, cpu_us=50_000, cpu_weight=50, disk_read=3 << 19, disk_write=1 << 20,
+    )  # fmt: skip
     assert bounds_of(ExecLimits()) == ExecBounds()
 
 

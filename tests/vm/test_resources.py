@@ -90,15 +90,34 @@ async def test_processor_time_is_held_to_its_share(vm: Sandbox) -> None:
     assert 0 < result.usage.cpu_s < 0.3 * (time.monotonic() - begun)
 
 
+async def test_the_disk_is_written_and_read_at_the_given_pace(vm: Sandbox) -> None:
+    """Past the cache: three seconds' worth takes more than two, however fast the disk; so much at a time is free."""
+    work = (
+        "cd /var/tmp && dd if=/dev/zero of=pace bs=1M count=6 oflag=direct"
+        " && dd if=pace of=/dev/null bs=1M iflag=direct"
+    )
+    limits = ExecLimits(disk_read_mib_s=3, disk_write_mib_s=2)
+
+    begun = time.monotonic()
+    paced = await vm.exec(work, limits=limits, timeout_s=PATIENCE_S)
+    took_s = time.monotonic() - begun
+
+    assert paced.ok, paced.stderr
+    assert took_s > 2 + 1
+
+
 async def test_limits_are_the_cgroups_own_before_the_program_runs(vm: Sandbox) -> None:
     group = "/sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup)"
-    show = f"cd {group}; cat memory.max pids.max cpu.max cpu.weight"
-    limits = ExecLimits(memory_mib=64, processes=9, cpus=1.5, cpu_weight=7)
+    show = f"cd {group}; cat memory.max pids.max cpu.max cpu.weight; cut -d' ' -f2- io.max"
+    limits = ExecLimits(
+        memory_mib=64, processes=9, cpus=1.5, cpu_weight=7, disk_read_mib_s=1.5, disk_write_mib_s=2
+    )
 
     bound = await vm.exec(show, limits=limits)
     free = await vm.exec(show)
 
-    assert bound.stdout.split() == [str(64 * MIB), "9", "150000", "100000", "7"]
+    disk = [f"rbps={3 * MIB // 2}", f"wbps={2 * MIB}", "riops=max", "wiops=max"]
+    assert bound.stdout.split() == [str(64 * MIB), "9", "150000", "100000", "7", *disk]
     assert free.stdout.split() == ["max", "max", "max", "100000", "100"]
 
 

@@ -12,7 +12,14 @@ import taskvm
 
 P = ParamSpec("P")
 
-NAMES = ("limit_memory", "limit_processes", "limit_cpus", "cpu_weight")
+NAMES = (
+    "limit_memory",
+    "limit_processes",
+    "limit_cpus",
+    "limit_disk_read",
+    "limit_disk_write",
+    "cpu_weight",
+)
 
 LIMIT_OPTIONS = (
     click.option(
@@ -34,6 +41,18 @@ LIMIT_OPTIONS = (
         help="Virtual CPUs that it may use, such as 0.5.",
     ),
     click.option(
+        "--limit-disk-read",
+        type=float,
+        metavar="MIB",
+        help="MiB that it may read from the guest's disk in a second, such as 10.",
+    ),
+    click.option(
+        "--limit-disk-write",
+        type=float,
+        metavar="MIB",
+        help="MiB that it may write to the guest's disk in a second.",
+    ),
+    click.option(
         "--cpu-weight",
         type=int,
         metavar="N",
@@ -46,6 +65,8 @@ def read_limits(
     limit_memory: int | None,
     limit_processes: int | None,
     limit_cpus: float | None,
+    limit_disk_read: float | None,
+    limit_disk_write: float | None,
     cpu_weight: int | None,
 ) -> taskvm.ExecLimits | None:
     """Return what the options say, None for nothing. Raises UsageError."""
@@ -53,6 +74,8 @@ def read_limits(
         memory_mib=limit_memory,
         processes=limit_processes,
         cpus=limit_cpus,
+        disk_read_mib_s=limit_disk_read,
+        disk_write_mib_s=limit_disk_write,
         cpu_weight=cpu_weight,
     )
     return None if limits == taskvm.ExecLimits() else limits

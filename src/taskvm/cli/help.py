@@ -36,7 +36,14 @@ COMMANDS: Mapping[str, Sequence[str]] = {
 # Options of the commands that make a sandbox, by their parameters' names.
 OPTIONS: Mapping[str, Sequence[str]] = {
     "Command": ("tty", "interactive", "env", "cwd", "user", "timeout"),
-    "What the command may use": ("limit_memory", "limit_processes", "limit_cpus", "cpu_weight"),
+    "What the command may use": (
+        "limit_memory",
+        "limit_processes",
+        "limit_cpus",
+        "limit_disk_read",
+        "limit_disk_write",
+        "cpu_weight",
+    ),
     "Folders": ("mounts", "hide", "private", "apply", "diff_file"),
     "Network (nothing leaves unless it is allowed)": (
         "allow",

@@ -15,6 +15,7 @@ import taskvm
 from taskvm import CheckpointError, ImageError, UsageError
 from taskvm.cli import complete
 from taskvm.cli.commandlimits import LIMIT_OPTIONS, read_limits
+from taskvm.cli.commandlimits import NAMES as LIMITS
 from taskvm.cli.group import progress, silent
 from taskvm.cli.secrettext import read_secret, read_secret_command, read_secret_file
 
@@ -255,6 +256,8 @@ class SandboxArguments:
     limit_memory: int | None
     limit_processes: int | None
     limit_cpus: float | None
+    limit_disk_read: float | None
+    limit_disk_write: float | None
     cpu_weight: int | None
     max_duration: float | None
     idle_timeout: float | None
@@ -331,9 +334,7 @@ class SandboxArguments:
     @property
     def limits(self) -> taskvm.ExecLimits | None:
         """What the command may use. Raises UsageError."""
-        return read_limits(
-            self.limit_memory, self.limit_processes, self.limit_cpus, self.cpu_weight
-        )
+        return read_limits(**{name: getattr(self, name) for name in LIMITS})
 
     def check(self) -> None:
         """Raise UsageError for what a user can see to be wrong before anything starts."""

@@ -65,12 +65,16 @@ class PtySize(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ExecBounds(msgspec.Struct, frozen=True, kw_only=True):
-    """What an exec's cgroup may use: bytes, processes, a weight, microseconds of processor time in each 100 ms."""
+    """What an exec's cgroup may use: bytes, processes, a weight, microseconds of processor time in each 100 ms, and
+    bytes that it may read from the root's disk, and write to it, in each second.
+    """
 
     memory: int | None = None
     processes: int | None = None
     cpu_weight: int | None = None
     cpu_us: int | None = None
+    disk_read: int | None = None
+    disk_write: int | None = None
 
 
 class ExecRequest(_Request, frozen=True, kw_only=True, tag="exec"):
