@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/timerfd.h>
 #include <unistd.h>
 
 #include "control.h"
@@ -18,6 +19,8 @@ enum { BUSY_PIPE_SIZE = 256 * 1024 };
 enum { DROP_AT_ONCE = 1024 * 1024 };
 /* More than a terminal holds between the programs that write and the agent (drivers/tty: 8192 bytes and a page, and what is under way). */
 enum { TERMINAL_HOLDS = 64 * 1024 };
+/* When to look whether the end of input that was typed has been read, in milliseconds after the last time: each twice the one before. */
+enum { FIRST_LOOK_MS = 10, LAST_LOOK_MS = 1000 };
 #define NO_LIMIT INT64_MAX
 
 static int null_device;
@@ -157,6 +160,11 @@ void input_close(struct input *input)
 		close(input->fd);
 	}
 	input->fd = -1;
+	if (input->end_timer >= 0) {
+		loop_remove(&control_loop, input->end_timer);
+		close(input->end_timer);
+	}
+	input->end_timer = -1;
 	free(input->bytes);
 	input->bytes = NULL;
 	input->owed += (uint32_t)input->length;
@@ -179,14 +187,40 @@ static void watch(struct input *input)
 	input->watched = true;
 }
 
-/* Type the end of file. False when the terminal takes nothing now. */
-static bool type_end(struct input *input)
+/* A pipe that has ended has ended for all who read it. On a terminal the end is a byte that the first one takes away, and that a
+ * program which is still starting loses: bash finds a NUL in its place, where it makes the terminal raw after it was typed. So it
+ * is typed when everything before it has been read, and once more whenever it has been. */
+static void type_end(struct input *input)
 {
 	uint8_t end = pty_end_byte(input->fd);
-	if (!end || write(input->fd, &end, 1) >= 0 || errno != EAGAIN)
-		return true;
-	watch(input);
-	return false;
+	if (end && !pty_is_unread(input->fd) && write(input->fd, &end, 1) < 0 && errno != EAGAIN)
+		say("type the end of the input of exec %u: %s", input->stream, strerror(errno));
+	if (input->end_timer < 0)
+		return;
+	input->end_ms = input->end_ms * 2 < LAST_LOOK_MS ? input->end_ms * 2 : LAST_LOOK_MS;
+	struct itimerspec look = {.it_value = {input->end_ms / 1000, (long)(input->end_ms % 1000) * 1000000}};
+	timerfd_settime(input->end_timer, 0, &look, NULL);
+}
+
+static void end_ready(struct source *source, uint32_t events)
+{
+	struct input *input = container_of(source, struct input, end_source);
+	(void)events;
+	if (input->mute) /* the program has ended */
+		input_close(input);
+	else if (input->end_timer >= 0)
+		type_end(input);
+}
+
+static void begin_end(struct input *input)
+{
+	input->end_timer = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
+	input->end_ms = FIRST_LOOK_MS / 2;
+	if (input->end_timer >= 0)
+		loop_add(&control_loop, input->end_timer, &input->end_source, EPOLLIN);
+	else
+		say("timerfd_create for exec %u: %s", input->stream, strerror(errno)); /* typed once is what it is then */
+	type_end(input);
 }
 
 static void pump(struct input *input)
@@ -205,8 +239,8 @@ static void pump(struct input *input)
 		input->length -= (size_t)count;
 		input->owed += (uint32_t)count;
 	}
-	if (!input->length && input->ended && input->fd >= 0 && (!input->tty || type_end(input)))
-		input_close(input);
+	if (!input->length && input->ended && input->fd >= 0 && input->end_timer < 0)
+		input->tty ? begin_end(input) : input_close(input);
 	grant(input);
 }
 
@@ -220,7 +254,8 @@ static void input_ready(struct source *source, uint32_t events)
 
 void input_init(struct input *input, uint32_t stream)
 {
-	*input = (struct input){.source.ready = input_ready, .stream = stream, .fd = -1, .window = INITIAL_CREDIT};
+	*input = (struct input){.source.ready = input_ready, .end_source.ready = end_ready, .stream = stream, .fd = -1, .end_timer = -1,
+		.window = INITIAL_CREDIT};
 }
 
 void input_start(struct input *input, int fd, bool tty)

@@ -22,9 +22,11 @@ struct output {
 };
 
 struct input {
-	struct source source;
+	struct source source, end_source;
 	uint32_t stream;
 	int fd;
+	int end_timer; /* -1 but where an END is typed: when to look whether it was read */
+	uint32_t end_ms;
 	bool tty; /* `fd` is a terminal's leader: an END is typed into it */
 	bool started, ended, watched, mute; /* `mute`: no credit is due any more, and what comes is dropped */
 	uint8_t *bytes; /* what the program has not read yet; INITIAL_CREDIT of room, made when first needed */

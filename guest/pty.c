@@ -5,6 +5,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <termios.h>
 #include <unistd.h>
 
@@ -53,6 +54,17 @@ bool pty_open(int *leader, int *follower, const struct winsize *size, uid_t owne
 		return fail_call(failure, errno, "fchown of a terminal");
 	speak_utf8(*leader);
 	return true;
+}
+
+/* The kernel tells it of the follower only: the leader's own queue is what programs write. */
+bool pty_is_unread(int leader)
+{
+	struct pollfd follower = {.fd = ioctl(leader, TIOCGPTPEER, O_RDWR | O_NOCTTY | O_NONBLOCK | O_CLOEXEC), .events = POLLIN};
+	if (follower.fd < 0)
+		return false;
+	bool unread = poll(&follower, 1, 0) > 0 && follower.revents & POLLIN;
+	close(follower.fd);
+	return unread;
 }
 
 uint8_t pty_end_byte(int leader)

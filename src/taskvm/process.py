@@ -155,7 +155,8 @@ class Process:
     async def close_stdin(self) -> None:
         """Close standard input: the process reads end of file. Idempotent.
 
-        Into a terminal its end-of-file character is typed (Ctrl-D), which ends input at the beginning of a line.
+        Into a terminal its end-of-file character is typed (Ctrl-D) when all before it has been read, and again
+        whenever it has been, so that it is the end for every program that reads lines.
         """
         self._call.outlet.end()
 

@@ -104,6 +104,27 @@ async def test_the_end_of_input_is_typed(vm: Sandbox) -> None:
         assert (await process.wait()).exit_code == 0
 
 
+async def test_the_end_of_input_ends_a_shell_that_was_still_starting(vm: Sandbox) -> None:
+    """It was typed before the shell had the terminal to itself, and meant nothing to it then."""
+    shell = await vm.spawn(["bash", "--norc", "-i"], pty=(24, 80))
+    await shell.write(b"echo $((6 * 7))\n")
+    await shell.close_stdin()
+    output = b"".join([data async for data in shell.stdout])
+
+    assert b"\r42\r\n" in output
+    assert (await shell.wait()).exit_code == 0
+
+
+async def test_the_end_of_input_is_one_for_every_program_that_reads(vm: Sandbox) -> None:
+    """As that of a pipe is; a last line that is not whole is read like another."""
+    process = await vm.spawn("cat; cat; read nothing || echo over", pty=(24, 80))
+    await process.write(b"half")
+    await process.close_stdin()
+    output = b"".join([data async for data in process.stdout])
+
+    assert output == b"halfhalfover\r\n"  # the terminal's echo, then cat
+
+
 async def test_the_last_words_on_a_terminal_are_not_lost(vm: Sandbox) -> None:
     """All output arrives, although a child of the program keeps the terminal open."""
     process = await vm.spawn("seq 20000; setsid sleep 77 & exec true", pty=(24, 80))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from tests.support.screen import PROMPT, SMALL, TASKVM, Screen
+from tests.support.waiting import PATIENCE_S
 
 pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("runtime")]
 
@@ -113,6 +114,18 @@ def test_without_a_terminal_a_shell_says_so() -> None:
 
     assert done.returncode == 2
     assert "not a terminal" in done.stderr
+
+
+def test_a_shell_without_input_ends_by_itself() -> None:
+    """As with script(1): nobody will ever type anything."""
+    done = subprocess.run(
+        [TASKVM, "run", *SMALL, "--tty", "--", "bash"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=PATIENCE_S,
+    )
+
+    assert done.returncode == 0, done.stderr
 
 
 def test_run_gives_a_terminal_when_asked() -> None:
