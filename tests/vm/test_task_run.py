@@ -57,6 +57,23 @@ async def place(workspace: Path) -> AsyncIterator[Place]:
         yield opened
 
 
+async def test_find_leaves_out_in_the_guest_what_git_ignores_there(workspace: Path) -> None:
+    """A repository of the host, which the guest's git takes for its user's own."""
+    subprocess.run(["git", "init", "-q", workspace], check=True)
+    (workspace / ".gitignore").write_text("node_modules/\n/result\n")
+    (workspace / "node_modules").mkdir()
+    for name in ("node_modules/tool", "result", "kept"):
+        (workspace / name).symlink_to("nowhere")
+
+    await run(
+        workspace,
+        """
+- tools:
+    - {tool: find, arguments: {pattern: "**"}, expect: {matches: '^.gitignore\\nkept$'}}
+""",
+    )
+
+
 async def test_the_seven_tools_act_in_the_guest_on_the_hosts_workspace(workspace: Path) -> None:
     (workspace / "src").mkdir()
     (workspace / "src" / "calc.py").write_text("def add(a, b):\n    return a - b\n")

@@ -1,12 +1,14 @@
 """The tools that search: grep and find. Both run ripgrep in the place where the tools act.
 
-ripgrep gets its own arguments, never a shell's, and its output is taken apart at NUL bytes, so that
+Programs get their own arguments, never a shell's, and their output is taken apart at NUL bytes, so that
 neither a pattern nor a file's name can become an option or another result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
 
 from taskfactory.agents.cutting import MAX_BYTES, cut_head, size_text
 from taskfactory.agents.glob import compile_glob
@@ -23,8 +25,11 @@ _MAX_COLUMNS = 4 * MAX_LINE_CHARS
 _MAX_RECORD = 64 * 1024
 # The guest owns its ripgrep: what it says is bounded here as well.
 _MAX_KEPT_BYTES = 1024 * 1024
-_MAX_SCANNED = 500_000  # paths
+_MAX_PATH = 4096  # PATH_MAX
+_MAX_SCANNED_BYTES = 128 * 1024 * 1024  # of paths, as they are kept
+_MAX_PRUNED_BYTES = 32 * 1024  # of arguments
 _NOT_FOUND = 2  # ENOENT
+_SHELL_NOT_FOUND = 127
 
 _COMMON = ("rg", "--no-config", "--no-messages", "--hidden", "--color=never", "--sort=path")
 
@@ -154,56 +159,129 @@ async def _find(arguments: FindArguments, context: ToolContext) -> ToolOutput:
         found = _Found(compile_glob(arguments.pattern), limit)
     except ValueError as error:
         raise ToolError(f"find: the pattern is refused: {error}") from None
+    names = _Names(found.take_file)
     options = ("--files", "--null", "--glob=!.git", "--", "./")
-    ending = await _ripgrep(options, path, found.take, context)
-    if _failed(ending, has_results=bool(found.paths), said=found.rest()):
+    ending = await _ripgrep(options, path, names.take, context)
+    if _failed(ending, has_results=bool(found.paths), said=names.rest()):
         raise ToolError(
-            f"find {arguments.pattern!r} in {shown}: {found.rest() or 'ripgrep failed'}"
+            f"find {arguments.pattern!r} in {shown}: {names.rest() or 'ripgrep failed'}"
         )
+    more, notes = ending.stopped, []
+    if not more:
+        ending = await _find_others(found, path, context)
+        more = ending.stopped
+        if ending.exit_code == _SHELL_NOT_FOUND:
+            notes.append(
+                "Symbolic links and empty directories are left out: find is not installed."
+            )
     if not found.paths:
-        return ToolOutput("No files found")
+        return ToolOutput(" ".join(["No files found", *notes]))
     cut = cut_head("\n".join(found.paths), max_lines=limit)
-    if ending.stopped or cut.by:
-        note = f"[{cut.lines} shown, there are more: narrow the pattern or set limit.]"
-        return ToolOutput(f"{cut.text}\n\n{note}")
-    return ToolOutput(cut.text)
+    if more or cut.by:
+        notes.append(f"{cut.lines} shown, there are more: narrow the pattern or set limit.")
+    return ToolOutput(f"{cut.text}\n\n[{' '.join(notes)}]" if notes else cut.text)
 
 
-class _Found:
-    """Takes paths that end in NUL, and keeps those that match, and the directories above them that do."""
+async def _find_others(found: _Found, path: str, context: ToolContext) -> Ending:
+    """Let `found` have what ripgrep does not list: symbolic links and empty directories that git does not ignore."""
+    ignored: set[str] = set()
+    room = _Room()
 
-    def __init__(self, matches: Callable[[str], bool], limit: int) -> None:
-        self.paths: list[str] = []
-        self._matches = matches
-        self._limit = limit
-        self._seen: set[str] = set()
+    def ignore(name: str) -> bool:
+        ignored.add(name.rstrip("/"))
+        return room.take(name)
+
+    listing = ("git", "ls-files", "--others", "--ignored", "--exclude-standard", "--directory")
+    await _quietly((*listing, "-z"), path, _Names(ignore).take, context)
+    pruned = (("-o", "-path", f"./{escaped}") for escaped in _escaped(ignored))
+    argv = [
+        *("find", ".", "-mindepth", "1", "(", "-name", ".git"),
+        *(argument for each in pruned for argument in each),
+        *(")", "-prune", "-o", "(", "-type", "l", "-o", "-type", "d", "-empty", ")"),
+        *("-printf", "%y%p\\0"),
+    ]
+    names = _Names(lambda record: found.take_other(record, ignored))
+    return await _quietly(argv, path, names.take, context)
+
+
+def _escaped(names: Iterable[str]) -> Iterator[str]:
+    """Return names as patterns of find, as many as an argument list takes: the others are left out later."""
+    left = _MAX_PRUNED_BYTES
+    for name in sorted(names, key=len):
+        pattern = re.sub(r"([*?\[\\])", r"\\\1", name)
+        left -= len(pattern.encode("utf-8", "replace")) + 16
+        if left < 0:
+            return
+        yield pattern
+
+
+class _Room:
+    """Counts what is kept of paths. The guest owns the programs that print them."""
+
+    def __init__(self) -> None:
+        self._left = _MAX_SCANNED_BYTES
+
+    def take(self, path: str) -> bool:
+        self._left -= sys.getsizeof(path)
+        return self._left >= 0
+
+
+class _Names:
+    """Takes names that end in NUL and hands each on, until one is refused."""
+
+    def __init__(self, each: Callable[[str], bool]) -> None:
+        self._each = each
         self._pending = b""
 
     def take(self, data: bytes) -> bool:
         *names, self._pending = (self._pending + data).split(b"\0")
         for name in names:
-            path = name.decode("utf-8", "replace").removeprefix("./")
-            if not self._path(path):
+            if len(name) > _MAX_PATH or not self._each(name.decode("utf-8", "replace")):
                 return False
         return len(self._pending) <= _MAX_RECORD
 
     def rest(self) -> str:
         return self._pending.decode("utf-8", "replace").strip()
 
-    def _path(self, path: str) -> bool:
-        parts = path.split("/")
-        above = ["/".join(parts[:depth]) for depth in range(1, len(parts))]
-        for candidate, shown in [*((name, f"{name}/") for name in above), (path, path)]:
+
+class _Found:
+    """Keeps the paths that match, and the directories above each path that do."""
+
+    def __init__(self, matches: Callable[[str], bool], limit: int) -> None:
+        self.paths: list[str] = []
+        self._matches = matches
+        self._limit = limit
+        self._seen: set[str] = set()
+        self._room = _Room()
+
+    def take_file(self, name: str) -> bool:
+        path = name.removeprefix("./")
+        return self._take(path, path)
+
+    def take_other(self, record: str, ignored: set[str]) -> bool:
+        """Take find's letter for the kind, and the path."""
+        path = record[1:].removeprefix("./")
+        if not ignored.isdisjoint([*_above(path), path]):
+            return True
+        return self._take(path, f"{path}/" if record.startswith("d") else path)
+
+    def _take(self, path: str, shown: str) -> bool:
+        for candidate, text in [*((name, f"{name}/") for name in _above(path)), (path, shown)]:
             if candidate in self._seen:
                 continue
-            if len(self._seen) == _MAX_SCANNED:
-                return False
             self._seen.add(candidate)
+            if not self._room.take(candidate):
+                return False
             if self._matches(candidate):
                 if len(self.paths) == self._limit:
                     return False
-                self.paths.append(shown.replace("\n", "\\n"))
+                self.paths.append(text.replace("\n", "\\n"))
         return True
+
+
+def _above(path: str) -> list[str]:
+    parts = path.split("/")
+    return ["/".join(parts[:depth]) for depth in range(1, len(parts))]
 
 
 def _failed(ending: Ending, *, has_results: bool, said: str) -> bool:
@@ -211,6 +289,14 @@ def _failed(ending: Ending, *, has_results: bool, said: str) -> bool:
     if ending.stopped or ending.exit_code in (0, 1):
         return False
     return ending.exit_code != 2 or (not has_results and bool(said))
+
+
+async def _quietly(
+    argv: Iterable[str], cwd: str, take: Callable[[bytes], bool], context: ToolContext
+) -> Ending:
+    """Run a program without what it says of what went wrong, which would be taken for names."""
+    quiet = ("bash", "-c", 'exec "$@" 2>/dev/null', "bash")
+    return await context.operations.exec((*quiet, *argv), cwd=cwd, on_output=take)
 
 
 async def _ripgrep(
@@ -234,8 +320,8 @@ GREP = Tool(
 )
 FIND = Tool(
     "find",
-    "Find files, and directories that hold some, by a glob pattern, such as *.py or src/**/*.ts. At most"
-    " 1000; .gitignore is respected. Symbolic links and empty directories are not found: use ls or bash.",
+    "Find files, directories and symbolic links by a glob pattern, such as *.py or src/**/*.ts; links are not"
+    " followed. At most 1000; .gitignore is respected.",
     FindArguments,
     _find,
 )

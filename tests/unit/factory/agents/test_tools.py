@@ -4,12 +4,16 @@ taskfactory.agents.searchtools) on this host's files.
 
 import asyncio
 import os
+import shutil
+import subprocess
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from taskfactory.agents.bashtool import OutputBuffer
+from taskfactory.agents.host import HostOperations
 from taskfactory.agents.paths import PathMap
 from taskfactory.agents.place import host_place, host_roots
 from taskfactory.agents.tools import FileLocks, Tool, ToolContext, ToolOutput, builtin_tools
@@ -324,8 +328,6 @@ async def test_a_broken_pattern_is_told(bench: Bench) -> None:
 async def test_a_place_without_ripgrep_says_so(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from taskfactory.agents.host import HostOperations
-
     context = ToolContext(
         HostOperations({"PATH": "/nowhere"}), bench.context.paths, FileLocks(), lambda text: None
     )
@@ -349,14 +351,89 @@ async def test_find_lists_files_and_directories(bench: Bench) -> None:
     assert await bench.text("find", pattern="config") == "No files found"
 
 
-async def test_find_leaves_links_and_empty_directories_to_ls(bench: Bench) -> None:
-    """As its description says."""
-    (bench.root / "empty").mkdir()
-    (bench.root / "link").symlink_to("empty")
+async def test_find_shows_links_and_empty_directories(bench: Bench) -> None:
+    """After the files, those too that lead nowhere; nothing is followed."""
+    (bench.root / "a" / "empty").mkdir(parents=True)
     (bench.root / "file").touch()
+    (bench.root / "to-dir").symlink_to(".")
+    (bench.root / "a" / "to-nothing\n").symlink_to("nowhere")
 
-    assert await bench.text("find", pattern="*") == "file"
-    assert "links and empty directories" in TOOLS["find"].description
+    everything = await bench.text("find", pattern="**")
+
+    assert sorted(everything.splitlines()) == [
+        "a/",
+        "a/empty/",
+        "a/to-nothing\\n",
+        "file",
+        "to-dir",
+    ]
+    assert everything.startswith("file\n")
+    assert await bench.text("find", pattern="to-*", limit=1) in (
+        "a/to-nothing\\n\n\n[1 shown, there are more: narrow the pattern or set limit.]",
+        "to-dir\n\n[1 shown, there are more: narrow the pattern or set limit.]",
+    )
+    assert await bench.text("find", pattern="*", path="a/empty") == "No files found"
+
+
+async def test_find_leaves_out_the_links_that_git_ignores(bench: Bench) -> None:
+    """Those in ignored directories, and those that a pattern names; signs of patterns in names are no patterns."""
+    subprocess.run(["git", "init", "-q", bench.root], check=True)
+    (bench.root / ".gitignore").write_text("node_modules/\n/result\n/\\*\\[x]\n")
+    for name in ("node_modules/.bin", "pkg/node_modules/.bin", "*[x]/empty", "bx/empty"):
+        (bench.root / name).mkdir(parents=True)
+        (bench.root / name / "tool").symlink_to("nowhere")
+    for name in ("result", "pkg/result"):
+        (bench.root / name).symlink_to("nowhere")
+
+    found = await bench.text("find", pattern="**")
+    below = await bench.text("find", pattern="**", path="pkg")
+
+    expected = [".gitignore", "bx/", "bx/empty/", "bx/empty/tool", "pkg/", "pkg/result"]
+    assert sorted(found.splitlines()) == expected
+    assert below == "result"
+
+
+async def test_find_says_what_it_cannot_look_for(bench: Bench, tmp_path: Path) -> None:
+    """Where there is no find(1), files are found."""
+    (bench.root / "file").touch()
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("rg", "bash"):
+        (programs / name).symlink_to(shutil.which(name) or "")
+    operations = HostOperations({"PATH": str(programs)})
+    context = ToolContext(operations, bench.context.paths, FileLocks(), lambda text: None)
+
+    text = (await TOOLS["find"].run({"pattern": "*"}, context)).text
+
+    assert text.startswith("file\n\n[Symbolic links and empty directories are left out")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"a" * 5000 + b"\0",
+        b"/".join([b"a"] * 40_000) + b"\0",
+        b"a" * 100_000,
+        b"".join(b"%d" % n + b"/a" * 2000 + b"\0" for n in range(60)),
+    ],
+    ids=["long", "deep", "endless", "many"],
+)
+async def test_a_find_that_says_what_no_find_would_is_stopped(
+    bench: Bench, tmp_path: Path, said: bytes
+) -> None:
+    """The guest owns it: each directory above a path is kept, too."""
+    (tmp_path / "said").write_bytes(said)
+    (tmp_path / "rg").write_text(f"#!/bin/sh\nexec cat {tmp_path}/said\n")
+    (tmp_path / "rg").chmod(0o755)
+    operations = HostOperations({"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    context = ToolContext(operations, bench.context.paths, FileLocks(), lambda text: None)
+
+    tracemalloc.start()
+    await TOOLS["find"].run({"pattern": "nothing"}, context)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert peak < 200 << 20
 
 
 async def test_find_respects_gitignore_and_stops_at_its_limit(bench: Bench) -> None:
