@@ -36,8 +36,11 @@ from taskvm.wire.message import (
 # What servers take for the method, or for the path, instead of the one in the request line: frameworks;
 # Symfony and IIS's rewriting.
 _METHOD_OVERRIDES = frozenset({b"x-http-method-override", b"x-http-method", b"x-method-override"})
-_METHOD_PARAMETER = re.compile(rb"[?&;]_method=")  # Laravel, Symfony
+# Laravel, Symfony. PHP leaves out spaces before a parameter's name, takes a dot for _ and a NUL for the name's end.
+_METHOD_PARAMETER = re.compile(rb"[?&;][ +]*[_.]method[=\0\[]")
 _PATH_OVERRIDES = frozenset({b"x-original-url", b"x-rewrite-url"})
+# CGI, WSGI and PHP servers make the same variable of x-a, x_a and, some of them, x.a.
+_NO_LETTER = re.compile(rb"[^a-z0-9]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,7 @@ class Judge:
         return replace(answered, head=head, body=both(answered.body, body))
 
     def admit_trailer(self, fields: list[Header]) -> list[Header]:
-        """Return the trailer to send after a body.
+        """Return the trailer to send after a body, without what could override the request that was judged.
 
         Raises Refusal when a secret's trace is in it.
         """
@@ -121,7 +124,9 @@ class Judge:
                 self._injector.refuse_traces(name + b":" + value, "the trailer")
         except InjectionRefused as error:
             raise self._refuse_secret(error) from error
-        return fields
+        # Some servers take a trailer's fields for the head's (CVE-2013-5704).
+        overriding = _METHOD_OVERRIDES | _PATH_OVERRIDES
+        return [each for each in fields if not _has_any([each], overriding)]
 
     def refuse_unread(self, status: int) -> Refusal:
         """Record bytes that are no request; return the refusal that answers them."""
@@ -333,8 +338,7 @@ class _Refusing:
 
 
 def _has_any(headers: Iterable[Header], wanted: frozenset[bytes]) -> bool:
-    # CGI and WSGI servers make the same variable of x_a and x-a.
-    return any(name.lower().replace(b"_", b"-") in wanted for name, _ in headers)
+    return any(_NO_LETTER.sub(b"-", name.lower()) in wanted for name, _ in headers)
 
 
 def _redacted(redactor: Redactor, response: ResponseHead) -> ResponseHead:

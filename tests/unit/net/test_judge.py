@@ -120,6 +120,13 @@ async def test_a_trailer_is_searched() -> None:
         court.judge.admit_trailer([(b"X", BOUND.placeholder.encode())])
 
 
+async def test_a_trailer_overrides_nothing_that_was_judged() -> None:
+    """Servers that take a trailer's fields for the head's would see another method, or path."""
+    fields = [(b"X-Sum", b"1"), (b"x_http_method_override", b"DELETE"), (b"X-Original-URL", b"/b")]
+
+    assert Court().judge.admit_trailer(fields) == [(b"X-Sum", b"1")]
+
+
 async def test_an_answer_passes_as_it_came() -> None:
     response = ResponseHead(200, [(b"X", b"1"), (b"Content-Length", b"1")])
 
