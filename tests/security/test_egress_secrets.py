@@ -6,12 +6,16 @@ Judged from what reached the servers and from the record; the value is searched 
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
 import pytest
 from tests.support.egress_lab import HttpServer, Lab, egress_lab, http_server, read_all
 
+from taskvm.egress.boundsecret import bind_secrets
+from taskvm.egress.injection import InjectionRefused, Injector
+from taskvm.egress.policy import Policy
 from taskvm.egress.secret import Secret
 
 VALUE = "sk-live-0123456789abcdef"
@@ -162,6 +166,18 @@ async def test_a_secret_is_not_sent_in_clear_unless_its_host_names_the_port() ->
 
                 assert int(answer.split()[1]) == status
         assert [seen.header("Authorization") for seen in clear.requests] == [VALUE]
+
+
+def test_naming_the_port_of_tls_does_not_allow_clear_text() -> None:
+    """Who writes 443 means TLS: a guest that speaks HTTP to it must not show the value to all on the way."""
+    policy = Policy.parse(["api.test"])
+    (bound,) = bind_secrets(policy, [Secret("KEY", VALUE, hosts=["api.test:443"])], os.urandom)
+    headers = [(b"Authorization", bound.placeholder.encode())]
+    injector = Injector([bound])
+
+    with pytest.raises(InjectionRefused, match="in clear"):
+        injector.inject("http", "api.test", 443, b"/", headers)
+    assert injector.inject("https", "api.test", 443, b"/", headers).used == ("KEY",)
 
 
 async def test_a_value_that_looks_like_a_placeholder_is_not_replaced_again(

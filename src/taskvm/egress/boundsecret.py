@@ -36,9 +36,9 @@ class BoundSecret:
     revoked: bool = False
 
     def may_go_to(self, scheme: Scheme, host: str, port: int) -> bool:
-        """Say whether the value may be sent to this origin."""
+        """Say whether the value may be sent to this origin: in clear only to a named port, and not TLS's own."""
         return not self.revoked and any(
-            pattern.matches(host, port) and (scheme == "https" or pattern.port is not None)
+            pattern.matches(host, port) and (scheme == "https" or pattern.port not in (None, 443))
             for pattern in self.hosts
         )
 

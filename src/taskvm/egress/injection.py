@@ -2,7 +2,7 @@
 
 Rule 1: a placeholder is replaced only in a request to one of its secret's hosts, in one of its
         secret's headers or further places, over TLS (in clear only where the secret's host names the
-        port). Anywhere else in the head it refuses the request.
+        port, and not for 443). Anywhere else in the head it refuses the request.
 Rule 2: one pass over each text, never over its result: a value that looks like a placeholder stays
         a value.
 Rule 3: a real value that comes from the guest refuses the request: it leaked, and must not travel
@@ -249,7 +249,9 @@ def _check_use(bound: BoundSecret, scheme: Scheme, host: str, port: int, header:
             raise InjectionRefused(
                 secret.name,
                 "the secret is not sent in clear",
-                f'Use https, or give the secret the host "{host}:{port}"',
+                "Use https"
+                if port == 443
+                else f'Use https, or give the secret the host "{host}:{port}"',
             )
     elif not bound.may_go_to("https", host, port):
         raise InjectionRefused(
