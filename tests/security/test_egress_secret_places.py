@@ -236,15 +236,18 @@ async def test_a_host_that_knows_a_value_is_asked_for_no_part_of_it_and_no_other
     server: HttpServer,
 ) -> None:
     """It may have stored what another request brought: a later one asks for half of it, or for it compressed."""
-    parts = ["Range: bytes=0-9", 'If-Range: "x"', "Accept-Encoding: gzip", "accept-encoding: br"]
+    parts = [
+        "Range: bytes=0-9", 'If-Range: "x"', "Accept-Encoding: gzip", "accept-encoding: br",
+        "A-IM: gzip", "Accept-Charset: utf-16",
+    ]  # fmt: skip
     async with lab_for(server.port) as lab:
         for host in ("api.test", "other.test"):
             await send(lab, server, "GET /stored HTTP/1.1", *parts, host=host)
 
     (asked, other) = server.requests
-    names = ("Range", "If-Range", "Accept-Encoding")
-    assert [asked.header(name) for name in names] == [None, None, "identity"]
-    assert [other.header(name) for name in names] == ["bytes=0-9", '"x"', "gzip"]
+    names = ("Range", "If-Range", "Accept-Encoding", "A-IM", "Accept-Charset")
+    assert [asked.header(name) for name in names] == [None, None, "identity", None, None]
+    assert [other.header(name) for name in names] == ["bytes=0-9", '"x"', "gzip", "gzip", "utf-16"]
 
 
 async def test_repeated_basic_credentials_come_back_as_they_were_sent() -> None:

@@ -31,9 +31,10 @@ Header = tuple[bytes, bytes]
 
 _BASIC = re.compile(rb"(basic[ \t]+)([A-Za-z0-9+/_=-]+)\Z", re.IGNORECASE)
 # What a path's segment may hold unescaped besides letters and digits (RFC 3986 section 3.3).
-_SEGMENT_SAFE = "!$&'()*+,;=:@~"
-# A server may ignore Range (RFC 9110 section 14.2): the guest must not have a value in two halves.
-_CHOOSING_PARTS = frozenset({b"accept-encoding", b"range", b"if-range"})
+SEGMENT_SAFE = "!$&'()*+,;=:@~"
+# A server may ignore Range (RFC 9110 section 14.2): the guest must not have a value in two halves. A-IM chooses
+# parts and codings too (RFC 3229), Accept-Charset the letters.
+_CHOOSING_PARTS = frozenset({b"a-im", b"accept-charset", b"accept-encoding", b"if-range", b"range"})
 _FIX_OTHER_PLACE = "Send it in one of the secret's headers, such as Authorization"
 
 
@@ -186,7 +187,7 @@ class _Pass:
 
     def target(self, target: bytes) -> bytes:
         path, mark, query = target.partition(b"?")
-        new_path = self._part("path", path, lambda value: quote(value, safe=_SEGMENT_SAFE))
+        new_path = self._part("path", path, lambda value: quote(value, safe=SEGMENT_SAFE))
         return new_path + mark + self._part("query", query, lambda value: quote(value, safe=""))
 
     def header(self, name: str, value: bytes) -> bytes:

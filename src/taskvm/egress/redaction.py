@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from urllib.parse import quote, quote_plus
 
 from taskvm.egress.boundsecret import BoundSecret
-from taskvm.egress.injection import MIN_TRACED_VALUE
+from taskvm.egress.injection import MIN_TRACED_VALUE, SEGMENT_SAFE
 from taskvm.egress.replacing import Replacer, any_of
 
 Header = tuple[bytes, bytes]
@@ -27,6 +27,9 @@ _HTML_IN_NUMBERS = _HTML | str.maketrans({'"': "&#34;", "'": "&#39;"})  # Go's h
 _ESCAPED_IN_JSON = ("&<>", "&<>'+")  # by Go and Rails; by C#
 _URL_SAFE = bytes.maketrans(b"+/", b"-_")
 _ESCAPE = re.compile(r"%[0-9A-F]{2}")
+# What programs leave unescaped in URLs besides letters, digits and -._~: Python (query, path), we (a path's segment),
+# JavaScript (encodeURIComponent, encodeURI), Go (a path's segment, a path).
+_SAFE_IN_URLS = ("", "/", SEGMENT_SAFE, "!*'()", ";,/?:@&=+$!*'()#", "$&+=:@", "$&+,/:;=@")
 # What is none of these is taken for text: a type that nobody has heard of hides nothing.
 _BINARY = frozenset(
     {
@@ -107,7 +110,7 @@ def _is_text(media: bytes) -> bool:
 
 def _spellings(value: str) -> set[bytes]:
     json_text = json.dumps(value)[1:-1]
-    escaped = {quote(value, safe=""), quote(value), quote_plus(value)}
+    escaped = {quote_plus(value), *(quote(value, safe=safe) for safe in _SAFE_IN_URLS)}
     texts = {
         value, *escaped, *(_ESCAPE.sub(lambda match: match[0].lower(), text) for text in escaped),
         value.translate(_HTML), value.translate(_HTML_IN_NUMBERS), json_text,

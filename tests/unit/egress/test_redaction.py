@@ -99,3 +99,22 @@ def test_other_programs_spellings_are_found(written: str) -> None:
     bound = bind_secret(POLICY, Secret("KEY", 'a/b&c"d<e', hosts=["api.test"]), os.urandom)
 
     assert Redactor([bound], {}, print).text(written.encode()) == bound.placeholder.encode()
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "a+b%2Fc=!d:",  # as we put it into a path
+        "a%2Bb%2Fc%3D!d%3A",  # JavaScript's encodeURIComponent
+        "a+b/c=!d:",
+        "a+b%2Fc=%21d:",  # Go's url.PathEscape
+        "a+b%2fc=%21d:",
+        "a+b/c=%21d:",  # Go's URL.String
+        "a%2Bb%2Fc%3D%21d%3A",
+    ],
+)
+def test_what_urls_make_of_a_value_is_found(written: str) -> None:
+    """Many pages of errors and redirects repeat the path that was asked for, as they write it."""
+    bound = bind_secret(POLICY, Secret("KEY", "a+b/c=!d:", hosts=["api.test"]), os.urandom)
+
+    assert Redactor([bound], {}, print).text(written.encode()) == bound.placeholder.encode()
