@@ -49,6 +49,29 @@ def test_files_and_commands_take_the_same(tmp_path: Path) -> None:
     assert (printed.reveal(), printed.places) == (f"x@y,{CANARY}", ("path",))
 
 
+def test_a_command_can_be_run_again_after_a_while(tmp_path: Path) -> None:
+    """For tokens that live for an hour only: a login, a broker."""
+    path = tmp_path / "token"
+    path.write_text("first-token")
+
+    secret = read_secret_command(f"KEY=cat {path}@a.example,refresh=600,in=path")
+    path.write_text("second-token")
+
+    assert (secret.refresh_s, secret.places, secret.hosts) == (600, ("path",), ("a.example",))
+    assert (secret.reveal(), secret.renewed().reveal()) == ("first-token", "second-token")
+
+
+@pytest.mark.parametrize("said", ["refresh=0", "refresh=x", "refresh=", "refresh=1,refresh=2"])
+def test_what_is_no_time_to_run_it_again_is_refused(said: str) -> None:
+    with pytest.raises(UsageError, match="seconds"):
+        read_secret_command(f"KEY=echo {CANARY}@a.example,{said}")
+
+
+def test_what_the_supervisor_holds_is_not_renewed_by_a_program() -> None:
+    with pytest.raises(UsageError, match="taskvm secret put"):
+        read_secret_command("KEY=gone@a.example,refresh=600", {"KEY": "carried"})
+
+
 @pytest.mark.parametrize("read", [read_secret, read_secret_file, read_secret_command])
 def test_another_process_has_read_the_values(read: object) -> None:
     """Nothing is read or run again: the file and the command do not exist."""

@@ -239,6 +239,28 @@ def test_the_command_line_gives_the_guest_files_of_its_own(project: Path) -> Non
     assert (project / ".env").read_text() == SECRET
 
 
+def test_the_command_line_limits_what_the_guest_adds_to_the_hosts_disk(project: Path) -> None:
+    taskvm = Path(sys.executable).with_name("taskvm")
+    options = ["--mount", ".:/workspace", "--mount-limit", "2", "--hide", ".env", "-q"]
+    options += ["--cpus", "1", "--memory", "256"]
+    grow = "head -c 1M /dev/zero > kept; head -c 8M /dev/zero > large; fallocate -l 1G huge"
+
+    done = subprocess.run(
+        [taskvm, "run", *options, "--", "sh", "-c", f"{grow}; ls -A"],
+        cwd=project,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_S,
+    )
+
+    assert done.stderr.count("quota exceeded") == 2
+    assert ".env" not in done.stdout
+    sizes = {path.name: path.stat().st_blocks * 512 for path in project.iterdir() if path.is_file()}
+    assert sizes["kept"] == 1 << 20
+    assert sizes["large"] + sizes.get("huge", 0) <= 1 << 20
+
+
 async def test_a_provider_of_ones_own_serves_a_guest() -> None:
     """The example of the documentation, with a real kernel and real programs in front of it."""
     store = {"greeting": b"hello\n"}

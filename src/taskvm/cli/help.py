@@ -44,7 +44,7 @@ OPTIONS: Mapping[str, Sequence[str]] = {
         "limit_disk_write",
         "cpu_weight",
     ),
-    "Folders": ("mounts", "hide", "private", "apply", "diff_file"),
+    "Folders": ("mounts", "hide", "private", "mount_limit", "apply", "diff_file"),
     "Network (nothing leaves unless it is allowed)": (
         "allow",
         "policy_file",

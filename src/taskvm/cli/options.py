@@ -1,4 +1,7 @@
-"""The options of a sandbox that every command which creates one has, and how their texts are read."""
+"""The options of a sandbox that every command which creates one has, and how their texts are read.
+
+More than 500 lines, because nearly half of them are the list of options, in one place.
+"""
 
 from __future__ import annotations
 
@@ -123,6 +126,12 @@ SANDBOX_OPTIONS = (
         metavar="PATTERN",
         help="Hide these too, and let the guest have its own there, in memory: node_modules/, .venv/.",
     ),
+    click.option(
+        "--mount-limit",
+        type=click.IntRange(min=0),
+        metavar="MIB",
+        help="What the guest may add to each directory or file that is mounted rw, in MiB. [default: no limit]",
+    ),
     *POLICY_OPTIONS,
     click.option(
         "--secret",
@@ -144,7 +153,8 @@ SANDBOX_OPTIONS = (
         "secret_commands",
         multiple=True,
         metavar="NAME=COMMAND@HOST[,…]",
-        help="The same with the value that COMMAND prints on this host.",
+        help="The same with the value that COMMAND prints on this host; with refresh=SECONDS it is run again when that "
+        "is older (run, shell).",
     ),
     click.option(
         "--ca-file",
@@ -241,6 +251,7 @@ class SandboxArguments:
     mounts: tuple[str, ...]
     hide: tuple[str, ...]
     private: tuple[str, ...]
+    mount_limit: int | None
     policy_file: str | None
     allow: tuple[str, ...]
     allow_addresses: tuple[str, ...]
@@ -313,6 +324,8 @@ class SandboxArguments:
 
     def _mount(self, text: str) -> tuple[str, taskvm.Provider]:
         path, provider = _read_mount(text)
+        if self.mount_limit is not None and not provider.readonly:
+            provider = taskvm.Quota(provider, limit_bytes=self.mount_limit << 20)
         if self.hide and not provider.is_file:
             provider = taskvm.Shadow(provider, self.hide)
         if self.private and not provider.is_file:

@@ -1,4 +1,5 @@
-"""A secret as a text of the command line: NAME@HOST[,HOST…][,in=PLACE][,header=NAME][,shape=SHAPE].
+"""A secret as a text of the command line: NAME@HOST[,HOST…][,in=PLACE][,header=NAME][,shape=SHAPE],
+and for a command [,refresh=SECONDS].
 
 Rule: a text with a `=` that is not one of these may be a value that the user wrote there. It is refused and not
 repeated: every user of this host reads the arguments of every process.
@@ -39,16 +40,37 @@ def read_secret_file(text: str, variables: Mapping[str, str] | None = None) -> t
 
 
 def read_secret_command(text: str, variables: Mapping[str, str] | None = None) -> taskvm.Secret:
-    """Return the secret of --secret-command NAME=COMMAND@…."""
+    """Return the secret of --secret-command NAME=COMMAND@…; with refresh=SECONDS it is run again when it is too old."""
     name, command, rest = _split("--secret-command", text, "COMMAND")
+    rest, refresh_s = _take_refresh(rest)
     hosts, more = _read("--secret-command", rest)
     try:
         argv = shlex.split(command)
     except ValueError as error:
         raise UsageError("read --secret-command", f"its COMMAND has {str(error).lower()}") from None
     if variables is not None:
+        if refresh_s is not None:
+            raise UsageError(
+                f"read --secret-command {text}",
+                "the supervisor runs no programs: what it holds has the value of its start",
+                f"Leave out refresh, and renew it with `taskvm secret put SANDBOX {name}@HOST`",
+            )
         return taskvm.Secret.from_value(name, variables.get(name, ""), hosts=hosts, **more)
-    return taskvm.Secret.from_callback(name, taskvm.command_output(argv), hosts=hosts, **more)
+    return taskvm.Secret.from_callback(
+        name, taskvm.command_output(argv), hosts=hosts, refresh_s=refresh_s, **more
+    )
+
+
+def _take_refresh(text: str) -> tuple[str, float | None]:
+    """Return what follows the @ without refresh=SECONDS, and the seconds."""
+    parts = text.split(",")
+    said = [part for part in parts if part.startswith("refresh=")]
+    if not said:
+        return text, None
+    number = said[-1].removeprefix("refresh=")
+    if len(said) > 1 or not number.isdecimal() or not int(number):
+        raise UsageError("read --secret-command", "refresh= is one whole number of seconds")
+    return ",".join(part for part in parts if part not in said), float(number)
 
 
 def _split(option: str, text: str, source: str) -> tuple[str, str, str]:
