@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from taskvm.errors import UsageError
 from taskvm.wire.address import special_range
@@ -87,6 +87,13 @@ class HostPattern:
         if not other.wildcard:
             return self.matches(other.host)
         return self.wildcard and (other.host == self.host or other.host.endswith("." + self.host))
+
+    def overlaps(self, other: HostPattern) -> bool:
+        """Say whether some (host, port) belongs to both sets."""
+        if None not in (self.port, other.port) and self.port != other.port:
+            return False
+        one, two = replace(self, port=None), replace(other, port=None)
+        return one.covers(two) or two.covers(one)
 
     def __str__(self) -> str:
         return _render(f"*.{self.host}" if self.wildcard else self.host, self.network, self.port)

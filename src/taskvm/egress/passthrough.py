@@ -69,7 +69,7 @@ def _check(host: HostPattern, policy: Policy, secrets: Iterable[Secret]) -> None
 
 def _check_secret(host: HostPattern, secret: Secret) -> None:
     for pattern in map(HostPattern.parse, secret.hosts):
-        if pattern.covers(host) or host.covers(pattern):
+        if pattern.overlaps(host):
             raise UsageError(
                 f"pass TLS to {host} through",
                 f"the secret {secret.name!r} is for {pattern}",

@@ -76,6 +76,24 @@ def test_covering_is_being_a_superset(outer: str, inner: str, expected: bool) ->
     assert HostPattern.parse(outer).covers(HostPattern.parse(inner)) is expected
 
 
+@pytest.mark.parametrize(
+    ("one", "two", "expected"),
+    [
+        ("a.test", "a.test:443", True),
+        ("a.test:443", "a.test:8443", False),
+        ("a.sub.test", "*.sub.test:443", True),
+        ("sub.test", "*.sub.test", False),
+        ("*.a.sub.test", "*.sub.test:443", True),
+        ("10.0.0.0/8:80", "10.1.0.0/16", True),
+        ("10.0.0.0/16", "10.1.0.0/16", False),
+    ],
+)
+def test_overlapping_is_having_something_in_common(one: str, two: str, expected: bool) -> None:
+    first, second = HostPattern.parse(one), HostPattern.parse(two)
+
+    assert first.overlaps(second) is second.overlaps(first) is expected
+
+
 @pytest.mark.parametrize("text", ["a.com", "*", "10.0.0.1/8", "0.0.0.0/0", "127.0.0.1:0", ""])
 def test_an_address_rule_is_an_address(text: str) -> None:
     with pytest.raises(UsageError, match="address"):

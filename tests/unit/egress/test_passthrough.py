@@ -9,7 +9,7 @@ from taskvm.egress.policy import Policy
 from taskvm.egress.secret import Secret
 from taskvm.errors import UsageError
 
-POLICY = Policy.parse(["pinned.test", "*.cdn.test:443", "api.test"], ["10.0.0.1"])
+POLICY = Policy.parse(["pinned.test", "*.cdn.test:443", "api.test", "*.sub.test"], ["10.0.0.1"])
 
 
 def test_a_pattern_names_hosts_with_their_ports() -> None:
@@ -40,7 +40,7 @@ def test_what_cannot_be_passed_through_is_refused(text: str, cause: str) -> None
 @pytest.mark.parametrize(
     ("host", "secret_host"),
     [("api.test", "api.test"), ("api.test:443", "api.test"), ("*.cdn.test:443", "a.cdn.test:443"),
-     ("a.cdn.test:443", "*.cdn.test:443")],
+     ("a.cdn.test:443", "*.cdn.test:443"), ("a.sub.test", "*.sub.test:443"), ("*.sub.test:8443", "a.sub.test")],
 )  # fmt: skip
 def test_a_secret_and_a_passage_exclude_each_other(host: str, secret_host: str) -> None:
     secret = Secret("KEY", "a-value-of-a-secret", hosts=[secret_host])
