@@ -137,6 +137,10 @@ def guest_environment(user: GuestUser, *, emulated_x86: bool = False) -> dict[st
         "GIT_SSL_CAINFO",
         "NODE_EXTRA_CA_CERTS",
         "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH",
+        # Programs that carry their own list, and read it from here before or besides that.
+        "AWS_CA_BUNDLE",
+        "CARGO_HTTP_CAINFO",
+        "DENO_CERT",
     )
     return {
         "PATH": SEARCH_PATH,

@@ -1,6 +1,8 @@
 """What a fork is told to be."""
 
 import base64
+import re
+from pathlib import Path
 
 from taskvm.identity import (
     CA_BUNDLE,
@@ -82,6 +84,17 @@ def test_a_wider_trust_is_written_in_pieces_that_a_frame_holds() -> None:
 
     assert written[b"/run/taskvm/ca.crt"] == bundle
     assert written[b"/run/taskvm/cacerts"].count(b"the certificate") == 2000
+
+
+def test_programs_that_carry_their_own_list_are_told_of_the_authority() -> None:
+    """Each variable that the page of protocols names."""
+    page = Path(__file__).parent.parent.parent / "docs" / "protocols.md"
+    (table,) = re.findall(r"how it trusts the authority.*?\n\n", page.read_text(), re.DOTALL)
+    named = set(re.findall(r"`([A-Z_]{8,})`", table))
+    environment = guest_environment(GuestUser(uid=1000, gid=1000))
+
+    assert {"DENO_CERT", "SSL_CERT_FILE"} < named
+    assert {environment.get(name) for name in named} == {"/etc/ssl/certs/ca-certificates.crt"}
 
 
 def test_the_environment_names_the_user() -> None:
