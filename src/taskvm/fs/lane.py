@@ -1,6 +1,7 @@
 """A thread of its own for one mount whose provider may be slow: a network file system, or code of the user's.
 
-Rule 1: calls come one at a time, in the order of their requests.
+Rule 1: calls come one at a time, in the order of their requests. What the host changes is looked at between any two,
+    so that a guest which asks without a pause hears of it.
 Rule 2: a request that takes longer than `request_deadline_s` is answered ETIMEDOUT, and so is all that waits behind it
     or is asked before it returns. What it does in the end is done; its answer is dropped, and the references that the
     guest never heard of are given back.
@@ -66,7 +67,7 @@ class Lane:
         self._due = math.inf  # when it takes too long
         self._late = False  # whether it has been answered for the provider
         self._closed = False
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE)  # one for each request
         self._attention = Attention(self._wake)
         self._thread = threading.Thread(target=self._run, name="taskvm-fs-lane", daemon=True)
         self._thread.start()
@@ -166,10 +167,9 @@ class Lane:
             self._let_rest()
             if asked:
                 os.eventfd_read(self._wake)
-                while message := self._next():
+                if message := self._next():
                     self._pauses.asked()
                     self._serve(message)
-                    self._let_rest()
 
     def _let_rest(self) -> None:
         if self._pauses.is_due():

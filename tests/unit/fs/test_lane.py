@@ -19,7 +19,7 @@ from taskvm.errors import GuestProtocolError
 from taskvm.fs import hostdir as hostdir_module
 from taskvm.fs import lane as lane_module
 from taskvm.fs import server as server_module
-from taskvm.fs.hooks import Hooks
+from taskvm.fs.hooks import Hooks, Operation
 from taskvm.fs.hostdir import HostDir
 from taskvm.fs.memory import Memory
 from taskvm.fs.pathprovider import PathProvider
@@ -310,6 +310,33 @@ def test_a_slow_mount_hears_of_what_the_host_changes(guest: Guest, tmp_path: Pat
 
     code, unique = struct.unpack_from("<4xiQ", guest.receive().payload)
     assert (code, unique) == (3, 0)  # NOTIFY_INVAL_ENTRY
+
+
+def test_a_guest_that_asks_without_a_pause_hears_of_what_the_host_changes(
+    guest: Guest, tmp_path: Path
+) -> None:
+    """Two programs at work leave no moment in which nothing waits."""
+    called, allowed = threading.Event(), threading.Event()
+
+    def before(asked: Operation) -> None:
+        if asked.path == "/slow":
+            called.set()
+            assert allowed.wait(PATIENCE_S)
+
+    (tmp_path / "file").write_text("old")
+    guest.server.add_mount(1, Hooks(HostDir(tmp_path), before=before))
+    assert guest.ask(Opcode.INIT, 0, INIT) == 0
+    assert guest.ask(Opcode.LOOKUP, 1, b"file\0") == 0
+    for name in (b"slow\0", b"one\0", b"two\0"):
+        guest.send(Opcode.LOOKUP, 1, name)
+    assert called.wait(PATIENCE_S)
+
+    (tmp_path / "file").unlink()
+    allowed.set()
+
+    codes = [struct.unpack_from("<4xiQ", guest.receive().payload) for _ in range(5)]
+    assert codes.index((3, 0)) == 1  # NOTIFY_INVAL_ENTRY, before the answers to what waits
+    assert [unique for _, unique in codes].count(8) == 3
 
 
 def test_who_is_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
