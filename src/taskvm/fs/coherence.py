@@ -10,7 +10,9 @@ name causes no event here), and for directories that nobody has looked into yet.
 3. An event for contents or attributes counts when (ctime, size) is not what the guest was told last; also when they
    were told within TICK of the ctime, for a second change in that time has the same one (before Linux 6.13). A close
    after writing counts unless it is this server's: a second store to a page that is dirty already changes no time.
-4. What the guest no longer believes is not told again: the host may write a file a thousand times for one message.
+4. What the guest no longer believes is not told again: the host may write a file a thousand times for one message. It
+   believes again what it asks for, contents too. Of what it changed itself it keeps the contents: a program that has
+   the file open, or mapped, reads them without a question about attributes.
 5. Lost events make everything doubtful, and the guest is told so; a part at a time, for it may know a million names.
 """
 
@@ -27,7 +29,7 @@ from pathlib import Path
 from taskvm.fs import inotify
 from taskvm.fs.hosttree import HostTree
 from taskvm.fs.inotify import Event, Inotify
-from taskvm.fs.nodes import HostNode, NodeState, Watched
+from taskvm.fs.nodes import UNTOLD, HostNode, NodeState, Watched
 from taskvm.fs.provider import Change, Node
 from taskvm.wire.fuse_replies import Attr, Lifetime
 
@@ -174,9 +176,14 @@ class Coherence:
             self._absent -= 1
 
     def contents_changed(self, node: HostNode, event: int) -> None:
-        """Expect the event of a change to contents or attributes that the guest asked for, and trusts no more."""
-        node.told = None
+        """Expect the event of a change to contents or attributes that the guest asked for."""
+        node.told = UNTOLD
         self.expect(node, event)
+
+    def contents_read(self, node: HostNode) -> None:
+        """Note that the guest has contents, which it may have asked for without asking for attributes."""
+        if node.told is None:
+            node.told = UNTOLD
 
     def expect(self, node: HostNode, event: int) -> None:
         """Expect an event of `node` that the guest caused before it was told what is now."""
@@ -336,6 +343,8 @@ class Coherence:
             return False
         if event.mask & inotify.CLOSE_WRITE and not ours:
             return True
+        if node.told == UNTOLD:
+            return not ours
         try:
             attr = self._tree.stat(node)
         except OSError:

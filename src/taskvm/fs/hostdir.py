@@ -32,7 +32,7 @@ from taskvm.fs.hostattributes import (
 )
 from taskvm.fs.hosttree import CONTENT, HostTree, through_proc
 from taskvm.fs.lower import Lower
-from taskvm.fs.nodes import HostNode, Identity, NodeState, identity
+from taskvm.fs.nodes import UNTOLD, HostNode, Identity, NodeState, identity
 from taskvm.fs.provider import Absent, DirEntry, Entry, Node, Provider, Source, refuse
 from taskvm.fs.specials import END_OFFSET, FIRST_OFFSET, Special, Specials, SpecialState
 from taskvm.fs.specials import KINDS as SPECIAL_KINDS
@@ -347,7 +347,10 @@ class HostDir(Provider):
     # Contents.
 
     def read(self, node: Node, offset: int, size: int) -> bytes:
-        return os.pread(self._tree.content(self._nodes[node], write=False), size, offset)
+        target = self._nodes[node]
+        data = os.pread(self._tree.content(target, write=False), size, offset)
+        self._coherence.contents_read(target)
+        return data
 
     def write(self, node: Node, offset: int, data: memoryview, *, append: bool) -> int:
         target = self._for_change(node)
@@ -418,7 +421,7 @@ class HostDir(Provider):
         self._coherence.names_changed(new, new_name, inotify.MOVED_TO)
         moved = old.children.get(name)
         if moved is not None:
-            moved.told = None
+            moved.told = UNTOLD
 
     def _entry(self, directory: HostNode, node: HostNode, attr: HostAttr | Special) -> Entry:
         return Entry(node.id, attr, self._coherence.lifetime(node, attr, directory))

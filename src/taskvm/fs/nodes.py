@@ -22,6 +22,7 @@ from taskvm.fs.provider import ROOT, Node, refuse
 MAX_NODES = 1_000_000
 
 Identity = tuple[int, int, int, int]
+UNTOLD = (0, -1)  # no file has this size
 
 
 class Identified(Protocol):
@@ -80,8 +81,9 @@ class NodeState(msgspec.Struct, frozen=True, array_like=True):
 class HostNode:
     """One inode that the guest knows.
 
-    `told` is (ctime, size) as the guest was last told them, at the time `told_ns`; None when it trusts nothing. It is
-    `astray` from when the host took a name of it away until it is seen under one: no watch tells of it.
+    `told` is (ctime, size) as the guest was last told them, at the time `told_ns`; UNTOLD when it holds contents and
+    was told no attributes since it changed something; None when it trusts nothing. It is `astray` from when the host
+    took a name of it away until it is seen under one: no watch tells of it.
     """
 
     __slots__ = (

@@ -11,6 +11,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -104,6 +105,54 @@ def test_a_change_by_the_host_shows(
     change(host)
 
     assert eventually(lambda: seen(mount.path) == seen(host)), (seen(mount.path), seen(host))
+
+
+# A program of its own: one that waits for a page of a mapping lets no other thread of it run, not the server's either.
+READER = """
+import mmap, os, sys, time
+path, host, own = sys.argv[1:]
+fd = os.open(path, os.O_RDWR)
+seen = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+assert not any(seen[:])
+if own == "written":
+    os.pwrite(fd, b"own", 0)
+elif own == "mapped":
+    mmap.mmap(fd, 0)[:3] = b"own"
+    os.fsync(fd)
+elif own == "chmod":
+    os.chmod(path, 0o640)
+elif own == "attribute":
+    os.setxattr(path, "user.own", b"1")
+elif own == "renamed":
+    os.rename(path, path + "2")
+    os.rename(path + "2", path)
+for word in b"one", b"two", b"three":
+    with open(host, "r+b") as changed:
+        os.pwrite(changed.fileno(), word, 10_000)
+    for read in (lambda: os.pread(fd, len(word), 10_000)), (lambda: seen[10_000 : 10_000 + len(word)]):
+        while read() != word:
+            time.sleep(0.01)
+    print(word.decode(), flush=True)
+"""
+
+
+@pytest.mark.parametrize("own", ["written", "mapped", "chmod", "attribute", "renamed", "nothing"])
+def test_who_has_a_file_open_or_mapped_sees_what_the_host_writes(
+    kernel_mount: Mount, host: Path, own: str
+) -> None:
+    """Again and again, after a change of the guest's own, and without asking for attributes: those it may believe."""
+    (host / "file").write_bytes(bytes(20_000))
+    mount = kernel_mount(HostDir(host))
+
+    read = subprocess.run(
+        [sys.executable, "-c", READER, mount.path / "file", host / "file", own],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=PATIENCE_S,
+    )
+
+    assert read.stdout.split() == ["one", "two", "three"]
 
 
 def test_what_lasts_is_not_asked_again(kernel_mount: Mount, host: Path) -> None:
