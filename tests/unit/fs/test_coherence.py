@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.kernel_mount import KernelMount
-from tests.support.waiting import eventually
+from tests.support.waiting import PATIENCE_S, eventually
 
 from taskvm.fs import coherence as coherence_module
 from taskvm.fs import hosttree
