@@ -355,9 +355,10 @@ class Sandbox:
         standard output is dropped.
 
         Mounts are the same ones: a `ro` directory is shared, and of a `review` each has its own changes, which start
-        from what this sandbox has changed.
+        from what this sandbox has changed. What this sandbox writes to directly a copy may only read:
+        `fork(mounts={"/workspace": HostDir(".", mode="ro")})`.
 
-        Raises SandboxStateError for a sandbox that writes to a mount directly, UsageError, HostError, SandboxLostError.
+        Raises SandboxStateError when a copy would write to the same mount; UsageError, HostError, SandboxLostError.
         """
         return Opening(partial(self._fork, changes))
 

@@ -227,11 +227,17 @@ async def test_programs_write_on_to_a_mounted_directory(
         )
         with await vm.changes("/seen") as changes:
             reviewed = {each.path: each.kind for each in changes}
+    async with checkpoint.resume(
+        mounts=again | {"/workspace": HostDir(workspace, mode="ro")}
+    ) as vm:
+        readable = await vm.exec("cat both; touch /workspace/new")
 
     assert saved == "".join(f"{number}\n" for number in range(1, 51))
     assert (workspace / "sub" / "log").read_text() == "".join(f"{n}\n" for n in range(1, 201))
     assert (workspace / "sub" / "end").read_text() == "/workspace/sub\n"
     assert both.stdout == "host, meanwhile\nof the guest\n"
+    assert readable.stdout == "host, meanwhile\n"
+    assert "Read-only file system" in readable.stderr
     assert reviewed == {"sub/mine": "added"}
     assert not (workspace / "sub" / "mine").exists()
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from tests.conftest import GUEST
@@ -43,6 +43,7 @@ pytestmark = pytest.mark.vm
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 UNIQUE = "od -An -N16 -tx1 /dev/urandom; cat /etc/machine-id; hostname"
+MODES: tuple[Literal["ro", "direct"], ...] = ("ro", "direct")
 COUNT = "i=0; while :; do i=$((i+1)); echo $i > /dev/shm/next; mv /dev/shm/next /dev/shm/count; sleep 0.01; done"
 
 
@@ -252,6 +253,38 @@ async def test_copies_that_would_share_a_writable_mount_are_refused(
 ) -> None:
     with pytest.raises(SandboxStateError, match=r"write to the same mounts \(/workspace\)"):
         await vm_with_workspace.fork()
+
+
+async def test_a_copy_may_read_what_its_original_writes(tmp_path: Path) -> None:
+    """A program that writes goes on in the original and fails in the copy, which sees what the original writes."""
+    write = (
+        "exec 3>>/out/log; until test -e /dev/shm/go; do sleep 0.02; done; "
+        "echo more >&3 && echo written > /dev/shm/end || echo refused > /dev/shm/end"
+    )
+    end = "touch /dev/shm/go; until test -s /dev/shm/end; do sleep 0.02; done; cat /dev/shm/end"
+    async with Sandbox.create(mounts={"/out": HostDir(tmp_path)}, **GUEST) as vm:
+        await vm.spawn(write)
+        await vm.exec("until test -e /out/log; do sleep 0.02; done", timeout_s=PATIENCE_S)
+        async with vm.fork(mounts={"/out": HostDir(tmp_path, mode="ro")}) as child:
+            refused = await child.exec(end, timeout_s=PATIENCE_S)
+            await child.exec(
+                "touch /out/new; rm -f /out/log; mount -o remount,rw /out", user="root"
+            )
+            before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+            written = await vm.exec(end, timeout_s=PATIENCE_S)
+            seen = await child.exec(
+                "until grep -q more /out/log; do sleep 0.02; done", timeout_s=PATIENCE_S
+            )
+        with pytest.raises(SandboxStateError, match="same mounts"):
+            await vm.fork_many(
+                2,
+                each=lambda number: {"mounts": {"/out": HostDir(tmp_path, mode=MODES[number])}},
+            )
+
+    assert (refused.stdout, written.stdout) == ("refused\n", "written\n")
+    assert before == {"log": ""}
+    assert seen.ok
+    assert (tmp_path / "log").read_text() == "more\n"
 
 
 async def test_a_copy_has_the_mounts_that_its_original_has(tmp_path: Path) -> None:

@@ -69,7 +69,10 @@ class Carried(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         )
 
     def check_mounts(self, given: Mapping[str, Provider]) -> None:
-        """Raise UsageError unless `given` are the mounts that the guest has, if it has any, each in its mode."""
+        """Raise UsageError unless `given` are the mounts that the guest has, if it has any, each in its mode.
+
+        What was written to directly may be read only from now on: its programs get EROFS.
+        """
         if not self.mounts:
             return  # nothing that a new one could hide
         operation = "go on with the mounts of a saved sandbox"
@@ -84,7 +87,8 @@ class Carried(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                 "Leave it out: its mounts stay as they are",
             )
         for path, mount in self.mounts.items():
-            if (mode := mode_of(given[path])) != mount.mode:
+            mode = mode_of(given[path])
+            if mode != mount.mode and (mount.mode, mode) != ("direct", "ro"):
                 raise UsageError(
                     operation, f"{path} was mounted {mount.mode}, not {mode}", "Mount it as it was"
                 )

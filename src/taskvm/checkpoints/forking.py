@@ -39,7 +39,7 @@ async def fork_guest(guest: Guest, children: Sequence[SandboxOptions]) -> list[G
     operation = f"fork the sandbox {guest.id}"
     if not 1 <= len(children) <= MAX_FORKS:
         raise UsageError(f"{operation} {len(children)} times", f"it must be 1 to {MAX_FORKS}")
-    _refuse_shared_writing(guest, operation)
+    _refuse_shared_writing(guest, children, operation)
     with _directory(guest.directory) as directory, ExitStack() as lent:
         async with guest.kept_awake(operation):
             cut, carried = await cut_machine(guest, directory)
@@ -56,14 +56,22 @@ async def fork_guest(guest: Guest, children: Sequence[SandboxOptions]) -> list[G
         return await _start_all(template, carried, children)
 
 
-def _refuse_shared_writing(guest: Guest, operation: str) -> None:
+def _refuse_shared_writing(
+    guest: Guest, children: Sequence[SandboxOptions], operation: str
+) -> None:
     """Raise SandboxStateError when copies, which are attempts at the same work, would write to one directory."""
-    direct = [path for path, provider in guest.mounts.items() if _writes_are_shared(provider)]
+    given = [options.mounts for options in children]
+    direct = [
+        path
+        for path in guest.mounts
+        if any(path in mounts and _writes_are_shared(mounts[path]) for mounts in given)
+    ]
     if direct:
         raise SandboxStateError(
             operation,
             f"it and its copies would write to the same mounts ({', '.join(direct)})",
-            'Mount HostDir(path, mode="review"): each copy has a view of its own; or mode="ro"',
+            'Mount HostDir(path, mode="review"), so that each copy has a view of its own, or give the copies the same '
+            'directory to read: fork(mounts={path: HostDir(…, mode="ro")})',
         )
 
 
