@@ -211,6 +211,15 @@ static bool set_mtime(int fd, const struct request *request, struct failure *fai
 	return futimens(fd, times) == 0 || fail_call(failure, errno, "futimens");
 }
 
+/* The mode of a file that replaces what is at `path`: unless the request names one, a script stays executable. */
+static mode_t replacement_mode(const struct request *request, const char *path)
+{
+	struct stat status;
+	if (request_integer(request, "mode", -1) >= 0)
+		return requested_mode(request, 0);
+	return lstat(path, &status) == 0 && S_ISREG(status.st_mode) ? status.st_mode & 0777 : 0644;
+}
+
 static bool replace_file(struct transfer *transfer, const char *path, int64_t *size, struct failure *failure)
 {
 	const struct request *request = transfer->request;
@@ -219,7 +228,7 @@ static bool replace_file(struct transfer *transfer, const char *path, int64_t *s
 	if (fd < 0)
 		return false;
 	bool good = receive_contents(transfer, fd, size, failure) &&
-		    set_owner_and_mode(fd, requested_owner(request), requested_mode(request, 0644), failure) &&
+		    set_owner_and_mode(fd, requested_owner(request), replacement_mode(request, path), failure) &&
 		    set_mtime(fd, request, failure);
 	if (good && fsync(fd) < 0)
 		good = fail_call(failure, errno, "fsync");

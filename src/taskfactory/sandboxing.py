@@ -233,8 +233,7 @@ class SandboxOperations:
 
     async def write_bytes(self, path: str, data: bytes) -> None:
         with _mapped(f"write {path}"):
-            target, mode = await self._existing(path)
-            await self._vm.files.write_bytes(target, data, mode=mode, parents=True)
+            await self._vm.files.write_bytes(await self._target(path), data)
 
     async def stat(self, path: str) -> Entry:
         with _mapped(f"stat {path}"):
@@ -267,19 +266,17 @@ class SandboxOperations:
                 process.abandon()  # without waiting: this may be a cancellation
                 raise
 
-    async def _existing(self, path: str) -> tuple[str, int]:
-        """Return where a write must go and with which mode: a link stays a link, a script executable."""
+    async def _target(self, path: str) -> str:
+        """Return where a write must go: a link stays a link."""
         from taskvm.errors import GuestError
 
         try:
-            info = await self._vm.files.stat(path, follow=False)
-            if info.type == "symlink":
-                found = await self._vm.exec(["readlink", "-m", "--", path])
-                path = os.fsdecode(found.stdout_bytes.removesuffix(b"\n"))
-                info = await self._vm.files.stat(path)
+            if (await self._vm.files.stat(path, follow=False)).type != "symlink":
+                return path
         except GuestError:
-            return path, 0o644  # it does not exist: the write says what else is wrong
-        return path, info.mode
+            return path  # it does not exist: the write says what else is wrong
+        found = await self._vm.exec(["readlink", "-m", "--", path])
+        return os.fsdecode(found.stdout_bytes.removesuffix(b"\n"))
 
 
 async def _follow(process: Process, on_output: OutputSink, timeout_s: float | None) -> Ending:

@@ -161,11 +161,12 @@ class Files:
                 call.forget(errno=None if call.inlets[1].ended else _CANCELLED)
 
     async def write_bytes(
-        self, path: GuestPath, data: bytes, *, mode: int = 0o644, parents: bool = True
+        self, path: GuestPath, data: bytes, *, mode: int | None = None, parents: bool = True
     ) -> None:
         """Replace a file's content in one step: a reader sees the old content or the new.
 
-        The bytes go to a temporary file beside it, which is synced and renamed over it.
+        The bytes go to a temporary file beside it, which is synced and renamed over it: a symbolic link is replaced,
+        not followed. Without `mode` a file that is there keeps its permissions, and a new one has 0644.
         """
         await self.write_stream(path, _once(data), mode=mode, parents=parents)
 
@@ -174,7 +175,7 @@ class Files:
         path: GuestPath,
         pieces: AsyncIterable[bytes],
         *,
-        mode: int = 0o644,
+        mode: int | None = None,
         parents: bool = True,
         mtime_ns: int | None = None,
     ) -> None:
@@ -202,7 +203,7 @@ class Files:
             call.forget()
 
     async def write_text(
-        self, path: GuestPath, text: str, *, mode: int = 0o644, parents: bool = True
+        self, path: GuestPath, text: str, *, mode: int | None = None, parents: bool = True
     ) -> None:
         """Replace a file's content with `text` in UTF-8, in one step."""
         await self.write_bytes(path, text.encode("utf-8"), mode=mode, parents=parents)

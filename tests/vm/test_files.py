@@ -21,6 +21,25 @@ async def test_what_is_written_is_read_back(vm: Sandbox) -> None:
     assert (info.type, info.mode, info.size) == ("file", 0o640, len(content))
 
 
+async def test_a_file_that_is_replaced_keeps_its_permissions(vm: Sandbox) -> None:
+    """A script stays executable, unless a mode is named; set-user-id goes, as when a program writes."""
+    await vm.exec(
+        "mkdir /tmp/modes && cd /tmp/modes && touch script set private && ln -s script link && "
+        "chmod 755 script && chmod 4711 set && chmod 600 private",
+        check=True,
+    )
+
+    for name in ("script", "set", "private", "link", "new"):
+        await vm.files.write_text(f"/tmp/modes/{name}", "text")
+    await vm.files.write_text("/tmp/modes/named", "text", mode=0o700)
+    await vm.files.write_text("/tmp/modes/named", "text", mode=0o640)
+    modes = {entry.name: oct(entry.mode) for entry in await vm.files.list("/tmp/modes")}
+
+    assert modes == {
+        "link": "0o644", "named": "0o640", "new": "0o644", "private": "0o600", "script": "0o755", "set": "0o711"
+    }  # fmt: skip
+
+
 async def test_a_part_can_be_read(vm: Sandbox) -> None:
     """offset and length cut; past the end there is less, or nothing."""
     await vm.files.write_text("/tmp/text", "0123456789")

@@ -63,7 +63,7 @@ class Files:
             self._bridge.leave(pieces.aclose)
 
     def write_bytes(
-        self, path: GuestPath, data: bytes, *, mode: int = 0o644, parents: bool = True
+        self, path: GuestPath, data: bytes, *, mode: int | None = None, parents: bool = True
     ) -> None:
         """Replace a file's content in one step: a reader sees the old content or the new."""
         self._bridge.call(self._files.write_bytes, path, data, mode=mode, parents=parents)
@@ -73,7 +73,7 @@ class Files:
         path: GuestPath,
         pieces: Iterable[bytes],
         *,
-        mode: int = 0o644,
+        mode: int | None = None,
         parents: bool = True,
         mtime_ns: int | None = None,
     ) -> None:
@@ -93,7 +93,7 @@ class Files:
         )
 
     def write_text(
-        self, path: GuestPath, text: str, *, mode: int = 0o644, parents: bool = True
+        self, path: GuestPath, text: str, *, mode: int | None = None, parents: bool = True
     ) -> None:
         """Replace a file's content with `text` in UTF-8, in one step."""
         self._bridge.call(self._files.write_text, path, text, mode=mode, parents=parents)

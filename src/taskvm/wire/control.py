@@ -100,7 +100,7 @@ class ReadRequest(_Request, frozen=True, kw_only=True, tag="read"):
 
 class WriteRequest(_Request, frozen=True, kw_only=True, tag="write"):
     path: bytes
-    mode: int = 0o644
+    mode: int = -1
     uid: int = 0
     gid: int = 0
     parents: bool = False
