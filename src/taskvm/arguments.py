@@ -15,6 +15,7 @@ from taskvm.errors import UsageError
 
 # A variable-length limit of execve(2): the kernel refuses a single string of 128 KiB and more (MAX_ARG_STRLEN).
 MAX_ARGUMENT_BYTES = 128 * 1024 - 1
+MAX_SIGNAL = 64  # SIGRTMAX on Linux
 # How much of a command an error repeats, in characters.
 MAX_TOLD = 200
 
@@ -45,6 +46,37 @@ def check_variables(variables: Mapping[str, str]) -> None:
             raise UsageError(f"set the variable {name}", "its value holds a NUL")
 
 
+def check_kind(operation: str, name: str, value: object, kind: type, advice: str) -> None:
+    """Raise UsageError for an argument of another type, which would be noticed late, or never."""
+    if not isinstance(value, kind):
+        raise UsageError(f"{operation} with {name}={value!r}", f"it is no {kind.__name__}", advice)
+
+
+def check_stdin(stdin: object, iterable: str) -> None:
+    """Raise UsageError for what no command can be fed; its pieces come from what has the method `iterable`."""
+    if isinstance(stdin, str | bytes | None):
+        return
+    if isinstance(stdin, bytearray | memoryview) or not hasattr(stdin, iterable):
+        what = "an asynchronous iterator" if iterable == "__aiter__" else "an iterator"
+        raise UsageError(
+            f"feed a command from a {type(stdin).__name__}",
+            f"its stdin is a text, bytes, or {what} of bytes",
+            "Pass bytes(stdin)" if not hasattr(stdin, "read") else "Pass stdin.read()",
+        )
+
+
+def check_signal(signal: object) -> None:
+    """Raise UsageError for what is no signal of Linux; a guest's agent takes no other number."""
+    if not isinstance(signal, int) or not 1 <= signal <= MAX_SIGNAL:
+        raise UsageError(f"send the signal {signal!r}", f"it is no number of 1 … {MAX_SIGNAL}")
+
+
+def check_number(operation: str, name: str, value: object, most: int) -> None:
+    """Raise UsageError for what is no whole number of 0 … `most`."""
+    if not isinstance(value, int) or not 0 <= value <= most:
+        raise UsageError(operation, f"{name}={value!r} is no number of 0 … {most}")
+
+
 def check_timeout(timeout_s: float | None) -> None:
     """Raise UsageError for a time that is over before it begins; NaN is one."""
     if timeout_s is not None and not timeout_s > 0:
@@ -64,6 +96,12 @@ def read_command(command: str | Sequence[str], shell: str) -> list[str]:
             'Write "ls -l" for the shell, or ["ls", "-l"] without one',
         )
     argv = [shell, "-c", command] if isinstance(command, str) else [str(item) for item in command]
+    for item in () if isinstance(command, str) else command:
+        if not isinstance(item, str | os.PathLike | int | float):  # bytes would become "b'…'"
+            kind = type(item).__name__
+            raise UsageError(
+                f"run {command!r} in the guest", f"{item!r} is of the type {kind}", "Write texts"
+            )
     if not argv or not argv[0] or any("\0" in item for item in argv):
         raise UsageError(
             f"run {command!r} in the guest", "it is empty or holds a NUL", "Pass a command"

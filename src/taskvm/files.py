@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
+from taskvm.arguments import check_number
 from taskvm.errors import GuestError, SandboxLostError, UsageError
 from taskvm.filestream import receive, send
 from taskvm.filewatch import MAX_WATCHES, FileWatch
@@ -58,6 +59,8 @@ MAX_LISTING_BYTES = 16 * 1024 * 1024
 TREE_TIMEOUT_S = 600.0
 # Walking a large tree on a mount, a directory a millisecond.
 WATCH_TIMEOUT_S = 120.0
+MODE_BITS = 0o7777
+MAX_NUMBER = 2**63 - 1  # off_t
 _NOT_FOUND = 2  # ENOENT in linux/errno-base.h
 _CANCELLED = 125  # ECANCELED in linux/errno.h: the host no longer wants it
 _PATH_LIMIT = 4096  # PATH_MAX in linux/limits.h, with the NUL at the end
@@ -114,11 +117,7 @@ class Files:
         Raises UsageError when that is more than MAX_READ_BYTES.
         """
         operation = f"read {path}"
-        request = ReadRequest(
-            path=encode_path(path, operation),
-            offset=offset,
-            length=-1 if length is None else length,
-        )
+        request = _read_request(path, operation, offset, length)
         async with self._slots:
             call = self._control.open_call(request, operation, channels=(1,))
             try:
@@ -145,12 +144,7 @@ class Files:
         counts among the MAX_CONCURRENT operations.
         """
         operation = f"read {path}"
-        request = ReadRequest(
-            path=encode_path(path, operation),
-            offset=offset,
-            length=-1 if length is None else length,
-            follow=follow,
-        )
+        request = _read_request(path, operation, offset, length, follow=follow)
         async with self._slots:
             call = self._control.open_call(request, operation, channels=(1,))
             try:
@@ -185,9 +179,11 @@ class Files:
         stays. `mtime_ns` sets the time of modification.
         """
         operation = f"write {path}"
+        check_number(operation, "mode", 0 if mode is None else mode, MODE_BITS)
+        check_number(operation, "mtime_ns", 0 if mtime_ns is None else mtime_ns, MAX_NUMBER)
         request = WriteRequest(
             path=encode_path(path, operation),
-            mode=mode,
+            mode=-1 if mode is None else mode,
             uid=self._uid,
             gid=self._gid,
             parents=parents,
@@ -272,6 +268,7 @@ class Files:
     async def mkdir(self, path: GuestPath, *, parents: bool = False, mode: int = 0o755) -> None:
         """Make a directory; with `parents` also those above it, and one that is there is no error."""
         operation = f"make the directory {path}"
+        check_number(operation, "mode", mode, MODE_BITS)
         request = MkdirRequest(
             path=encode_path(path, operation),
             mode=mode,
@@ -284,6 +281,7 @@ class Files:
     async def chmod(self, path: GuestPath, mode: int) -> None:
         """Set the low 12 bits of the mode. A symbolic link is not followed but refused (ELOOP)."""
         operation = f"change the mode of {path}"
+        check_number(operation, "mode", mode, MODE_BITS)
         await self._request(
             ChmodRequest(path=encode_path(path, operation), mode=mode), Done, operation
         )
@@ -412,6 +410,19 @@ class Files:
         except StreamReset as error:
             raise GuestError(operation, error.errno or 5, "read") from error
         return bytes(content)
+
+
+def _read_request(
+    path: GuestPath, operation: str, offset: int, length: int | None, *, follow: bool = True
+) -> ReadRequest:
+    check_number(operation, "offset", offset, MAX_NUMBER)
+    check_number(operation, "length", 0 if length is None else length, MAX_NUMBER)
+    return ReadRequest(
+        path=encode_path(path, operation),
+        offset=offset,
+        length=-1 if length is None else length,
+        follow=follow,
+    )
 
 
 def encode_path(path: GuestPath, operation: str) -> bytes:

@@ -16,10 +16,11 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import cast
 
-from taskvm.errors import GuestProtocolError, SandboxLostError
+from taskvm.errors import GuestProtocolError, SandboxLostError, UsageError
 from taskvm.wire.frames import (
     INITIAL_CREDIT,
     MAX_DATA,
+    MAX_MAP,
     MAX_PAYLOAD,
     Frame,
     FrameDecoder,
@@ -37,6 +38,20 @@ MAX_CREDIT = 2**31 - 1
 QUIESCE_TIMEOUT_S = 30.0
 # A guest may send 20,000 empty frames in one read, 60 ms of work: the loop's other sandboxes get a turn in between.
 FRAMES_PER_TURN = 512
+
+
+def check_fits(operation: str, payload: bytes) -> bytes:
+    """Return a map that is to be sent, unless no peer would take it: a frame that is too long ends the port.
+
+    Raises UsageError.
+    """
+    if len(payload) > MAX_MAP:
+        raise UsageError(
+            operation,
+            f"it takes {len(payload) >> 10} KiB to be said, and {MAX_MAP >> 10} are the most",
+            "Pass long arguments and variables through a file, or through stdin",
+        )
+    return payload
 
 
 class StreamReset(ConnectionError):  # noqa: N818 - named after what happened, like ConnectionReset

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
+from taskvm.arguments import check_signal
 from taskvm.errors import GuestError, SandboxLostError, UsageError
 from taskvm.port import Inlet, StreamReset
 from taskvm.resources import ExecUsage, usage_of
@@ -161,7 +162,11 @@ class Process:
         self._call.outlet.end()
 
     async def kill(self, signal: int = signals.SIGTERM) -> None:
-        """Send `signal` to the process's group. Nothing happens when it has ended."""
+        """Send `signal` to the process's group. Nothing happens when it has ended.
+
+        Raises UsageError for what is no signal.
+        """
+        check_signal(signal)
         if self._exit is None and not self._call.exited.done():
             self._call.send_signal(SignalRequest(signal=signal, scope="group"))
 

@@ -415,6 +415,7 @@ class Sandbox:
         What the guest's programs have written to mounts is on the host; its own disk is gone. A cancelled call
         releases everything all the same; only what was not written yet may be lost.
         """
+        self._guest.control.require_loop(f"close the sandbox {self.id}")
         running = self._state == "running"
         self._state = "closed"
         async with self._closing:  # who comes second waits, and ends what was cancelled

@@ -1,13 +1,17 @@
 """taskvm.arguments: a wrong argument is told, and never dropped, whether or not its caller has a type checker."""
 
+import io
 import math
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from taskvm import Secret, UsageError
 from taskvm.arguments import (
     MAX_ARGUMENT_BYTES,
+    check_stdin,
     check_timeout,
     check_variables,
     read_command,
@@ -59,9 +63,44 @@ def test_a_path_in_the_place_of_a_provider_is_told() -> None:
         read_options(Machinery(), mounts={"/workspace": "/src"})  # type: ignore[dict-item]  # the mistake
 
 
-def test_a_policy_of_another_type_is_refused() -> None:
-    with pytest.raises(UsageError, match="Policy.from_file"):
-        read_options(Machinery(), policy="github.toml")  # type: ignore[arg-type]  # the mistake
+@pytest.mark.parametrize(
+    ("given", "advice"),
+    [
+        ({"policy": "github.toml"}, "Policy.from_file"),
+        ({"oversight": print}, r"Oversight\(approver\)"),
+        ({"secrets": ["canary-77f0"]}, "Secret.from_env"),
+        ({"extra_ca_files": "/etc/ca.pem"}, r"Write a list: \['/etc/ca.pem'\]"),
+    ],
+)
+def test_an_argument_of_another_type_is_refused(given: dict[str, Any], advice: str) -> None:
+    """Some would be noticed when a guest runs already, and some never."""
+    with pytest.raises(UsageError, match=advice) as caught:
+        read_options(Machinery(), **given)
+    assert "canary-77f0" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("stdin", "iterable"),
+    [
+        ([b"a"], "__aiter__"),
+        (io.BytesIO(b"a"), "__aiter__"),
+        (bytearray(b"a"), "__iter__"),
+        (3, "__iter__"),
+    ],
+)
+def test_what_cannot_be_fed_to_a_command_is_refused(stdin: object, iterable: str) -> None:
+    """Before the command has started. A bytearray would be fed as numbers."""
+    with pytest.raises(UsageError, match="its stdin is a text, bytes, or an"):
+        check_stdin(stdin, iterable)
+
+
+def test_an_argument_is_a_text() -> None:
+    """Bytes would arrive as "b'…'". Paths and numbers have a text that is meant."""
+    for wrong in (b"x", None, ["x"]):
+        with pytest.raises(UsageError, match="is of the type"):
+            read_command(["echo", wrong], SHELL)  # type: ignore[list-item]  # the mistake
+
+    assert read_command(["head", "-c", 5, Path("/f")], SHELL) == ["head", "-c", "5", "/f"]  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("variables", [{"A=B": "x"}, {"A": 1}, {1: "x"}, {"A": "\0"}])

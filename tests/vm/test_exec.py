@@ -83,6 +83,27 @@ async def test_a_wrong_argument_is_told_before_anything_starts(vm: Sandbox) -> N
     assert (await vm.exec("true")).ok
 
 
+async def test_what_no_request_can_hold_is_refused_and_costs_no_sandbox(vm: Sandbox) -> None:
+    """Arguments or variables beyond what the agent takes at once, and signals that there are not."""
+    process = await vm.spawn(["sleep", "600"])
+    many = [f"{number:0100000}" for number in range(20)]
+    for call in (
+        lambda: vm.exec(["true", *many]),
+        lambda: vm.exec("true", env={f"A{number}": text for number, text in enumerate(many)}),
+        lambda: vm.files.read_text("/" + "x" * 2_000_000),
+        lambda: process.kill(65),
+        lambda: process.kill(-1),
+        lambda: process.kill("TERM"),  # type: ignore[arg-type]  # the mistake
+    ):
+        with pytest.raises(UsageError):
+            await call()
+    await process.kill(64)
+    ended = await process.wait()
+
+    assert ended.signal == 64
+    assert (await vm.exec(["true", *many[:10]])).ok
+
+
 async def test_every_byte_of_large_output_arrives(vm: Sandbox) -> None:
     """Sixteen megabytes keep their length and their content."""
     result = await vm.exec("head -c 16000000 /dev/zero | tr '\\0' 'q'")

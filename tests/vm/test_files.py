@@ -92,6 +92,26 @@ async def test_remove_does_not_follow_symbolic_links(vm: Sandbox) -> None:
 
 
 @pytest.mark.parametrize(
+    "call",
+    [
+        lambda vm: vm.files.write_text("/tmp/wrong", "x", mode="644"),
+        lambda vm: vm.files.write_text("/tmp/wrong", "x", mode=0o10000),
+        lambda vm: vm.files.write_text("/tmp/wrong", "x", mode=-1),
+        lambda vm: vm.files.chmod("/tmp", -1),
+        lambda vm: vm.files.mkdir("/tmp/wrong", mode=2**70),
+        lambda vm: vm.files.read_bytes("/etc/passwd", offset=-1),
+        lambda vm: vm.files.read_bytes("/etc/passwd", length=2**63),
+    ],
+)
+async def test_numbers_that_mean_nothing_are_refused(vm: Sandbox, call: object) -> None:
+    """They had the default instead, or all bits."""
+    with pytest.raises(UsageError, match="is no number of 0"):
+        await call(vm)  # type: ignore[operator]  # a lambda of the list above
+
+    assert not await vm.files.exists("/tmp/wrong")
+
+
+@pytest.mark.parametrize(
     ("call", "number"),
     [
         (lambda vm: vm.files.read_bytes("/tmp/none"), 2),

@@ -10,6 +10,7 @@ from typing import Self
 
 import msgspec
 
+from taskvm.arguments import check_signal
 from taskvm.errors import SandboxLostError, SandboxStateError, UsageError
 from taskvm.port import StreamReset
 from taskvm.process import ByteStream, ExecResult, pty_size
@@ -56,7 +57,8 @@ class Attachment:
         self._caller.input.end()
 
     async def kill(self, signal: int = signals.SIGTERM) -> None:
-        """Send `signal` to the command's group. Nothing happens when it has ended."""
+        """Send `signal` to the command's group. Nothing happens when it has ended. Raises UsageError for none."""
+        check_signal(signal)
         if not self._caller.ended.done():
             self._caller.command(Kill(signal=signal))
 

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from taskvm.arguments import check_signal
 from taskvm.egress.policy import Policy
 from taskvm.egress.secret import Secret
 from taskvm.progress import tell_terminal
@@ -210,6 +211,7 @@ class Supervisor:
 
     async def kill(self, sandbox: str, number: int, *, signal: int = signals.SIGTERM) -> None:
         """Send `signal` to the process group of the command `number`. Raises UsageError when that has ended."""
+        check_signal(signal)
         await self._ask(
             messages.KillRequest(sandbox=sandbox, exec=number, signal=signal), type(None)
         )

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from taskvm.errors import HostError, SandboxLostError
-from taskvm.port import FramePort, Inlet, Outlet
+from taskvm.port import FramePort, Inlet, Outlet, check_fits
 from taskvm.wire import supervision as messages
 from taskvm.wire.frames import MAX_MAP, Frame, FrameType, decode_u32
 
@@ -162,7 +162,8 @@ class Caller:
 
     async def ask(self, request: messages.Request, kind: type[_T]) -> _T:
         """Send the connection's one request and return its result. Raises what the supervisor raised."""
-        self.port.send(FrameType.OPEN, 0, CALL, messages.encode(request))
+        payload = check_fits(f"{request.op} in the supervisor", messages.encode(request))
+        self.port.send(FrameType.OPEN, 0, CALL, payload)
         answer = await asyncio.shield(self._answer)
         if answer.error is not None:
             raise answer.error.to_error()

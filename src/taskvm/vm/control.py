@@ -14,8 +14,8 @@ from typing import TypeVar
 
 import msgspec
 
-from taskvm.errors import GuestError, SandboxLostError
-from taskvm.port import FramePort, Inlet, Outlet, StreamReset
+from taskvm.errors import GuestError, SandboxLostError, SandboxStateError
+from taskvm.port import FramePort, Inlet, Outlet, StreamReset, check_fits
 from taskvm.wire import control as messages
 from taskvm.wire.frames import (
     GUEST_STREAM_BIT,
@@ -171,6 +171,7 @@ class Control:
         self.on_lost: Callable[[Exception], None] = lambda error: None
         self.hello: asyncio.Future[messages.Hello] = asyncio.get_running_loop().create_future()
         self.calls_made: int = 0  # probes not counted
+        self._loop = asyncio.get_running_loop()
         self._calls: dict[int, Call] = {}
         self._next_stream = 1
         self._highest_stream = 0
@@ -196,14 +197,16 @@ class Control:
     ) -> Call:
         """Send `request`; `operation` names it in errors, `channels` are those the guest will send on.
 
-        Raises SandboxLostError when the sandbox is gone.
+        Raises SandboxLostError when the sandbox is gone, UsageError for more than a request can hold.
         """
+        self.require_loop(operation)
         self.require_open(operation)
         assert len(self._calls) < MAX_STREAMS, "calls leak"
+        payload = check_fits(operation, messages.encode(request))
         call = Call(self, self._next_stream, operation, urgent=urgent, passive=passive)
         for channel in channels:
             call.inlet(channel)
-        self.port.send(FrameType.OPEN, 0, call.stream, messages.encode(request), urgent=urgent)
+        self.port.send(FrameType.OPEN, 0, call.stream, payload, urgent=urgent)
         self.calls_made += 1
         self._next_stream = self._next_stream + 1 if self._next_stream < GUEST_STREAM_BIT - 1 else 1
         self._highest_stream = max(self._highest_stream, call.stream)
@@ -214,6 +217,15 @@ class Control:
         """Raise SandboxLostError when the guest is gone, or was closed."""
         if self._lost is not None:
             raise SandboxLostError(operation, str(self._lost))
+
+    def require_loop(self, operation: str) -> None:
+        """Raise SandboxStateError in another event loop than its own: nothing would ever come there."""
+        if asyncio.get_running_loop() is not self._loop:
+            raise SandboxStateError(
+                operation,
+                "the sandbox was created in another event loop",
+                "Use it within one asyncio.run, or use taskvm.sync",
+            )
 
     async def request(
         self,

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taskvm.errors import GuestError, GuestProtocolError, SandboxLostError
+from taskvm.errors import GuestError, GuestProtocolError, SandboxLostError, SandboxStateError
 from taskvm.vm import control as control_module
 from taskvm.vm.control import Call, Control
 from taskvm.wire import control as messages
@@ -82,6 +82,25 @@ async def test_a_request_is_answered_on_its_stream() -> None:
 
     assert asked == {"op": "stat", "path": b"/x", "follow": True}
     assert (status.type, status.size) == ("file", 3)
+
+
+def test_another_event_loop_is_told() -> None:
+    """As of a second asyncio.run: an answer would never come there."""
+    ours, theirs = socket.socketpair()
+
+    async def use(control: Control) -> None:
+        await control.request(messages.PingRequest(), messages.Done, "ask the guest")
+
+    with theirs, asyncio.Runner() as first, asyncio.Runner() as second:
+        control = first.run(Control.open(ours))
+        with pytest.raises(SandboxStateError, match="ask the guest: .* another event loop"):
+            second.run(use(control))
+        first.run(_close(control))
+
+
+async def _close(control: Control) -> None:
+    control.close(SandboxLostError("test", "over"))
+    await asyncio.sleep(0)
 
 
 async def test_a_refusal_becomes_a_guest_error_with_the_errno() -> None:
