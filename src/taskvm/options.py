@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Unpack, get_args
 
-from taskvm.arguments import check_variables, refuse_unknown
+from taskvm.arguments import check_kind, check_variables, refuse_unknown
 from taskvm.checkpoints.checkpointfile import Saved
 from taskvm.egress.nametable import parse_table
 from taskvm.egress.oversight import Oversight
@@ -151,24 +151,24 @@ def read_options(machinery: Machinery, **given: Unpack[ResumeArguments]) -> Sand
     refuse_unknown("start a sandbox", given, known)
     policy, audit_path = given.get("policy"), given.get("audit_path")
     cpus, memory_mib = machinery.shape
-    if not isinstance(policy, Policy | None):
-        raise UsageError(
-            f"start a sandbox with policy={policy!r}",
-            "it is no Policy",
-            "Policy.from_file reads one, Policy.parse makes one of hosts",
-        )
-    policy = (policy or Policy()).joined(
-        Policy.parse(given.get("allow", ()), given.get("allow_addresses", ()))
-    )
+    policy, oversight = policy or Policy(), given.get("oversight") or Oversight()
+    check_policy("start a sandbox", policy)
+    check_kind("start a sandbox", "oversight", oversight, Oversight, "Write Oversight(approver)")
+    policy = policy.joined(Policy.parse(given.get("allow", ()), given.get("allow_addresses", ())))
     secrets = tuple(given.get("secrets", ()))
+    for secret in secrets:
+        check_secret("start a sandbox", secret)
+    ca_files = given.get("extra_ca_files", ())
+    if isinstance(ca_files, str):
+        raise UsageError("read extra_ca_files", "it is one text", f"Write a list: [{ca_files!r}]")
     return SandboxOptions(
         mounts=dict(given.get("mounts") or {}),
         policy=policy,
-        oversight=given.get("oversight") or Oversight(),
+        oversight=oversight,
         secrets=secrets,
         env=dict(given.get("env") or {}),
         resolve=dict(given.get("resolve") or {}),
-        extra_ca_files=tuple(Path(path) for path in given.get("extra_ca_files", ())),
+        extra_ca_files=tuple(Path(path) for path in ca_files),
         passthrough=Passthrough.parse(given.get("passthrough", ()), policy, secrets),
         audit_path=None if audit_path is None else Path(audit_path),
         image=machinery.image,
@@ -181,6 +181,22 @@ def read_options(machinery: Machinery, **given: Unpack[ResumeArguments]) -> Sand
         limits=Limits(**_limits(given)),
         on_progress=given.get("on_progress", tell_terminal),
     )
+
+
+def check_policy(operation: str, policy: object) -> None:
+    """Raise UsageError for what is no policy."""
+    advice = "Policy.from_file reads one, Policy.parse makes one of hosts"
+    check_kind(operation, "policy", policy, Policy, advice)
+
+
+def check_secret(operation: str, secret: object) -> None:
+    """Raise UsageError for what is no secret. It may be the value of one, and is not repeated."""
+    if not isinstance(secret, Secret):
+        raise UsageError(
+            f"{operation} with a secret of the type {type(secret).__name__}",
+            "it is no Secret",
+            "Write Secret.from_env(NAME, hosts=[HOST])",
+        )
 
 
 def change_options(options: SandboxOptions, **changes: Unpack[ResumeArguments]) -> SandboxOptions:

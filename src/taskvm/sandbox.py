@@ -21,7 +21,7 @@ from signal import SIGKILL
 from types import TracebackType
 from typing import Literal, Self, Unpack
 
-from taskvm.arguments import check_timeout, tell_command
+from taskvm.arguments import check_stdin, check_timeout, tell_command
 from taskvm.checkpoints.checkpoint import Checkpoint, checkpoint_path, find_checkpoint
 from taskvm.checkpoints.forking import fork_guest
 from taskvm.checkpoints.saving import save
@@ -51,6 +51,8 @@ from taskvm.options import (
     SandboxOptions,
     change_options,
     changes_of_copies,
+    check_policy,
+    check_secret,
     is_writable_in,
     read_options,
 )
@@ -178,6 +180,7 @@ class Sandbox:
         one of its hosts is not allowed, or `env` has the name.
         """
         self._require_running("give a sandbox a secret")
+        check_secret("change a sandbox", secret)
         if secret.name in self._options.env:
             raise UsageError(
                 f"give a sandbox the secret {secret.name}", "env has a variable of the same name"
@@ -207,6 +210,7 @@ class Sandbox:
         once. Raises SandboxStateError, SandboxLostError when it does not run.
         """
         self._require_running("change a sandbox's policy")
+        check_policy("change a sandbox's policy", policy)
         self._gateway.change_policy(policy)
 
     @property
@@ -256,6 +260,7 @@ class Sandbox:
         EACCES), CommandError with `check` when it does not exit with 0, SandboxStateError, SandboxLostError.
         """
         check_timeout(timeout_s)
+        check_stdin(stdin, "__aiter__")
         capture = Capture()
         process = result = None
         try:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from taskvm.checkpoints.checkpointfile import Saved
+from taskvm.egress.oversight import Oversight
 from taskvm.egress.policy import Policy
 from taskvm.egress.secret import Secret
 from taskvm.errors import UsageError
@@ -125,6 +126,7 @@ GIVEN = {
     "allow": ["d.test"],
     "allow_addresses": ["10.0.0.1"],
     "policy": Policy.parse(["b.test"], []),
+    "oversight": Oversight(deadline_s=77.0),
     "secrets": [Secret("TOKEN", value="value-of-a-secret", hosts=["a.test"])],
     "env": {"A": "1"},
     "resolve": {"a.test": "10.0.0.1"},

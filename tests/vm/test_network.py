@@ -203,6 +203,8 @@ async def test_policy_and_secrets_change_while_a_sandbox_runs(tmp_path: Path) ->
         async with Sandbox.create(**{**reaching(seen.port, ca), "allow": []}) as vm:
             get = f'curl -sS -m 90 -H "Authorization: $K" https://api.test:{seen.port}/'
             before = await vm.exec(get)
+            with pytest.raises(UsageError, match="it is no Policy"):
+                vm.change_policy("api.test")  # type: ignore[arg-type]  # the mistake
             vm.change_policy(vm.policy.allowing(f"api.test:{seen.port}"))
             placeholder = vm.put_secret(Secret("K", CANARY, hosts=[f"api.test:{seen.port}"]))
             first = await vm.exec(get)

@@ -14,6 +14,7 @@ from typing import Self, Unpack
 
 from taskvm import process as aio_process
 from taskvm import sandbox as aio
+from taskvm.arguments import check_stdin
 from taskvm.commands import Command
 from taskvm.egress.oversight import Oversight
 from taskvm.egress.policy import Policy
@@ -211,6 +212,7 @@ class Sandbox:
         Raises UsageError for an account that is not there, GuestError when the program cannot be started (ENOENT,
         EACCES), CommandError with `check` when it does not exit with 0, SandboxStateError, SandboxLostError.
         """
+        check_stdin(stdin, "__iter__")
         call = Call(self._bridge)
         return call.run(
             self._sandbox.exec,
