@@ -22,6 +22,7 @@ from taskvm.fs.provider import Provider
 from taskvm.fs.router import Router
 from taskvm.fs.wrapper import Wrapper
 from taskvm.limits import LimitArguments, Limits
+from taskvm.paths import cache_path, state_path
 from taskvm.progress import tell_terminal
 from taskvm.vm.warm import AcceleratorChoice
 
@@ -97,6 +98,7 @@ class SandboxOptions:
         for path, provider in self.mounts.items():
             _check_mount_path(path)
             _check_provider(path, provider)
+            _check_own_directories(path, provider)
             _check_audit_path(self.audit_path, provider)
             _check_checkpoint_path(self.checkpoint, provider)
         if self.accel not in get_args(AcceleratorChoice):
@@ -255,6 +257,17 @@ def _check_provider(path: str, provider: object) -> None:
             f"{provider!r} is no provider",
             f"Write HostDir({str(provider)!r})" if is_path else "Write HostDir(path), or another",
         )
+
+
+def _check_own_directories(path: str, provider: Provider) -> None:
+    """What a guest can write to is not what others start from, nor the record of what it did."""
+    for own in (cache_path(), state_path()):
+        if is_writable_in(provider, own):
+            raise UsageError(
+                f"mount {provider!r} at {path}",
+                f"the guest could change what taskvm itself keeps and believes, in {own}",
+                "Mount a directory further down, or this one ro",
+            )
 
 
 def _check_audit_path(audit_path: Path | None, provider: Provider) -> None:

@@ -34,7 +34,12 @@ def cache_path() -> Path:
 
 def state_dir() -> Path:
     """Return the directory of what outlives a sandbox, such as audit logs: `$XDG_STATE_HOME/taskvm` (made 0700)."""
-    return private_dir(_xdg("XDG_STATE_HOME", Path.home() / ".local" / "state") / "taskvm")
+    return private_dir(state_path())
+
+
+def state_path() -> Path:
+    """Return the same directory without making it."""
+    return _xdg("XDG_STATE_HOME", Path.home() / ".local" / "state") / "taskvm"
 
 
 def private_dir(path: Path) -> Path:

@@ -12,7 +12,7 @@ from taskvm.egress.oversight import Oversight
 from taskvm.egress.policy import Policy
 from taskvm.egress.secret import Secret
 from taskvm.errors import UsageError
-from taskvm.fs.hostdir import HostDir
+from taskvm.fs.hostdir import HostDir, Mode
 from taskvm.fs.hostfile import HostFile
 from taskvm.fs.memory import Memory
 from taskvm.fs.provider import Provider
@@ -29,6 +29,7 @@ from taskvm.options import (
 )
 
 NOTHING = Policy.parse()
+WRITABLE: tuple[Mode, ...] = ("direct", "review")
 
 
 @pytest.mark.parametrize(
@@ -106,6 +107,23 @@ def test_a_guest_cannot_be_given_its_own_audit_log(tmp_path: Path) -> None:
     elsewhere = SandboxOptions(policy=NOTHING, mounts=mounts, audit_path=tmp_path / "audit.jsonl")
 
     assert elsewhere.audit_path == tmp_path / "audit.jsonl"
+
+
+@pytest.mark.parametrize("variable", ["TASKVM_CACHE", "XDG_STATE_HOME", "HOME"])
+def test_a_guest_cannot_write_to_what_sandboxes_start_from_or_to_its_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    """Whoever mounts his home would share images, templates, seals and the record with the guest."""
+    for other in ("TASKVM_CACHE", "XDG_CACHE_HOME", "XDG_STATE_HOME"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(variable, str(tmp_path))
+    (tmp_path / "project").mkdir()
+
+    for mode in WRITABLE:
+        with pytest.raises(UsageError, match="what taskvm itself keeps"):
+            read_options(Machinery(), mounts={"/workspace": HostDir(tmp_path, mode=mode)})
+    for harmless in (HostDir(tmp_path, mode="ro"), HostDir(tmp_path / "project")):
+        assert read_options(Machinery(), mounts={"/workspace": harmless})
 
 
 def test_everything_that_a_fork_is_given_anew_changes_an_option() -> None:
