@@ -18,7 +18,8 @@
     ├── CopyError                  a tree holds what is not copied, or too much of it
     └── CommandError               a command run with ``check=True`` did not exit with 0
 
-Every message says the operation, its operands, the cause and the next step. No message holds a secret's value.
+Every message says the operation, its operands, the cause and the next step. No message holds a secret's value, and none
+a sign that could act on the terminal where it ends up: the guest chooses names and output that are repeated in some.
 """
 
 from __future__ import annotations
@@ -45,7 +46,14 @@ class TaskvmError(Exception):
 
     def __str__(self) -> str:
         text = f"{self.operation}: {self.cause}"
-        return f"{text}. {self.next_step}" if self.next_step else text
+        return _shown(f"{text}. {self.next_step}" if self.next_step else text)
+
+
+def _shown(text: str) -> str:
+    return "".join(
+        sign if sign.isprintable() or sign == "\n" else sign.encode("unicode_escape").decode()
+        for sign in text
+    )
 
 
 class UsageError(TaskvmError):
@@ -132,7 +140,11 @@ class CommandError(TaskvmError):
 
     def __init__(self, command: str, result: ExecResult) -> None:
         self.result = result
+        self._command = command
         tail = result.stderr.strip()[-500:] or result.stdout.strip()[-500:]
         super().__init__(
             f"run {command!r} in the guest", f"{result.outcome}; {tail or 'no output'}"
         )
+
+    def __reduce__(self) -> tuple[type[CommandError], tuple[str, ExecResult]]:
+        return type(self), (self._command, self.result)
