@@ -62,7 +62,7 @@ def measure(guest: Guest, uptime_s: float) -> Statistics:
         cpu_s=_cpu_s(pid),
         resident_bytes=memory.get("Rss", 0),
         proportional_bytes=memory.get("Pss", 0),
-        disk_bytes=_disk_bytes(guest.directory / "disk.qcow2"),
+        disk_bytes=sum(map(_disk_bytes, guest.layers.written)),
         running_execs=guest.control.running_execs,
         open_connections=0 if guest.gateway is None else guest.gateway.connections,
         paused=guest.watch is not None and guest.watch.paused,

@@ -374,6 +374,20 @@ async def test_statistics_are_those_of_the_host(vm: Sandbox) -> None:
     assert during.open_connections == 0
 
 
+async def test_what_is_written_after_a_fork_is_counted_too() -> None:
+    """It goes to a new layer of the disk; each sandbox counts its own."""
+    write = "dd if=/dev/urandom of=/var/$(mktemp -u XXXX) bs=1M count=20 conv=fsync"
+    async with Sandbox.create(**GUEST) as vm:
+        await vm.exec(write, user="root", check=True)
+        before = vm.statistics().disk_bytes
+        async with vm.fork() as child:
+            await vm.exec(write, user="root", check=True)
+            told = [each.statistics().disk_bytes for each in (vm, child)]
+
+    assert 20 * MIB <= told[0] - before <= 40 * MIB
+    assert told[1] <= 20 * MIB
+
+
 # Descriptors.
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
@@ -47,6 +47,11 @@ class Layers:
     def disk(self) -> Disk:
         """The layers from the top down, and the base."""
         return Disk(layers=tuple(self._paths), base=self._machine.files.disk.base)
+
+    @property
+    def written(self) -> Sequence[Path]:
+        """Those that this machine has written: the top one, and what was cut off below it and is not merged."""
+        return self._paths[: len(self._nodes)]
 
     async def resize(self, size_bytes: int) -> None:
         """Make the disk `size_bytes` large; the guest's driver is told. The layers beneath stay as they are."""
