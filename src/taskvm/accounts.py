@@ -37,11 +37,10 @@ class Account:
 
 
 class Accounts:
-    """The accounts of one guest, read once and again for a name that was not there."""
+    """The accounts of one guest, as they are when somebody asks: its programs may change them."""
 
     def __init__(self, files: Files) -> None:
         self._files = files
-        self._known: dict[str, Account] = {}
 
     async def find(self, user: str) -> Account:
         """Return the account of a name, or of numbers like "1000:1000", which need none.
@@ -50,16 +49,15 @@ class Accounts:
         """
         if numbers := _NUMBERS.match(user):
             return _numbered(user, int(numbers[1]), int(numbers[2]))
-        if user not in self._known:
-            passwd, group = await self._read("/etc/passwd"), await self._read("/etc/group")
-            self._known = parse_accounts(passwd, group)
-        if user not in self._known:
+        passwd, group = await self._read("/etc/passwd"), await self._read("/etc/group")
+        found = parse_accounts(passwd, group).get(user)
+        if found is None:
             raise UsageError(
                 f"run a command as {user!r}",
                 "the guest has no such account",
                 'Use a name of its /etc/passwd, "root", or numbers like "1000:1000"',
             )
-        return self._known[user]
+        return found
 
     async def start_dir(self, account: Account) -> str:
         """Return where its commands start: its home, or / when that is not there (nobody's is not)."""

@@ -9,7 +9,7 @@ BOTH_SURFACES = True
 
 
 async def test_an_account_is_looked_up_in_the_guest(vm: Sandbox) -> None:
-    """A user added by the guest's own tools has its numbers, its groups and its home at once."""
+    """A user added by the guest's own tools has its numbers, its groups and its home at once, and those of later."""
     await vm.exec(
         "groupadd -g 4001 extra && useradd -m -u 4000 -G extra builder", user="root", check=True
     )
@@ -22,6 +22,11 @@ async def test_an_account_is_looked_up_in_the_guest(vm: Sandbox) -> None:
         "/home/builder",
         "/home/builder builder",
     ]
+
+    await vm.exec("groupadd -g 4002 more && usermod -aG more builder", user="root", check=True)
+    later = await vm.exec("id -Gn", user="builder")
+
+    assert later.stdout == "builder extra more\n"
 
 
 async def test_an_account_without_a_home_starts_at_the_root(vm: Sandbox) -> None:
