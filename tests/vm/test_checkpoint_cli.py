@@ -63,6 +63,10 @@ def test_what_cannot_be_used_is_listed_with_the_reason() -> None:
     root = CheckpointStore().root
     (root / "torn").write_bytes(b"half of a disk")
     (root / "empty").mkdir()
+    stray = (
+        root / "torn (copy)"
+    )  # of somebody's file manager: no name, and no reason to list nothing
+    stray.touch()
     try:
         listed = subprocess.run([TASKVM, "checkpoint", "list"], capture_output=True, text=True)
         as_json = subprocess.run(
@@ -70,6 +74,7 @@ def test_what_cannot_be_used_is_listed_with_the_reason() -> None:
         )
     finally:
         taskvm("checkpoint", "rm", "torn", "empty")
+        stray.unlink()
 
     assert (listed.returncode, as_json.returncode) == (1, 1)
     assert "torn  DAMAGED  it does not end like a checkpoint" in listed.stdout

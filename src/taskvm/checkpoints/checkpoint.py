@@ -91,9 +91,9 @@ class CheckpointStore:
         self.root: Path = store_dir()
 
     def names(self) -> Sequence[str]:
-        """Return all names, also of those that cannot be read: `get` says why."""
+        """Return all names, also of those that cannot be read: `get` says why. What has no name of ours is not ours."""
         sweep_staged(self.root)
-        return sorted(path.name for path in self.root.iterdir() if path.name[0] != ".")
+        return sorted(path.name for path in self.root.iterdir() if _NAME.match(path.name))
 
     def list(self) -> Iterator[Checkpoint]:
         """Return those that can be read, by name."""
