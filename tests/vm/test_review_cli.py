@@ -69,6 +69,26 @@ def test_a_patch_is_written_and_nothing_else(project: Path) -> None:
     assert (project / "note").read_text() == "text\nmore\n"
 
 
+def test_a_patch_that_cannot_be_written_is_kept_elsewhere(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sandbox has gone by then, and nothing of its work would be left. A directory is refused before it begins."""
+    spare = project.parent / "spare"
+    spare.mkdir()
+    monkeypatch.setenv("TMPDIR", str(spare))
+
+    refused = taskvm(*arguments(project, "--diff", str(spare)))
+    done = taskvm(*arguments(project, "--diff", "/dev/full", script="echo new > made"))
+
+    assert (refused.returncode, done.returncode) == (2, 125)
+    assert "it is a directory" in refused.stderr
+    assert "write the patch /dev/full: No space left on device" in done.stderr
+    [patch] = spare.iterdir()
+    assert f"the patch is in {patch}" in done.stderr
+    assert "+new" in patch.read_text()
+    assert patch.stat().st_mode & 0o777 == 0o600
+
+
 def test_all_is_applied_but_what_the_host_would_obey(project: Path) -> None:
     """--apply all: the status says that something was left, when the command itself was content."""
     script = SCRIPT.replace("exit 3", "exit 0")

@@ -29,6 +29,13 @@ class Commands(click.Group):
         except TaskvmError as error:
             click.echo(f"taskvm: {error}{_advice(error)}", err=True)
             ctx.exit(_exit_status(error))
+        except BrokenPipeError:
+            raise  # click's
+        except OSError as error:  # the working directory is gone, a file cannot be written
+            cause = str(error.strerror or error) or type(error).__name__
+            told = f"{error.filename}: {cause}" if error.filename else cause
+            click.echo(f"taskvm: {taskvm.printable(told)}", err=True)
+            ctx.exit(EXIT_FAILURE)
         except KeyboardInterrupt:
             ctx.exit(EXIT_INTERRUPTED)
 

@@ -6,6 +6,7 @@ Nothing is lost without a word: who mounts a directory for review and has no ter
 from __future__ import annotations
 
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,8 +69,10 @@ class Review:
                 "use --apply ask", "there is no terminal", "Say --apply all, or --diff FILE"
             )
         file = None if diff_file is None else Path(diff_file)
-        if file is not None and not file.absolute().parent.is_dir():
+        if file is not None and not file.parent.is_dir():
             raise UsageError(f"write the patch {file}", "its directory does not exist")
+        if file is not None and file.is_dir():
+            raise UsageError(f"write the patch {file}", "it is a directory", "Name a file in it")
         return cls(paths, apply, file)
 
     async def take(self, vm: taskvm.Sandbox) -> list[tuple[str, taskvm.ChangeSet]]:
@@ -87,8 +90,9 @@ class Review:
                 if len(changes) and self.apply != "none":
                     good = self._apply(changes) and good
         if self.diff_file is not None:
-            self.diff_file.write_bytes("".join(patches).encode("utf-8", "surrogateescape"))
-            _tell(f"the patch is in {self.diff_file}")
+            kept = _keep("".join(patches).encode("utf-8", "surrogateescape"), self.diff_file)
+            _tell(f"the patch is in {kept}")
+            good = good and kept == self.diff_file
         return good
 
     def _apply(self, changes: taskvm.ChangeSet) -> bool:
@@ -101,6 +105,19 @@ class Review:
                 for line in changes.diff().split("\n"):
                     click.echo(taskvm.printable(line), err=True)
         return answer == "n" or _report(changes.apply(guarded=_wants_guarded(changes)))
+
+
+def _keep(patch: bytes, file: Path) -> Path:
+    """Write a patch, to another file where that one refuses: the sandbox is gone, and this is all that is left."""
+    try:
+        file.write_bytes(patch)
+    except OSError as error:
+        _tell(f"write the patch {file}: {error.strerror or error}")
+        descriptor, name = tempfile.mkstemp(prefix="taskvm-", suffix=".patch")
+        with open(descriptor, "wb") as other:
+            other.write(patch)
+        return Path(name)
+    return file
 
 
 def _wants_guarded(changes: taskvm.ChangeSet) -> bool:
