@@ -148,7 +148,7 @@ def _read_workspace(reader: _Reader, *, env_default: bool) -> SandboxConfig:
         allowed_hosts=reader.hosts("allowedHosts"),
         secrets=_workspace_secrets(reader),
         image_path=_store_name(reader, "imagePath"),
-        checkpoint_path=reader.text("checkpointPath"),
+        checkpoint_path=_checkpoint(reader),
         task_may_allow=reader.hosts("taskMayAllow"),
         on_unavailable=_on_unavailable(reader),
         allowed_addresses=reader.texts("allowedAddresses"),
@@ -311,6 +311,17 @@ def _store_name(reader: _Reader, key: str) -> str | None:
             (key,), f"{name!r} is not a name of the user's store; a path cannot stand here"
         )
     return name
+
+
+def _checkpoint(reader: _Reader) -> str | None:
+    """A name of the user's store, or a path, which must not depend on where a program was started."""
+    text = reader.text("checkpointPath")
+    if text is not None and not (text.startswith("/") or _STORE_NAME.match(text)):
+        reader.problem(
+            ("checkpointPath",),
+            f"{text!r} is neither a name of the user's store nor an absolute path",
+        )
+    return text
 
 
 def _covered(host: str, patterns: Iterable[str]) -> bool:

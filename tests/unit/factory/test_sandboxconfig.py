@@ -321,5 +321,15 @@ def test_a_tasks_image_beside_its_workspaces_checkpoint_is_a_conflict() -> None:
     assert merge('{"imagePath": "py"}', "checkpointPath: dev-base").checkpoint_path == "dev-base"
 
 
+@pytest.mark.parametrize("path", ["saved/base.qcow2", "./base.qcow2", "~/base.qcow2", "dev base"])
+def test_a_workspaces_checkpoint_is_a_name_or_a_path_that_depends_on_nothing(path: str) -> None:
+    """What a relative path means would depend on where taskfactory was started."""
+    [problem] = problems(f'{{"checkpointPath": "{path}"}}')
+
+    assert problem.startswith("sandbox.json:1: checkpointPath: ")
+    assert merge('{"checkpointPath": "/var/base.qcow2"}').checkpoint_path == "/var/base.qcow2"
+    assert merge('{"checkpointPath": "dev-base"}').checkpoint_path == "dev-base"
+
+
 def test_a_workspaces_image_is_a_name_of_the_store() -> None:
     assert "sandbox.json:1: imagePath: " in problems('{"imagePath": "/var/images/mine"}')[0]
