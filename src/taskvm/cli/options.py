@@ -108,6 +108,7 @@ SANDBOX_OPTIONS = (
     ),
     click.option(
         "--mount",
+        "-v",  # as of docker run, whose HOST:GUEST[:ro] means the same
         "mounts",
         multiple=True,
         metavar="HOST:GUEST[:MODE]",
@@ -209,6 +210,7 @@ SANDBOX_OPTIONS = (
     ),
     click.option(
         "--publish",
+        "-p",
         multiple=True,
         metavar="[HOST_PORT:]GUEST_PORT",
         help="Make a TCP server in the guest reachable at 127.0.0.1 of this host.",
