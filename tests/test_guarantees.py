@@ -19,7 +19,10 @@ def test_claims_are_numbered_without_a_gap() -> None:
 
 @pytest.mark.parametrize(("number", "claim"), CLAIMS)
 def test_a_claim_names_a_test(number: str, claim: str) -> None:
-    assert re.search(r"`tests/[\w/]+\.py::test_\w+`", claim), f"claim {number} is held by nothing"
+    named = re.findall(r"`(tests/[\w/]+\.py::test_\w+)`", claim)
+
+    assert named, f"claim {number} is held by nothing"
+    assert len(set(named)) == len(named), f"claim {number} names a test twice"
 
 
 def _module(path: str) -> ast.Module:

@@ -31,9 +31,8 @@ MAX_SIZE = 64
 class WarmPool:
     """Keeps `size` guests of one shape ready. A sandbox of another shape, or more than are ready, starts as without it.
 
-    Enter it with `async with`: the first entry may build the image and the template. Raises UsageError for a
-    size below 1
-    or above MAX_SIZE.
+    Enter it with `async with`: the first entry may build the image and the template. Raises UsageError for a size
+    below 1 or above MAX_SIZE.
     """
 
     def __init__(
