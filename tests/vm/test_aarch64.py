@@ -1,9 +1,11 @@
 """A guest of another processor than the host's: emulated, and otherwise like any. The image is built once (minutes)."""
 
+from pathlib import Path
+
 import pytest
 from tests.support.images import CAN_BUILD_OTHER
 from tests.support.images import OTHER_ARCH as OTHER
-from tests.support.waiting import growing
+from tests.support.waiting import PATIENCE_S, growing
 
 from taskvm import HostDir, ImageSpec, ImageStore, Sandbox, examine
 
@@ -62,6 +64,31 @@ async def test_two_forks_of_the_other_processor_share_nothing_that_must_be_uniqu
     (*first, year), (*second, _) = answers
     assert not set(first) & set(second)
     assert int(year) >= 2025
+
+
+async def test_a_guest_of_the_other_processor_is_copied_and_saved_with_its_programs(
+    image: str, tmp_path: Path
+) -> None:
+    """A fork, and what resumes from memory: files, memory, and a program that goes on; the disk alone, booted anew."""
+    count = (
+        "for i in $(seq 9); do echo $i > /dev/shm/count; "
+        "test $i != 4 || until test -e /dev/shm/go; do sleep 0.1; done; done"
+    )
+    finish = "touch /dev/shm/go; until grep -q 9 /dev/shm/count; do sleep 0.1; done; cat /root/kept"
+    async with Sandbox.create(image=image, cpus=1, memory_mib=256) as vm:
+        await vm.exec("echo kept > /root/kept", user="root", check=True)
+        await vm.spawn(count)
+        await vm.exec("until grep -q 4 /dev/shm/count; do sleep 0.1; done", timeout_s=PATIENCE_S)
+        whole = await vm.checkpoint(tmp_path / "whole", memory=True)
+        disk = await vm.checkpoint(tmp_path / "disk.qcow2")
+        async with vm.fork() as child:
+            copied = await child.exec(finish, user="root", timeout_s=PATIENCE_S)
+    async with whole.resume() as vm:
+        resumed = await vm.exec(finish, user="root", timeout_s=PATIENCE_S)
+    async with disk.resume() as vm:
+        booted = await vm.exec("cat /root/kept; ls /dev/shm", user="root")
+
+    assert copied.stdout == resumed.stdout == booted.stdout == "kept\n"
 
 
 async def test_the_network_of_the_other_processor_is_closed_unless_allowed(image: str) -> None:
