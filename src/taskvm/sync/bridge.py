@@ -237,7 +237,7 @@ class _Work(Generic[_T]):
 
     def begin(self, on_begun: Callable[[asyncio.Task[_T]], None]) -> None:
         loop = asyncio.get_running_loop()
-        self._task = loop.create_task(_awaited(self._function()), context=self._context)
+        self._task = loop.create_task(_awaited(self._function), context=self._context)
         self._task.add_done_callback(self._finish)
         on_begun(self._task)
 
@@ -277,6 +277,7 @@ class _DaemonThreads(ThreadPoolExecutor):
         return future
 
 
-# The task needs a coroutine, and an `Awaitable` may be something else.
-async def _awaited(work: Awaitable[_T]) -> _T:
-    return await work
+# The task needs a coroutine, and an `Awaitable` may be something else. Called in it: what is raised at once is the
+# call's as well, and of a task that is cancelled before its first step there is nothing that was never awaited.
+async def _awaited(function: Callable[[], Awaitable[_T]]) -> _T:
+    return await function()
