@@ -33,9 +33,9 @@ from taskvm.wire.message import Origin, Scheme
 from taskvm.wire.ssh import is_ssh, render_disconnect
 from taskvm.wire.tls import MAX_CLIENT_HELLO, ClientHello, TlsError, is_tls, parse_client_hello
 
+# Also where the host is denied, which is told in what the client speaks: without KVM, beside a few other programs, git
+# reads its certificates for two seconds between its connection and its first byte.
 SNIFF_TIMEOUT_S = 10.0
-# A client that waits for a server's greeting (SSH, SMTP) is not kept waiting for a refusal.
-DENIED_SNIFF_TIMEOUT_S = 2.0
 HANDSHAKE_TIMEOUT_S = 15.0
 # After our last byte the guest may still be sending; closing at once would cost it our answer.
 LINGER_S = 2.0
@@ -70,9 +70,8 @@ class GuestConnection:
         recorded = self._record_opening()
         if not recorded:
             self._decision = UNRECORDED
-        limit_s = SNIFF_TIMEOUT_S if self._decision.allowed else DENIED_SNIFF_TIMEOUT_S
         try:
-            async with asyncio.timeout(limit_s):
+            async with asyncio.timeout(SNIFF_TIMEOUT_S):
                 scheme, hello = await self._sniff()
         except (TimeoutError, TlsError, _UnknownProtocolError) as error:
             await self._refuse_protocol(error)

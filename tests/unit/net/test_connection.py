@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 
 import pytest
 from tests.support.egress_lab import egress_lab, hello_with_ech, http_server, read_all
+from tests.support.waiting import PATIENCE_S, until
 
 from taskvm.net import connection
 from taskvm.port import StreamReset
@@ -20,6 +22,22 @@ async def test_a_client_that_says_nothing_is_given_up(monkeypatch: pytest.Monkey
             await sock.read()
 
         assert lab.denials("connect")[0].reason == "unknown protocol: it said nothing in time"
+
+
+async def test_a_denied_client_that_is_slow_to_begin_is_told_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(connection, "SNIFF_TIMEOUT_S", PATIENCE_S)
+    loop = asyncio.get_running_loop()
+    clock = loop.time
+    async with egress_lab(allow=["api.test:443"]) as lab:
+        sock = await lab.connect("api.test", 80)
+        await until(lambda: lab.denials("connect"))
+        monkeypatch.setattr(loop, "time", lambda: clock() + 9)
+
+        answer = await sock.exchange(b"GET / HTTP/1.1\r\nHost: api.test\r\n\r\n")
+
+    assert b"egress_denied" in answer
 
 
 async def test_a_client_that_ends_at_once_is_recorded() -> None:
