@@ -10,9 +10,10 @@ Rule 4: what has a hidden name is hidden under each of its names. Hard links tha
 Rule 5: a node that the guest was not given does not exist, so a guessed number leads to nothing (Tracked).
 Rule 6: the inner provider follows what the host moves, by each lookup. So each lookup here, of hidden names too, notes
     where it meets a node that the guest has: one that is elsewhere than the guest knows is barred (ESTALE), with all
-    that is in it, until the guest finds it under a name that it may see. So is what loses its last name to the host,
-    for nobody knows where it is by now; what is removed has no name that could be hidden. Names are looked at again
-    when the provider tells of a change, and after NAME_AGE_S where it does not vouch for them longer.
+    that is in it, until the guest finds it under a name that it may see, and the guest's kernel forgets what it kept of
+    it. So is what loses its last name to the host, for nobody knows where it is by now; what is removed has no name
+    that could be hidden. Names are looked at again when the provider tells of a change, and after NAME_AGE_S where it
+    does not vouch for them longer.
 
 A directory with something hidden in it cannot be removed: ENOTEMPTY, though it looks empty.
 """
@@ -290,7 +291,7 @@ class Shadow(Tracked):
             place = self.places[entry.node]
             for up, old in list(place.names):
                 self.places.unbind(up, old)
-            self._bar(place)
+            self._bar(_all_of(place))
         return entry
 
     def _note_age(self, entry: Entry) -> None:
@@ -307,7 +308,7 @@ class Shadow(Tracked):
             return
         self.places.unbind(directory, name)
         if not place.names and not self._is_removed(place.node):
-            self._bar(place)
+            self._bar(_all_of(place))
 
     def _look_again(self) -> None:
         """Look at each name of what the host may have moved."""
@@ -331,14 +332,18 @@ class Shadow(Tracked):
         except OSError:
             return False
 
-    def _bar(self, top: Place) -> None:
-        self._barred.update(place.node for place in _all_of(top))
+    def _bar(self, places: Iterable[Place]) -> None:
+        for place in places:
+            if place.node not in self._barred:
+                self._barred.add(place.node)
+                # A listing or a page that the guest's kernel keeps is not asked for again.
+                self.changes(Change(place.node))
 
     def _judge(self, top: Place) -> None:
         """Bar what is hidden where it is by now, and nothing else."""
         for place in _all_of(top):
             if self._is_hidden_by_path(place):
-                self._barred.add(place.node)
+                self._bar([place])
             else:
                 self._barred.discard(place.node)
 

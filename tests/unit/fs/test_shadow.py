@@ -324,6 +324,25 @@ def test_a_directory_that_the_host_moves_to_a_hidden_name_shows_nothing_more(hos
     shadow.close()
 
 
+def test_what_the_guest_keeps_of_what_is_out_of_reach_is_forgotten(host: Path) -> None:
+    """Its kernel asks nobody for a page that it has, or for a listing that it took after a change of its own."""
+    shadow = served(host, ["/secrets/"])
+    told: list[Change] = []
+    shadow.changes = told.append
+    work, file = find(shadow, "src"), find(shadow, "src/main.py")
+    made = shadow.create(work, b"made", 0o644, 0).node
+    shadow.readdir(work, 0, 4096)
+    attend(shadow)
+    told.clear()
+
+    (host / "src").rename(host / "secrets")
+    attend(shadow)
+    assert failure(lambda: shadow.getattr(work)) == errno.ESTALE
+
+    assert {Change(work), Change(file), Change(made)} <= set(told)
+    shadow.close()
+
+
 @pytest.mark.parametrize("ask", ["unlink", "rmdir", "rename", "create", "lookup"])
 def test_a_directory_that_the_host_moves_is_judged_by_where_it_is_now(host: Path, ask: str) -> None:
     """Any question about the new name makes the inner provider follow; so must the judgement."""
