@@ -106,15 +106,14 @@ class Call:
         """
         await self._control.wait_awake()  # then its time begins
         timeout_s = REPLY_TIMEOUT_S if timeout_s is None else timeout_s
-        try:
-            async with asyncio.timeout(timeout_s):
-                payload = await asyncio.shield(self.reply)
-        except TimeoutError:
+        # Not asyncio.timeout: after this program itself stood still (Ctrl-Z), the answer is there and counts.
+        await asyncio.wait([self.reply], timeout=timeout_s)
+        if not self.reply.done():
             self.forget(errno=_TIMED_OUT)
             await self._control.probe(self.operation)
-            raise GuestError(
-                self.operation, _TIMED_OUT, f"the reply within {timeout_s:g} s"
-            ) from None
+            raise GuestError(self.operation, _TIMED_OUT, f"the reply within {timeout_s:g} s")
+        try:
+            payload = self.reply.result()
         except StreamReset as error:
             raise GuestError(self.operation, error.errno or 5, "reset") from error
         try:
@@ -255,8 +254,7 @@ class Control:
         call = self.open_call(messages.PingRequest(), operation, urgent=True)
         self.calls_made -= 1
         try:
-            # Not asyncio.timeout: after the program itself stood still, the answer is there and counts.
-            await asyncio.wait([call.reply], timeout=timeout_s)
+            await asyncio.wait([call.reply], timeout=timeout_s)  # as in Call.answer
             if call.reply.done():
                 await call.answer(messages.Done)
                 return

@@ -227,6 +227,22 @@ async def test_an_operation_that_does_not_end_is_an_error_when_the_agent_is_well
     assert await again is None
 
 
+async def test_an_answer_that_came_while_this_program_stood_still_is_none_that_is_late(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As after Ctrl-Z: of its time more than all is over when the loop looks again, and it lies there."""
+    loop = asyncio.get_running_loop()
+    clock = loop.time
+    async with control_and_guest() as (control, guest), asyncio.TaskGroup() as group:
+        asking = group.create_task(_outcome(control, messages.PingRequest()))
+        opened = await guest.receive()
+
+        await guest.send(FrameType.REPLY, opened.stream, {})
+        monkeypatch.setattr(loop, "time", lambda: clock() + 1e4)
+
+        assert await asking is None
+
+
 async def test_a_guest_that_does_not_answer_a_ping_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call fails with the reason, and so does each that comes later."""
     monkeypatch.setattr(control_module, "PROBE_TIMEOUT_S", 0.05)
