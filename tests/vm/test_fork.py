@@ -17,7 +17,7 @@ from typing import Any, Literal
 import pytest
 from tests.conftest import GUEST
 from tests.support.processes import qemu_of
-from tests.support.waiting import PATIENCE_S, until
+from tests.support.waiting import PATIENCE_S, until, wait_until
 
 from taskvm import (
     HostDir,
@@ -37,6 +37,7 @@ from taskvm.checkpoints.forking import _start_all
 from taskvm.guest import Guest
 from taskvm.launch import _linked
 from taskvm.vm.command import Disk
+from taskvm.vm.disk import create_layer
 from taskvm.vm.layers import MAX_LAYERS
 
 pytestmark = pytest.mark.vm
@@ -497,6 +498,34 @@ async def test_a_sandbox_that_is_closed_while_it_waits_to_be_copied_is_lost(
     with pytest.raises(SandboxLostError, match="it was closed"):
         await copying
     assert list(tmp_path.iterdir()) == []
+
+
+async def test_an_original_that_is_closed_while_its_layer_is_made_is_an_error_of_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its directory goes, with the file that a thread has just written there."""
+
+    def create_and_linger(path: Path, beneath: Disk) -> None:
+        create_layer(path, beneath)
+        wait_until(lambda: not path.exists())
+
+    monkeypatch.setattr("taskvm.vm.layers.create_layer", create_and_linger)
+    vm = await Sandbox.create(**GUEST)
+    async with asyncio.TaskGroup() as group:
+        forking = group.create_task(fork_error(vm))
+        await until(lambda: (vm._guest.directory / "layer1.qcow2").exists())
+        await vm.close()
+
+    assert isinstance(forking.result(), TaskvmError)
+    assert not vm._guest.directory.exists()
+
+
+async def fork_error(vm: Sandbox) -> Exception | None:
+    try:
+        await vm.fork()
+    except (TaskvmError, OSError) as error:
+        return error
+    return None
 
 
 def test_the_example_finds_the_best_of_n(tmp_path: Path) -> None:

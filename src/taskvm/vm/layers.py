@@ -79,7 +79,7 @@ class Layers:
         path = self._path(number)
         await asyncio.to_thread(create_layer, path, self.disk)
         for access in (os.O_RDWR, os.O_RDONLY):  # a layer that is written, and later only read
-            descriptor = os.open(path, access | os.O_CLOEXEC)
+            descriptor = _open(path, access)
             try:
                 await self._machine.give("add-fd", descriptor, **{"fdset-id": number})
             finally:
@@ -189,3 +189,12 @@ class Layers:
         await self._machine.execute("blockdev-del", **{"node-name": layer_node(number)})
         await self._machine.execute("remove-fd", **{"fdset-id": number})
         self._paths.pop(0).unlink()
+
+
+def _open(path: Path, access: int) -> int:
+    try:
+        return os.open(path, access | os.O_CLOEXEC)
+    except (
+        OSError
+    ) as error:  # the sandbox was closed while a thread wrote it: its directory is gone
+        raise HostError(f"open the disk {path}", error.strerror or str(error)) from error
