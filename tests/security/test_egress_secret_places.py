@@ -226,8 +226,9 @@ async def test_a_repeated_value_comes_back_as_the_placeholder(body: str, chunks:
         answer = await ask_in_clear(lab, repeating.port, f"Authorization: {placeholder}")
 
         assert answer.count(placeholder.encode()) == 2
+        others = answer.replace(placeholder.encode(), b"")  # it has random digits
         for text in (VALUE, QUOTED, "0123"):
-            assert text.encode() not in answer
+            assert text.encode() not in others
         assert [(e.rule, e.secrets) for e in lab.denials("secret")] == [("reflection", ("KEY",))]
         assert b"accept-encoding: identity" in repeating.requests[0].body.lower()
 

@@ -11,7 +11,14 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
 import pytest
-from tests.support.egress_lab import HttpServer, Lab, egress_lab, http_server, read_all
+from tests.support.egress_lab import (
+    HttpServer,
+    Lab,
+    chunks_of,
+    egress_lab,
+    http_server,
+    read_all,
+)
 
 from taskvm.egress.boundsecret import bind_secrets
 from taskvm.egress.injection import InjectionRefused, Injector
@@ -137,7 +144,7 @@ async def test_a_body_is_sent_as_it_is(server: HttpServer) -> None:
         answer = await send(lab, server, f"Content-Length: {len(body)}", line=line, body=body)
 
     assert server.requests[0].body == body
-    assert body in answer
+    assert b"".join(chunks_of(answer)) == body  # what could be the beginning of a value comes later
 
 
 async def test_a_placeholder_in_a_trailer_breaks_the_request_off(server: HttpServer) -> None:

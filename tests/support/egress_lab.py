@@ -464,6 +464,16 @@ async def read_all(stream: TlsStream) -> bytes:
     return received
 
 
+def chunks_of(answer: bytes) -> list[bytes]:
+    """Return the pieces of a response's body, in which they come by chance."""
+    chunks, rest = [], answer.partition(b"\r\n\r\n")[2]
+    while size := int(rest.partition(b"\r\n")[0], 16):
+        rest = rest.partition(b"\r\n")[2]
+        chunks.append(rest[:size])
+        rest = rest[size + 2 :]
+    return chunks
+
+
 def hello_with_ech(name: bytes) -> bytes:
     """Return a real ClientHello with an encrypted_client_hello extension put at its end."""
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
