@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 import msgspec
 import pytest
 from tests.support.egress_lab import Lab, egress_lab
-from tests.support.waiting import PATIENCE_S
+from tests.support.waiting import PATIENCE_S, until_settled
 
 from taskvm.errors import GuestProtocolError, HostError, SandboxLostError, UsageError
 from taskvm.net import ingress
@@ -228,7 +228,10 @@ async def test_a_client_that_reads_slowly_slows_the_guest_down() -> None:
     """Of 48 MiB no more than a window and the kernel's buffers leave the guest before the client reads."""
     total, sent = 48 * 1024 * 1024, 0
     async with forwarded() as (_, agent, forward):
-        client = socket.create_connection(("127.0.0.1", forward.port))
+        client = socket.socket()
+        # Else it grows as the host allows.
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        client.connect(("127.0.0.1", forward.port))
         client.setblocking(False)
         number = await agent.accept()
 
@@ -241,8 +244,7 @@ async def test_a_client_that_reads_slowly_slows_the_guest_down() -> None:
 
         async with asyncio.TaskGroup() as group, asyncio.timeout(PATIENCE_S):
             group.create_task(produce())
-            await asyncio.sleep(0.5)
-            before = sent
+            before = await until_settled(lambda: sent)
             received = 0
             while data := await asyncio.get_running_loop().sock_recv(client, 1 << 20):
                 received += len(data)
