@@ -21,6 +21,13 @@ class StreamEnded(UpstreamError):  # noqa: N818 - what a server may do
         self.code = code
 
 
+class Unanswered(UpstreamError):  # noqa: N818 - what a server may do
+    """Raised when a connection that was used before ends without a byte of an answer.
+
+    Servers close one that was idle for too long, and a request may cross that: it was not read.
+    """
+
+
 class Incoming(Protocol):
     """The body of a message, and its trailer."""
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import h11
 
 from taskvm.errors import UpstreamError
+from taskvm.net.exchange import Unanswered
 from taskvm.net.http1 import Http1Body, next_event
 from taskvm.net.streams import ByteStream
 from taskvm.net.upstream import Upstream
@@ -32,6 +33,7 @@ class Http1Server:
         self._upstream = upstream
         self._origin = origin
         self._h11 = h11.Connection(h11.CLIENT, MAX_HEAD)
+        self._was_used = False
 
     def is_quiet(self) -> bool:
         """Say whether it can take another request."""
@@ -40,6 +42,11 @@ class Http1Server:
     def exchange(self, on_release: Callable[[Http1Server, bool], None]) -> Http1ServerExchange:
         """Begin an exchange; `on_release` gets the connection back, and whether it can be used again."""
         return Http1ServerExchange(self, self._h11, self._upstream.stream, on_release)
+
+    @property
+    def was_used(self) -> bool:
+        """Whether it has served an exchange."""
+        return self._was_used
 
     @property
     def origin(self) -> Origin:
@@ -55,6 +62,7 @@ class Http1Server:
         ):  # more than was asked for, or the end, has been read already
             return False
         self._h11.start_next_cycle()
+        self._was_used = True
         return True
 
     def abort(self) -> None:
@@ -75,6 +83,8 @@ class Http1ServerExchange(Http1Body):
         super().__init__(connection, stream)
         self._server: Http1Server | None = server
         self._origin = server.origin
+        self._was_used = server.was_used
+        self._answered = False
         self._on_release = on_release
         self._request = RequestHead(b"", b"", [])
 
@@ -83,17 +93,17 @@ class Http1ServerExchange(Http1Body):
         data = self._h11.send(render_request(head, self._origin)) or b""
         if not head.has_body:
             data += self._h11.send(h11.EndOfMessage()) or b""
-        with _server_errors("send the request"):
+        with self._errors("send the request"):
             await self._stream.write(data)
 
     async def send(self, data: bytes) -> None:
-        with _server_errors("send the request"):
+        with self._errors("send the request"):
             await self._stream.write(
                 data if self._switched else self._rendered(h11.Data(data=data))
             )
 
     async def end(self, trailer: list[Header]) -> None:
-        with _server_errors("send the request"):
+        with self._errors("send the request"):
             if self._switched:
                 await self._stream.end()
             else:
@@ -102,8 +112,9 @@ class Http1ServerExchange(Http1Body):
                 await self._stream.write(self._rendered(h11.EndOfMessage(headers=fields)))
 
     async def read_head(self) -> ResponseHead:
-        with _server_errors("read the response"):
+        with self._errors("read the response"):
             event = await next_event(self._h11, self._stream)
+        self._answered = True
         if not isinstance(event, h11.Response | h11.InformationalResponse):
             raise UpstreamError("read the response", "the server closed without an answer")
         try:
@@ -115,7 +126,7 @@ class Http1ServerExchange(Http1Body):
         return head
 
     async def read(self) -> bytes:
-        with _server_errors("read the response"):
+        with self._errors("read the response"):
             return await self.read_body()
 
     def release(self, *, complete: bool) -> None:
@@ -126,17 +137,22 @@ class Http1ServerExchange(Http1Body):
     def _rendered(self, event: h11.Event) -> bytes:
         return self._h11.send(event) or b""
 
-
-@contextmanager
-def _server_errors(operation: str) -> Iterator[None]:
-    """Map what goes wrong with the server's connection to UpstreamError."""
-    try:
-        yield
-    except h11.RemoteProtocolError as error:
-        raise UpstreamError(operation, "the server does not speak valid HTTP/1.1") from error
-    except h11.LocalProtocolError as error:
-        raise UpstreamError(operation, "the request does not have the length it gave") from error
-    except TimeoutError:
-        raise  # the stall timer's
-    except OSError as error:
-        raise UpstreamError(operation, "the server's connection broke off") from error
+    @contextmanager
+    def _errors(self, operation: str) -> Iterator[None]:
+        """Map what goes wrong with the server's connection to UpstreamError."""
+        try:
+            yield
+        except h11.LocalProtocolError as error:
+            raise UpstreamError(
+                operation, "the request does not have the length it gave"
+            ) from error
+        except TimeoutError:
+            raise  # the stall timer's
+        except (h11.RemoteProtocolError, OSError) as error:
+            if self._was_used and not self._answered and not self._h11.trailing_data[0]:
+                raise Unanswered(operation, "the server closed without an answer") from error
+            if isinstance(error, OSError):
+                reason = "the server's connection broke off"
+            else:
+                reason = "the server does not speak valid HTTP/1.1"
+            raise UpstreamError(operation, reason) from error

@@ -17,7 +17,7 @@ from typing import Protocol
 from taskvm.egress.audit import Verdict
 from taskvm.errors import UpstreamError
 from taskvm.net.egress import Refusal, Session
-from taskvm.net.exchange import GuestExchange, ServerExchange, StreamEnded
+from taskvm.net.exchange import GuestExchange, ServerExchange, StreamEnded, Unanswered
 from taskvm.net.judge import Admitted, Answered, Judge
 from taskvm.wire.message import (
     Header,
@@ -28,6 +28,7 @@ from taskvm.wire.message import (
 REFUSAL_TIMEOUT_S = 10.0
 STALL_TIMEOUT_S = 600.0  # without a byte in either direction; models think for minutes
 WEBSOCKET_TIMEOUT_S = 3600.0  # the same, of a WebSocket
+_REPEATABLE = frozenset({b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"})  # RFC 9110, 9.2.2
 _STALLED = "nothing moved for too long"
 
 
@@ -65,13 +66,14 @@ class Relay:
         """Serve one request to its end. Raises OSError when the guest is gone."""
         try:
             admitted = await self._judge.admit(guest.asked)
-            server = await self._open()
+            server = await self.open()
         except Refusal as refusal:
             await self.refuse(guest, refusal)
             return
         await _Forwarding(self, guest, server, admitted).run()
 
-    async def _open(self) -> ServerExchange:
+    async def open(self) -> ServerExchange:
+        """Return an exchange with the origin. Raises Refusal."""
         try:
             async with asyncio.timeout(STALL_TIMEOUT_S):
                 return await self._upstreams.open()
@@ -127,7 +129,7 @@ class _Forwarding:
         verdict: Verdict = "error"
         reason = "the guest's connection broke off"
         try:
-            await self._exchange()
+            await self._exchange_until_read()
             verdict, reason = "allow", ""
         except UpstreamError as error:
             reason = error.cause
@@ -143,6 +145,17 @@ class _Forwarding:
                 bytes_up=count.bytes_up, bytes_down=count.bytes_down,
                 duration_ms=round((time.monotonic() - count.started) * 1000),
             )  # fmt: skip
+
+    async def _exchange_until_read(self) -> None:
+        """Do so on another connection where the server closed a used one: the guest knows nothing of those."""
+        while True:
+            try:
+                return await self._exchange()
+            except Unanswered:
+                if self._head.has_body or self._head.method not in _REPEATABLE:
+                    raise
+            self._server.release(complete=False)
+            self._server = await self._relay.open()
 
     async def _exchange(self) -> None:
         """Send the request and relay the response; the two bodies flow at once."""

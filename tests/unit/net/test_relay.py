@@ -96,6 +96,45 @@ async def test_an_answer_without_a_body_keeps_the_connection(status: bytes) -> N
     assert server.connections == 2  # the server closed; the guest did not notice
 
 
+@asynccontextmanager
+async def hasty_server() -> AsyncIterator[HttpServer]:
+    """Answers one request on each connection, and closes it when another comes."""
+    seen = HttpServer(0)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.connections += 1
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+            await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        seen.port = server.sockets[0].getsockname()[1]
+        yield seen
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "connections"),
+    [("GET /", b"200", 2), ("DELETE /x", b"200", 2), ("POST /", b"502", 1)],
+)
+async def test_a_server_that_closes_what_was_idle_is_asked_anew(
+    line: str, status: bytes, connections: int
+) -> None:
+    """Once more, on a connection of its own; not where twice may be too often."""
+    async with hasty_server() as server, sandbox(server) as lab:
+        sock = await lab.connect("api.test", server.port)
+        host = f"Host: api.test:{server.port}\r\n"
+        await sock.write(f"GET / HTTP/1.1\r\n{host}\r\n".encode())
+        assert b" 200 " in await sock.read_response()
+        await sock.write(f"{line} HTTP/1.1\r\n{host}Content-Length: 0\r\n\r\n".encode())
+        answer = await sock.read_response()
+
+        assert answer.split()[1] == status
+        assert server.connections == connections
+        assert len([event for event in lab.events if event.kind == "connect"]) == connections
+
+
 async def test_a_final_answer_before_the_end_of_the_upload_is_delivered() -> None:
     async with (
         scripted_server(
