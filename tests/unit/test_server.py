@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from taskvm.supervisor.client import Supervisor
 from taskvm.supervisor.holding import Holding, Recipe
 from taskvm.supervisor.place import Place
 from taskvm.supervisor.server import Server
+from taskvm.supervisor.spawn import spawn
 from taskvm.wire.frames import FrameType, encode_frame
 from taskvm.wire.supervision import StartRequest, encode
 
@@ -194,6 +196,31 @@ async def test_it_ends_when_its_place_is_taken_away(
                 await asyncio.sleep(0.05)
     assert "no command can reach" in caplog.text
     assert (place / "socket").exists()
+
+
+async def test_a_start_that_is_cancelled_passes_on_the_lock_and_nothing_else(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its number would be another file's, and the supervisor one that holds no lock."""
+    begun, cancelled, passed = threading.Event(), threading.Event(), []
+
+    def run(_command: list[str], *, pass_fds: tuple[int, int], **_: object) -> None:
+        begun.set()
+        cancelled.wait(PATIENCE_S)
+        lock = Path(f"/proc/self/fd/{pass_fds[0]}")
+        passed.append(lock.readlink() if lock.is_symlink() else None)
+
+    monkeypatch.setattr("taskvm.supervisor.spawn.subprocess.run", run)
+    starting = asyncio.get_running_loop().create_task(spawn(Place(place)))
+    await until(begun.is_set)
+    starting.cancel()
+    await asyncio.sleep(0)
+    cancelled.set()
+    await asyncio.wait([starting])
+    await until(lambda: passed)
+
+    assert starting.cancelled()
+    assert passed == [place / "lock"]
 
 
 async def test_a_second_one_cannot_be_started(place: Path) -> None:

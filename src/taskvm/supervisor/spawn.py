@@ -12,9 +12,11 @@ import os
 import select
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 
 from taskvm.errors import HostError
+from taskvm.interruption import CHECK_INTERVAL_S, check, in_thread
 from taskvm.paths import cache_path
 from taskvm.supervisor.place import RUNTIME_VARIABLE, Place
 
@@ -41,7 +43,9 @@ async def spawn(place: Place) -> None:
         await asyncio.sleep(0.05)  # it lives, or somebody starts it
         return
     try:
-        await asyncio.to_thread(_start, place, lock)
+        await in_thread(
+            _start, place, lock
+        )  # which passes the lock on: it must not be another file
     finally:
         os.close(lock)
 
@@ -66,7 +70,7 @@ def _start(place: Place, lock: int) -> None:
             )
         os.close(writing)
         writing = -1
-        ready, _, _ = select.select([reading], [], [], START_TIMEOUT_S)
+        ready = _is_told(reading)
         if not ready or os.read(reading, len(READY)) != READY:
             cause = "it ended at once" if ready else f"it is not ready after {START_TIMEOUT_S:g} s"
             raise HostError("start the supervisor", cause, f"See {place.log}")
@@ -76,6 +80,15 @@ def _start(place: Place, lock: int) -> None:
         os.close(reading)
         if writing != -1:
             os.close(writing)
+
+
+def _is_told(reading: int) -> bool:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        check()
+        if select.select([reading], [], [], CHECK_INTERVAL_S)[0]:
+            return True
+    return False
 
 
 def _places(place: Place) -> dict[str, str]:
