@@ -252,15 +252,14 @@ class Machine:
             if not self._released:
                 self._released = True
                 await self._release()
-        return await self.exited
+        return self.exited.result()
 
     async def _wait_or_kill(self) -> None:
-        try:
-            async with asyncio.timeout(5):
-                await asyncio.shield(self.exited)
-        except TimeoutError:
+        # Not awaited itself: a caller that is cancelled would cancel it for everybody.
+        await asyncio.wait([self.exited], timeout=END_WAIT_S)
+        if not self.exited.done():
             self._process.kill()
-            await self.exited
+            await asyncio.wait([self.exited])
 
     async def _release(self) -> None:
         for transport in self._tails:
