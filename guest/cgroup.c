@@ -123,29 +123,26 @@ static struct leaf *make_leaf(void)
 	return leaf;
 }
 
-void cgroup_prepare(void)
+static struct leaf *swap_spare(struct leaf *new)
 {
-	if (spare)
-		return;
-	struct leaf *leaf = make_leaf();
 	pthread_mutex_lock(&lock);
-	spare = leaf;
+	struct leaf *old = spare;
+	spare = new;
 	pthread_mutex_unlock(&lock);
+	return old;
 }
 
-static struct leaf *take_spare(void)
+/* Called by the control thread alone; meanwhile others may take it. */
+void cgroup_prepare(void)
 {
-	pthread_mutex_lock(&lock);
-	struct leaf *leaf = spare;
-	spare = NULL;
-	pthread_mutex_unlock(&lock);
-	return leaf;
+	struct leaf *leaf = swap_spare(NULL);
+	swap_spare(leaf ? leaf : make_leaf());
 }
 
 int cgroup_make(uint32_t stream)
 {
 	char path[16];
-	struct leaf *leaf = take_spare();
+	struct leaf *leaf = swap_spare(NULL);
 	if (!leaf)
 		leaf = make_leaf();
 	if (!leaf)
