@@ -358,22 +358,26 @@ def _status(event: Message) -> str:
 
 
 def _spawn(qemu: Qemu, shape: MachineShape, files: MachineFiles) -> Machine:
-    with contextlib.ExitStack() as theirs:
+    with contextlib.ExitStack() as theirs, contextlib.ExitStack() as kept:
         ours: dict[str, socket.socket] = {}
         numbers: dict[str, int] = {}
         for name in ("qmp", "console", "control", "fs", "net"):
             ours[name], inherited = socket.socketpair()
+            kept.enter_context(ours[name])
             theirs.enter_context(inherited)
             numbers[name] = inherited.fileno()
         lifeline_read, lifeline_write = os.pipe()
         theirs.callback(os.close, lifeline_read)
+        kept.callback(os.close, lifeline_write)
         inherited_fds = [*numbers.values(), lifeline_read]
         state_fd = memory_fd = None
         if files.state is not None:
             state_fd = os.open(files.state, os.O_RDONLY | os.O_CLOEXEC)
+            kept.callback(os.close, state_fd)
             inherited_fds.append(state_fd)
         if files.memory is not None and not files.share_memory:
             memory_fd = os.open(files.memory, os.O_RDONLY | os.O_CLOEXEC)
+            kept.callback(os.close, memory_fd)
         command = _commands(qemu, shape, files, Descriptors(**numbers), lifeline_read)
         try:
             process = subprocess.Popen(
@@ -388,8 +392,8 @@ def _spawn(qemu: Qemu, shape: MachineShape, files: MachineFiles) -> Machine:
                 env={"LC_ALL": "C"},  # nothing of the user's environment: it may hold secrets
             )
         except OSError as error:
-            os.close(lifeline_write)
             raise HostError(f"start {command[0]}", error.strerror or str(error)) from error
+        kept.pop_all()
     machine = Machine(shape, files, process, ours)
     machine._lifeline = lifeline_write
     machine._state_fd = state_fd

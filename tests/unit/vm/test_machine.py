@@ -2,14 +2,20 @@
 
 import asyncio
 import contextlib
+import errno
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
 from tests.support.waiting import until
 
+from taskvm.errors import HostError
 from taskvm.vm import machine as machine_module
-from taskvm.vm.machine import Machine
+from taskvm.vm.command import Boot, Disk, MachineShape
+from taskvm.vm.machine import Machine, MachineFiles
+from taskvm.vm.qemu import Qemu
 
 
 async def test_a_kill_that_is_cancelled_can_be_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,3 +36,29 @@ async def test_a_kill_that_is_cancelled_can_be_done_again(monkeypatch: pytest.Mo
     machine.exited.set_result(137)
 
     assert await machine.kill() == 137
+
+
+def open_files() -> set[str]:
+    return {path.name for path in Path("/proc/self/fd").iterdir()}
+
+
+def test_a_machine_that_cannot_be_started_leaves_nothing_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host has no process left at this moment: the next start may find one."""
+    state, memory = tmp_path / "state", tmp_path / "ram"
+    state.touch()
+    memory.touch()
+    boot = Boot(kernel=memory, initrd=memory, head=memory)
+    files = MachineFiles(boot=boot, disk=Disk(layers=()), memory=memory, state=state)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(machine_module, "_commands", lambda *_: ["qemu"])
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    before = open_files()
+    with pytest.raises(HostError, match="Resource temporarily unavailable"):
+        machine_module._spawn(cast("Qemu", None), cast("MachineShape", None), files)
+
+    assert open_files() == before
