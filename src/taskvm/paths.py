@@ -10,11 +10,14 @@ import fcntl
 import os
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from taskvm.errors import HostError
+
+# How often a directory may be removed between its making and its holding.
+_ATTEMPTS = 8
 
 
 def cache_dir() -> Path:
@@ -112,6 +115,19 @@ def hold(path: Path) -> int:
             return descriptor
     os.close(descriptor)
     raise HostError(operation, "it was removed a moment ago", remedy)
+
+
+def hold_new(make: Callable[[], Path]) -> tuple[Path, int]:
+    """Return the directory that `make` makes, and `hold` of it.
+
+    It is made again when another process has just found that nobody holds it. Raises as both.
+    """
+    for _ in range(_ATTEMPTS - 1):
+        path = make()
+        with contextlib.suppress(HostError):
+            return path, hold(path)
+    path = make()
+    return path, hold(path)
 
 
 @contextlib.contextmanager

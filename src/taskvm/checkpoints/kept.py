@@ -23,14 +23,12 @@ import msgspec
 
 from taskvm.checkpoints.checkpointfile import Saved, copy_disk, note_verified, verify_checkpoint
 from taskvm.errors import CheckpointError, HostError
-from taskvm.paths import Removed, cache_dir, hold, measure, private_dir, replace_file, seized
+from taskvm.paths import Removed, cache_dir, hold_new, measure, private_dir, replace_file, seized
 from taskvm.vm.disk import check_room
 from taskvm.vm.template import FileMark, mark_file
 
 # There, or of another user, or linked too often: then it is copied.
 _NO_LINKS = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP})
-# How often a directory may be removed between its making and its holding.
-_ATTEMPTS = 8
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -51,7 +49,7 @@ def keep_disk(saved: Saved, *, spare_bytes: int = 0) -> Path:
     A copy leaves `spare_bytes` of the host's disk free. Raises CheckpointError, HostError.
     """
     mark = verify_checkpoint(saved)
-    directory, held = _held(kept_base() / saved.key)
+    directory, held = hold_new(lambda: private_dir(kept_base() / saved.key))
     try:
         disk, source = directory / "disk.qcow2", saved.disk.resolve()
         if not _is_current(directory, source, mark):
@@ -86,13 +84,6 @@ def forget_disks(base: Path | None = None) -> Iterator[Removed]:
                     directory.rename(trash)
             shutil.rmtree(trash, ignore_errors=True)
             yield Removed(f"disk of the checkpoint {trash.name[1:13]}", size)
-
-
-def _held(directory: Path) -> tuple[Path, int]:
-    for _ in range(_ATTEMPTS - 1):
-        with contextlib.suppress(HostError):  # somebody has just found that nobody uses it
-            return directory, hold(private_dir(directory))
-    return directory, hold(private_dir(directory))
 
 
 def _link_or_copy(saved: Saved, mark: FileMark, directory: Path, spare_bytes: int) -> None:

@@ -22,7 +22,7 @@ from taskvm.checkpoints.checkpointfile import (
     read_facts,
 )
 from taskvm.errors import CheckpointError
-from taskvm.paths import hold, private_dir, seized, state_dir, sync_directory
+from taskvm.paths import hold_new, private_dir, seized, state_dir, sync_directory
 from taskvm.vm.template import mark_file
 
 _FILES = frozenset({"disk.qcow2", "memory.json", *MEMORY_FILES})
@@ -53,10 +53,14 @@ def staged(path: Path) -> Iterator[Path]:
     if path.exists() or path.is_symlink():
         raise CheckpointError(operation, "it is there already", "Remove it, or name another")
     sweep_staged(path.parent, None if path.parent == store_dir() else path.name)
-    staging, held = path.parent / f".{path.name}.{secrets.token_hex(4)}", None
-    try:
+
+    def make() -> Path:
+        staging = path.parent / f".{path.name}.{secrets.token_hex(4)}"
         staging.mkdir(mode=0o700)
-        held = hold(staging)
+        return staging
+
+    try:
+        staging, held = hold_new(make)
     except OSError as error:
         raise CheckpointError(
             operation,
