@@ -174,9 +174,21 @@ class Removed:
 
 
 def measure(path: Path) -> int:
-    """Return the bytes that a file or a tree takes on the disk, which for a sparse file is less than its size."""
-    files = [path, *path.rglob("*")] if path.is_dir() else [path]
-    return sum(file.lstat().st_blocks * 512 for file in files)
+    """Return the bytes that a file or a tree takes on the disk, which for a sparse file is less than its size.
+
+    What another process removes meanwhile takes none.
+    """
+    size = 0
+    for file in _all_of(path):
+        with contextlib.suppress(FileNotFoundError):
+            size += os.lstat(file).st_blocks * 512
+    return size
+
+
+def _all_of(path: Path) -> Iterator[Path]:
+    yield path
+    for top, directories, files in os.walk(path):
+        yield from (Path(top, name) for name in (*directories, *files))
 
 
 def remedy_for(error: OSError) -> str:

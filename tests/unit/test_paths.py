@@ -8,7 +8,7 @@ import pytest
 
 from taskvm import paths
 from taskvm.errors import HostError
-from taskvm.paths import newest_first, private_dir, replace_file, seized, state_dir
+from taskvm.paths import measure, newest_first, private_dir, replace_file, seized, state_dir
 
 
 def test_a_directory_is_for_this_user_alone(
@@ -89,3 +89,22 @@ def test_what_is_removed_during_a_look_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "b").unlink()
 
     assert newest_first(found) == [tmp_path / "c", tmp_path / "a"]
+
+
+def test_what_is_removed_while_it_is_measured_takes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process removes a checkpoint while this one lists them."""
+    (tmp_path / "gone").write_bytes(bytes(4096))
+    (tmp_path / "kept").write_bytes(bytes(4096))
+    lstat = os.lstat
+
+    def lstat_late(path: str | Path) -> os.stat_result:
+        (tmp_path / "gone").unlink(missing_ok=True)
+        return lstat(path)
+
+    whole = measure(tmp_path)
+    monkeypatch.setattr(os, "lstat", lstat_late)
+
+    assert measure(tmp_path) == whole - 4096
+    assert measure(tmp_path / "gone") == 0
