@@ -1,5 +1,6 @@
 """taskvm.supervisor.holding sees each use of a sandbox, also one that is over before it looks."""
 
+import asyncio
 import errno
 from types import SimpleNamespace
 from typing import cast
@@ -7,11 +8,12 @@ from typing import cast
 import pytest
 from tests.support.waiting import until
 
-from taskvm.errors import GuestError
+from taskvm.errors import GuestError, SandboxLostError, UsageError
 from taskvm.opening import Opening
 from taskvm.sandbox import Sandbox
-from taskvm.supervisor.holding import MAX_ENDED, Holding, Recipe
+from taskvm.supervisor.holding import MAX_ENDED, MAX_RUNNING, Holding, Recipe
 from taskvm.supervisor.job import Job
+from taskvm.wire.supervision import Launch
 
 
 class Groups:
@@ -65,6 +67,24 @@ async def test_calls_and_frames_of_the_guest_count(
     watched.movement = moved
 
     assert holding._look().moved > before.moved
+
+
+async def test_commands_that_begin_at_the_same_time_are_not_too_many(holding: Holding) -> None:
+    """None of them runs yet when the next one is asked for."""
+    may_start = asyncio.Event()
+
+    async def spawn(_command: object, **_: object) -> None:
+        await may_start.wait()
+        raise SandboxLostError("start a command", "this test starts none")
+
+    holding.vm.spawn = spawn  # type: ignore[method-assign,assignment]  # all that a launch uses
+    launches = [holding.launch(Launch(command=["true"])) for _ in range(MAX_RUNNING + 1)]
+    beginning = asyncio.gather(*launches, return_exceptions=True)
+    await asyncio.sleep(0)
+    may_start.set()
+    outcomes = [type(each) for each in await beginning]
+
+    assert outcomes == [SandboxLostError] * MAX_RUNNING + [UsageError]
 
 
 async def test_of_a_command_that_is_forgotten_the_handle_stays_while_something_of_it_runs(

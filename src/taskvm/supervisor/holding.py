@@ -65,6 +65,7 @@ class Holding:
         self._recipe = recipe
         self._forwards: list[Forward] = []
         self._requests = 0
+        self._launching = 0
         self._used = 0
         self._started_s = time.monotonic()
         self._idle_s = 0.0
@@ -96,18 +97,22 @@ class Holding:
     async def launch(self, launch: Launch) -> Job:
         """Start a command. Raises as `Sandbox.spawn`, and UsageError when too many run."""
         running = [job for job in self.jobs.values() if job.running]
-        if len(running) >= MAX_RUNNING:
+        if len(running) + self._launching >= MAX_RUNNING:
             raise UsageError(
                 f"run a command in {self.vm.id}", f"{MAX_RUNNING} run in it already", "Stop one"
             )
-        process = await self.vm.spawn(
-            launch.command,
-            cwd=launch.cwd,
-            env=launch.env,
-            pty=launch.pty,
-            user=launch.user,
-            limits=launch.limits,
-        )
+        self._launching += 1
+        try:
+            process = await self.vm.spawn(
+                launch.command,
+                cwd=launch.cwd,
+                env=launch.env,
+                pty=launch.pty,
+                user=launch.user,
+                limits=launch.limits,
+            )
+        finally:
+            self._launching -= 1
         if not launch.stdin:
             await process.close_stdin()
         self._used += 1
