@@ -80,6 +80,7 @@ class FramePort(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._writable = asyncio.Event()
         self._writable.set()
+        self._full = False  # of what the transport has not sent yet
         self._coming_to_rest: deque[asyncio.Future[None]] = deque()  # each QUIESCE is answered
         self._lost: Exception | None = None
         self._loop = asyncio.get_running_loop()
@@ -133,7 +134,8 @@ class FramePort(asyncio.Protocol):
     def release(self) -> None:
         """Send what was held, in its order, and go on. Idempotent."""
         held, self._held = self._held or [], None
-        self._writable.set()
+        if not self._full:
+            self._writable.set()
         if self._transport is not None and self._lost is None:
             self._transport.writelines(held)
 
@@ -231,9 +233,11 @@ class FramePort(asyncio.Protocol):
             self.explain_end(end)
 
     def pause_writing(self) -> None:
+        self._full = True
         self._writable.clear()
 
     def resume_writing(self) -> None:
+        self._full = False
         if self._held is None:
             self._writable.set()
 

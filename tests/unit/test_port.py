@@ -9,7 +9,7 @@ import pytest
 from tests.support.waiting import PATIENCE_S
 
 from taskvm.errors import GuestProtocolError, SandboxLostError
-from taskvm.port import FramePort, Inlet, Outlet, StreamReset
+from taskvm.port import WRITE_HIGH_WATER, FramePort, Inlet, Outlet, StreamReset
 from taskvm.wire.frames import (
     INITIAL_CREDIT,
     MAX_DATA,
@@ -232,3 +232,26 @@ async def test_a_port_that_is_lost_while_held_frees_its_writers() -> None:
 
         with pytest.raises(SandboxLostError):
             ours.port.send(FrameType.OPEN, 0, 1)
+
+
+async def test_writers_wait_on_after_a_hold_of_a_port_whose_peer_does_not_read() -> None:
+    """Else they fill the host's memory: nothing would ever stop them again."""
+    left, right = socket.socketpair()
+    with right:
+        port = await FramePort.open(left, "test")
+        waiting = asyncio.get_running_loop().create_task(_fill(port))
+        await asyncio.sleep(0)
+        port.hold()
+        port.release()
+        await asyncio.sleep(0)
+        waits_on = not waiting.done()
+        port.close()
+        await waiting
+
+    assert waits_on
+
+
+async def _fill(port: FramePort) -> None:
+    for _ in range(4 * WRITE_HIGH_WATER // MAX_DATA):
+        port.send(FrameType.DATA, 0, 1, b"x" * MAX_DATA)
+    await port.wait_writable()
