@@ -33,7 +33,9 @@ from taskvm.wire.fuse_replies import Attr, Lifetime, StatFs
 _FIRST_OFFSET = 0x7FFF_FFFF_8000_0000
 _END_OFFSET = 0x7FFF_FFFF_FFFF_FFFF  # where ext4 says that a directory ends
 _LIFETIME = Lifetime(entry_ns=0, attr_ns=0)  # what is below a junction may come and go
-_MASK = (1 << 64) - 1
+# In inode numbers that are not of the provider at "/": no file system of a host has this bit, and those that
+# fs/specials.py and private layers make have the one above it.
+_ELSEWHERE = 1 << 61
 
 
 class Junction:
@@ -60,7 +62,8 @@ class Router(Divided):
             self._add(path, provider)
         for junction in self._junctions:
             self._check(junction)
-        self._base = (len(self._providers) + 1) | 1  # odd, so that no two inode numbers become one
+        self._base = len(self._providers) + 1
+        self._keeps_numbers = self._junctions[0].index
         self._begin()
 
     def _add(self, path: str, provider: Provider) -> None:
@@ -356,7 +359,14 @@ class Router(Divided):
     # What is told...
 
     def _told(self, index: int, attr: Attr) -> Attributes:
-        return Attributes.of(attr, (attr.st_ino * self._base + index) & _MASK)
+        return Attributes.of(attr, self._number(index, attr.st_ino))
+
+    def _number(self, index: int, ino: int) -> int:
+        """Return what the guest sees instead of an inode number of the provider `index`, or of a junction (0)."""
+        if index and index == self._keeps_numbers:
+            return ino
+        below = (ino * self._base + index) & (_ELSEWHERE - 1)
+        return (ino & ~(2 * _ELSEWHERE - 1)) | _ELSEWHERE | below
 
     def _entry(self, index: int, entry: Entry) -> Entry:
         node = self._joined(index, entry.node)
@@ -374,7 +384,7 @@ class Router(Divided):
     def _attributes_of(self, junction: Junction) -> tuple[Attributes, Lifetime]:
         under = self._under(junction)
         if under is None:
-            ino = junction.number * self._base & _MASK
+            ino = self._number(0, junction.number)
             made = Attributes.made(ino, stat.S_IFDIR | 0o755, mtime_ns=self._made_ns)
             return made, _LIFETIME
         attr, lifetime = under.provider.getattr(under.node)
@@ -382,9 +392,9 @@ class Router(Divided):
 
     def _listed(self, target: Target, offset: int, size: int) -> list[DirEntry]:
         entries = target.provider.readdir(target.node, offset, size)
-        base, index = self._base, target.number
+        number, index = self._number, target.number
         return [
-            DirEntry(entry.name, (entry.ino * base + index) & _MASK, entry.kind, entry.offset)
+            DirEntry(entry.name, number(index, entry.ino), entry.kind, entry.offset)
             for entry in entries
         ]
 

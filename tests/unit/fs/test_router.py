@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -159,6 +160,27 @@ def test_inode_numbers_of_different_providers_differ(tmp_path: Path) -> None:
 
     assert len({file.attr.st_ino for file in files}) == 5
     assert len({file.node for file in files}) == 5
+    router.close()
+
+
+def test_the_provider_at_the_root_keeps_its_inode_numbers(tmp_path: Path) -> None:
+    """Git believes its index on both sides then; no number of another provider is the same."""
+    (tmp_path / "main.py").touch()
+    own = (tmp_path / "main.py").stat().st_ino
+    others = {"/cache": Memory(), "/other": HostDir(tmp_path), "/deep/er": Memory()}
+    router = Router({"/": HostDir(tmp_path), **others}).opened()
+
+    def number(path: str) -> int:
+        return router.getattr(find(router, path))[0].st_ino
+
+    router.mknod(ROOT, b"fifo", stat.S_IFIFO | 0o600)
+    router.mknod(find(router, "other"), b"fifo", stat.S_IFIFO | 0o600)
+
+    assert number("main.py") == own
+    assert {e.name: e.ino for e in router.readdir(ROOT, 0, 4096)}[b"main.py"] == own
+    paths = ["main.py", "other/main.py", "cache", "deep", "fifo", "other/fifo"]
+    assert len({number(path) for path in paths}) == len(paths)
+    assert max(map(number, paths)) < 1 << 63
     router.close()
 
 
