@@ -281,9 +281,10 @@ class Router(Divided):
         return (node - 1) * self._base + index + 1
 
     def _known_as(self, index: int, node: Node) -> Node:
-        """Return the number by which the guest knows a node: a junction's, where one covers it."""
+        """Return the guest's number of a node: a junction's, where one covers it, as the root always does."""
         for junction in self._junctions:
-            if junction.routes and self._covers(junction) == (index, node):
+            shown = junction.routes or junction.parent is None
+            if shown and self._covers(junction) == (index, node):
                 return self._joined(0, junction.number)
         return self._joined(index, node)
 

@@ -221,6 +221,17 @@ def test_changes_are_told_in_the_guests_numbers(router: Provider) -> None:
     assert told == [Change(ROOT, b"x"), Change(src, b"y"), Change(file)]
 
 
+def test_changes_at_the_root_are_told_where_it_is_the_only_route(host: Path) -> None:
+    told: list[Change] = []
+    router = Router({"/": HostDir(host)}).opened()
+    router.changes = told.append
+
+    router.providers[0].changes(Change(ROOT, b"x"))
+
+    assert told == [Change(ROOT, b"x")]
+    router.close()
+
+
 def test_a_saved_router_is_taken_up(host: Path) -> None:
     routes = {"/": HostDir(host), "/src/gen": HostDir(host / "src")}
     before, after = Router(routes).opened(), Router(routes).opened()
