@@ -293,7 +293,7 @@ def decide_request(policy: Policy, intent: Intent) -> Decision:
         if intent.overrides_path:
             return _ambiguous("path", "a header overrides the request's path")
     if intent.overrides_method and any(rule.methods for rule in speaking):
-        return _ambiguous("method", "a header overrides the request's method")
+        return _ambiguous("method", "a header or the query overrides the request's method")
     for rule in speaking:
         if rule.names(intent, segments):
             return _decided(rule, intent.host, intent.port)
