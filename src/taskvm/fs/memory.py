@@ -34,6 +34,7 @@ LIFETIME = Lifetime(entry_ns=_DAY_NS, attr_ns=_DAY_NS)
 _MODE = 0o1777
 _KINDS = (stat.S_IFREG, stat.S_IFIFO, stat.S_IFSOCK)
 _XATTR_CREATE, _XATTR_REPLACE = 1, 2
+_PUNCH_HOLE = 1 | 2  # fallocate(2), with KEEP_SIZE
 
 
 class MemoryState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -265,6 +266,18 @@ class Memory(Provider):
 
     def fsync(self, node: Node, *, data_only: bool) -> None:
         self._inode(node)
+
+    def allocate(self, node: Node, offset: int, length: int, mode: int) -> None:
+        inode = self._file(node)
+        if mode == 0:
+            if offset + length > len(inode.data):
+                self._resize(inode, offset + length)
+        elif mode == _PUNCH_HOLE:
+            end = min(offset + length, len(inode.data))
+            inode.data[offset:end] = bytes(max(0, end - offset))
+            inode.touched()
+        else:
+            raise refuse(errno.EOPNOTSUPP)
 
     # Inodes.
 

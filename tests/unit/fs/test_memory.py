@@ -147,6 +147,24 @@ def test_writes_append_pad_and_truncate() -> None:
     assert memory.read(file, 0, 100) == b"\0\0\0a"
 
 
+def test_space_is_reserved_within_the_limit_and_holes_are_zeros() -> None:
+    """As on the guest's own tmpfs: `fallocate -l`, and databases that begin with it."""
+    memory = Memory(limit_bytes=100_000)
+    node = memory.create(ROOT, b"file", 0o600, 0).node
+    memory.write(node, 0, memoryview(b"data" * 10), append=False)
+
+    memory.allocate(node, 0, 50_000, 0)
+    memory.allocate(node, 0, 10, 0)
+    memory.allocate(node, 4, 8, 3)
+    memory.allocate(node, 60_000, 10, 3)
+
+    assert memory.getattr(node)[0].st_size == 50_000
+    assert memory.read(node, 0, 16) == b"data" + bytes(8) + b"data"
+    with pytest.raises(OSError, match="ENOSPC"):
+        memory.allocate(node, 0, 100_000, 0)
+    assert memory.getattr(node)[0].st_size == 50_000
+
+
 def test_create_honours_exclusion_and_truncation() -> None:
     memory = Memory()
     file = memory.create(ROOT, b"file", 0o600, os.O_EXCL).node
