@@ -1,7 +1,4 @@
-"""The options of a sandbox that every command which creates one has, and how their texts are read.
-
-More than 500 lines, because nearly half of them are the list of options, in one place.
-"""
+"""The options of a sandbox that every command which creates one has, and how their texts are read."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, cast
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, cast
 
 import click
 import msgspec
@@ -20,6 +17,7 @@ from taskvm.cli import complete
 from taskvm.cli.commandlimits import LIMIT_OPTIONS, read_limits
 from taskvm.cli.commandlimits import NAMES as LIMITS
 from taskvm.cli.group import progress, silent
+from taskvm.cli.mounttext import absolute_mount, read_mount
 from taskvm.cli.secrettext import read_secret, read_secret_command, read_secret_file
 
 if TYPE_CHECKING:
@@ -301,7 +299,7 @@ class SandboxArguments:
         """Return the options as another process with another working directory understands them (`of`)."""
         absolute = replace(
             self,
-            mounts=tuple(_absolute_mount(text) for text in self.mounts),
+            mounts=tuple(absolute_mount(text) for text in self.mounts),
             checkpoint=_absolute(self.checkpoint)
             if self.checkpoint and "/" in self.checkpoint
             else self.checkpoint,
@@ -325,7 +323,7 @@ class SandboxArguments:
         return found
 
     def _mount(self, text: str) -> tuple[str, taskvm.Provider]:
-        path, provider = _read_mount(text)
+        path, provider = read_mount(text)
         if self.mount_limit is not None and not provider.readonly:
             provider = taskvm.Quota(provider, limit_bytes=self.mount_limit << 20)
         if self.hide and not provider.is_file:
@@ -467,46 +465,8 @@ def _ignore(arguments: SandboxArguments) -> None:
     """For a command that is only parsed."""
 
 
-_MOUNT_MODES: dict[str, Literal["direct", "ro", "review"]] = {
-    "rw": "direct",
-    "ro": "ro",
-    "review": "review",
-}
-
-
-def _absolute_mount(text: str) -> str:
-    host, colon, rest = text.partition(":")
-    return f"{Path(host or '.').expanduser().absolute()}{colon}{rest}"
-
-
 def _absolute(path: str | None) -> str | None:
     return None if path is None else str(Path(path).absolute())
-
-
-def _read_mount(text: str) -> tuple[str, taskvm.Provider]:
-    parts = text.split(":")
-    if len(parts) == 2:
-        parts.append("rw")
-    if len(parts) != 3 or parts[2] not in _MOUNT_MODES:
-        raise UsageError(
-            f"read --mount {text}",
-            "it is not HOST:GUEST or HOST:GUEST:MODE",
-            "MODE is rw, ro or review",
-        )
-    host, guest, mode = parts
-    if Path(host).expanduser().is_file():
-        return guest, _mounted_file(text, host, _MOUNT_MODES[mode])
-    return guest, taskvm.HostDir(host or ".", mode=_MOUNT_MODES[mode])
-
-
-def _mounted_file(text: str, host: str, mode: str) -> taskvm.Provider:
-    if mode == "review":
-        raise UsageError(
-            f"read --mount {text}",
-            "a single file cannot be reviewed",
-            "Mount its directory for review, or the file ro",
-        )
-    return taskvm.HostFile(host, mode="ro" if mode == "ro" else "direct")
 
 
 def pair(text: str, option: str, form: str) -> tuple[str, str]:
