@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
-from tests.support.egress_lab import HttpServer, Lab, egress_lab, http_server
+from tests.support.egress_lab import HttpServer, Lab, egress_lab, http_server, scripted_server
 from tests.support.waiting import PATIENCE_S, until, until_settled
 
 from taskvm.egress.oversight import (
@@ -330,6 +330,35 @@ async def test_bodies_stream_through_a_hooks_filters(server: HttpServer) -> None
     assert server.requests[0].body == b"BODY!"
     assert b"BODY!" in answer
     assert b"!" in answer.partition(b"BODY!")[2]
+
+
+async def test_a_filter_adds_nothing_to_an_answer_that_has_no_body(server: HttpServer) -> None:
+    """What a HEAD answers describes a body, and none follows: the connection goes on."""
+    hook = HttpHook(on_response=lambda request, response: replace(response, body=Upper()))
+    async with lab_for(server.port, hook=hook, allow=("api.test",)) as lab:
+        sock = await lab.connect("api.test", server.port)
+        await sock.write(request("api.test", server.port, "HEAD / HTTP/1.1"))
+        head = await sock.read()
+        line = "GET / HTTP/1.1"
+        answer = await sock.exchange(request("api.test", server.port, line, "Connection: close"))
+
+    assert head.startswith(b"HTTP/1.1 200")
+    assert head.endswith(b"\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200")
+
+
+async def test_a_filter_may_add_to_an_answer_whose_body_is_empty() -> None:
+    hook = HttpHook(on_response=lambda request, response: replace(response, body=Upper()))
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+    async with (
+        scripted_server(answer) as server,
+        lab_for(server.port, hook=hook, allow=("api.test",)) as lab,
+    ):
+        sock = await lab.connect("api.test", server.port)
+        line = "GET / HTTP/1.1"
+        shown = await sock.exchange(request("api.test", server.port, line, "Connection: close"))
+
+    assert shown.endswith(b"\r\n\r\n1\r\n!\r\n0\r\n\r\n")
 
 
 async def test_a_hook_answers_or_refuses_and_the_server_sees_nothing(server: HttpServer) -> None:

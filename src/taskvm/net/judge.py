@@ -112,6 +112,9 @@ class Judge:
         if not self._hooked or response.status < 200:
             return answered
         head, body = await self._hooked.response(admitted.shown, answered.head)
+        if admitted.shown.method == b"HEAD" or response.status in (204, 304):
+            body = None  # none follows, so no filter adds anything
+        head = replace(head, ended=response.ended and body is None)
         return replace(answered, head=head, body=both(answered.body, body))
 
     def admit_trailer(self, fields: list[Header]) -> list[Header]:
