@@ -20,6 +20,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeVar
+from urllib.parse import unquote_to_bytes
 
 from taskvm.egress.hostpattern import AddressRule, HostPattern, contains, parse_public_host
 from taskvm.egress.pathpattern import AmbiguousPathError, PathPattern, plain_segments
@@ -39,6 +40,9 @@ from taskvm.wire.hostname import IPAddress, parse_address
 Scheme = Literal["http", "https"]
 MAX_NAME = 100  # characters of a rule's name: it is in every line of the audit log
 
+# What servers take for the method, instead of the one in the request line: Laravel, Symfony. PHP leaves out spaces
+# before a parameter's name, takes a dot for _ and a NUL for the name's end.
+_METHOD_PARAMETER = re.compile(rb"[?&;][ +]*[_.]method[=\0\[]")
 _METHOD = re.compile(r"[A-Z][A-Z-]{0,31}\Z")
 _NAME = re.compile(r"[^\x00-\x1f\x7f]+\Z")
 Parsed = TypeVar("Parsed")
@@ -292,7 +296,7 @@ def decide_request(policy: Policy, intent: Intent) -> Decision:
             return _ambiguous("path", f"the path can be read in more than one way: {error}")
         if intent.overrides_path:
             return _ambiguous("path", "a header overrides the request's path")
-    if intent.overrides_method and any(rule.methods for rule in speaking):
+    if any(rule.methods for rule in speaking) and _overrides_method(intent):
         return _ambiguous("method", "a header or the query overrides the request's method")
     for rule in speaking:
         if rule.names(intent, segments):
@@ -322,6 +326,11 @@ def decide_address(policy: Policy, host: str, ip: IPAddress, port: int) -> Decis
     if by_rule is not None:
         return Decision(True, str(by_rule), "an address rule allows it")
     return Decision(True, "public", f"{host} has a public address")
+
+
+def _overrides_method(intent: Intent) -> bool:
+    by_query = _METHOD_PARAMETER.search(unquote_to_bytes(intent.target))
+    return intent.overrides_method or by_query is not None
 
 
 def _decided(rule: Rule, host: str, port: int | None) -> Decision:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from urllib.parse import unquote_to_bytes
 
 from taskvm.egress.audit import Verdict
 from taskvm.egress.injection import Injected, InjectionRefused, Injector
@@ -36,8 +35,6 @@ from taskvm.wire.message import (
 # What servers take for the method, or for the path, instead of the one in the request line: frameworks;
 # Symfony and IIS's rewriting.
 _METHOD_OVERRIDES = frozenset({b"x-http-method-override", b"x-http-method", b"x-method-override"})
-# Laravel, Symfony. PHP leaves out spaces before a parameter's name, takes a dot for _ and a NUL for the name's end.
-_METHOD_PARAMETER = re.compile(rb"[?&;][ +]*[_.]method[=\0\[]")
 _PATH_OVERRIDES = frozenset({b"x-original-url", b"x-rewrite-url"})
 # CGI, WSGI and PHP servers make the same variable of x-a, x_a and, some of them, x.a.
 _NO_LETTER = re.compile(rb"[^a-z0-9]")
@@ -160,8 +157,7 @@ class Judge:
         egress, origin = self._session.egress, self._session.origin
         intent = Intent(
             origin.scheme, origin.host, origin.port, head.method.decode("ascii"), head.target,
-            overrides_method=_has_any(head.headers, _METHOD_OVERRIDES)
-            or _METHOD_PARAMETER.search(unquote_to_bytes(head.target)) is not None,
+            overrides_method=_has_any(head.headers, _METHOD_OVERRIDES),
             overrides_path=_has_any(head.headers, _PATH_OVERRIDES),
         )  # fmt: skip
         decision = decide_request(egress.policy, intent)

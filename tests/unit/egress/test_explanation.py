@@ -52,6 +52,21 @@ def test_what_the_gateway_itself_refuses_is_refused(
     assert word in explanation.steps[-1].decision.reason
 
 
+@pytest.mark.parametrize(
+    ("query", "allowed"),
+    [("?method=a&b=c", True), ("?_method=DELETE", False), ("?a=b&%2emethod=DELETE", False)],
+)
+def test_a_query_that_overrides_the_method_is_refused_here_too(query: str, allowed: bool) -> None:
+    policy = Policy.from_text(
+        '[[rules]]\naction = "allow"\nhosts = ["api.test"]\nmethods = ["GET"]\n'
+    )
+
+    explanation = explain(policy, f"https://api.test/v1{query}")
+
+    assert explanation.allowed is allowed
+    assert explanation.steps[-1].decision.rule == ("rule 1" if allowed else "ambiguous-method")
+
+
 def test_an_internationalized_name_is_that_of_its_rule() -> None:
     explanation = explain(Policy.parse(["bücher.example"]), "https://bücher.example:443/")
 
