@@ -9,7 +9,6 @@ from taskvm.net import connection, http1guest, http2, relay, resolver, upstream
 
 _LIMITS = [
     (connection, "SNIFF_TIMEOUT_S"),
-    (connection, "DENIED_SNIFF_TIMEOUT_S"),
     (connection, "HANDSHAKE_TIMEOUT_S"),
     (connection, "LINGER_S"),
     (http1guest, "HEAD_TIMEOUT_S"),
