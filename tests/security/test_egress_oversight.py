@@ -347,6 +347,24 @@ async def test_a_filter_adds_nothing_to_an_answer_that_has_no_body(server: HttpS
     assert answer.startswith(b"HTTP/1.1 200")
 
 
+@pytest.mark.parametrize("status", [204, 304])
+async def test_a_hook_may_answer_with_a_status_that_has_no_body(
+    server: HttpServer, status: int
+) -> None:
+    hook = HttpHook(on_response=lambda request, response: replace(response, status=status))
+    async with lab_for(server.port, hook=hook, allow=("api.test",)) as lab:
+        sock = await lab.connect("api.test", server.port)
+        await sock.write(request("api.test", server.port))
+        head = await sock.read()
+        last = request("api.test", server.port, "GET / HTTP/1.1", "Connection: close")
+        answer = await sock.exchange(last)
+
+    assert head.startswith(b"HTTP/1.1 %d" % status)
+    assert head.endswith(b"\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 %d" % status)
+    assert len(server.requests) == 2
+
+
 async def test_a_filter_may_add_to_an_answer_whose_body_is_empty() -> None:
     hook = HttpHook(on_response=lambda request, response: replace(response, body=Upper()))
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"

@@ -109,8 +109,8 @@ class Judge:
         if not self._hooked or response.status < 200:
             return answered
         head, body = await self._hooked.response(admitted.shown, answered.head)
-        if admitted.shown.method == b"HEAD" or response.status in (204, 304):
-            body = None  # none follows, so no filter adds anything
+        if admitted.shown.method == b"HEAD" or head.status in (204, 304):
+            return Answered(_ended(head), _Nothing(), answered.trailer)
         head = replace(head, ended=response.ended and body is None)
         return replace(answered, head=head, body=both(answered.body, body))
 
@@ -314,6 +314,23 @@ class Judge:
             "method": texts[0].decode("latin-1"),
             "path": texts[1].decode("latin-1"),
         }
+
+
+class _Nothing:
+    """The body of an answer that has none, whatever the server sends and a hook's filter would add."""
+
+    def feed(self, data: bytes) -> bytes:
+        del data
+        return b""
+
+    def finish(self) -> bytes:
+        return b""
+
+
+def _ended(head: ResponseHead) -> ResponseHead:
+    # Of 204 alone a length says nothing (RFC 9110 section 8.6).
+    headers = without_length(head.headers) if head.status == 204 else head.headers
+    return replace(head, headers=headers, ended=True)
 
 
 class _Refusing:
