@@ -130,14 +130,16 @@ def test_a_shell_without_input_ends_by_itself() -> None:
 
 def test_run_gives_a_terminal_when_asked() -> None:
     """--tty works without a terminal on this side; the end of input ends the guest's."""
-    done = subprocess.run(
-        [TASKVM, "run", *SMALL, "--tty", "--", "sh", "-c", "tty; stty size; cat"],
-        input=b"typed\n",
-        capture_output=True,
-    )
+    command = [TASKVM, "run", *SMALL, "--tty", "--", "sh", "-c", "tty; stty size; cat"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as run:
+        assert run.stdin is not None
+        assert run.stdout is not None
+        # Typed earlier, the terminal would echo it somewhere in these lines.
+        told = [run.stdout.readline(), run.stdout.readline()]
+        run.stdin.write(b"typed\n")
+        run.stdin.close()
+        echoed_and_read = run.stdout.read()
 
-    # The terminal echoes what was typed as it comes in, before, between or after these lines.
-    lines = done.stdout.splitlines()
-    assert sorted(lines) == [b"/dev/pts/0", b"24 80", b"typed", b"typed"]
-    assert [line for line in lines if line != b"typed"] == [b"/dev/pts/0", b"24 80"]
-    assert done.returncode == 0
+    assert told == [b"/dev/pts/0\r\n", b"24 80\r\n"]
+    assert echoed_and_read == b"typed\r\ntyped\r\n"
+    assert run.returncode == 0
