@@ -43,12 +43,17 @@ def _handler(seen: Seen) -> type[http.server.BaseHTTPRequestHandler]:
     return Handler
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+    # More than connect at once in any test: what the kernel drops is sent again after 1, 3 and 7 seconds.
+    request_queue_size = 128
+
+
 @contextlib.contextmanager
 def http_server(context: ssl.SSLContext | None = None) -> Iterator[Seen]:
     """Serve on a free port of 127.0.0.1 until the block ends; with `context` over TLS."""
     seen = Seen()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(seen))
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), _handler(seen))
     if context is not None:
         server.socket = context.wrap_socket(server.socket, server_side=True)
     seen.port = server.server_address[1]

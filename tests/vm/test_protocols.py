@@ -148,7 +148,14 @@ async def test_npm_installs_from_a_registry(
 
 async def test_node_fetches(ca: Path, site: Path, https: int, programs_image: str) -> None:
     (site / "hello").write_text("for node")
-    code = f"""fetch("https://{HOST}:{https}/hello").then(async r => console.log(r.status, await r.text()))"""
+    # Node gives up a connection after 10 s, and has no option for that.
+    code = f"""
+const get = () => fetch("https://{HOST}:{https}/hello").catch(error => {{
+  if (error.cause?.code !== "UND_ERR_CONNECT_TIMEOUT") throw error;
+  return get();
+}});
+get().then(async r => console.log(r.status, await r.text()));
+"""
 
     async with guest(ca, programs_image) as vm:
         printed = await run(vm, ["node", "-e", code])
@@ -161,7 +168,7 @@ async def test_python_clients(ca: Path, programs_image: str) -> None:
     code = """
 import httpx, requests, sys
 url, body = sys.argv[1], b"x" * 300_000
-with httpx.Client(http2=True) as client:
+with httpx.Client(http2=True, timeout=200) as client:
     answers = [client.post(url, content=body) for _ in range(2)]
     print([(a.http_version, a.status_code, len(a.content)) for a in answers])
 a = requests.post(sys.argv[2] + "/y", data=body)
@@ -186,9 +193,10 @@ async def test_a_grpc_call(ca: Path, programs_image: str) -> None:
 import grpc, sys
 channel = grpc.secure_channel(sys.argv[1], grpc.ssl_channel_credentials())
 say, fail = (channel.unary_unary("/lab.Echo/" + name) for name in ("Say", "Fail"))
-print(say(b"hello", timeout=200).decode())
+patient = {"timeout": 200, "wait_for_ready": True}  # else the call ends with the first attempt to connect
+print(say(b"hello", **patient).decode())
 try:
-    fail(b"hello", timeout=200)
+    fail(b"hello", **patient)
 except grpc.RpcError as error:
     print(error.code().name, error.details())
 """
@@ -204,7 +212,7 @@ async def test_a_websocket(ca: Path, programs_image: str) -> None:
     code = """
 import asyncio, sys, websockets
 async def main():
-    async with websockets.connect(sys.argv[1], open_timeout=200) as socket:
+    async with websockets.connect(sys.argv[1], open_timeout=200, ping_interval=None) as socket:
         for word in ("one", "two"):
             await socket.send(word)
             print(await socket.recv())
