@@ -17,10 +17,15 @@ async def count(vm: Sandbox, pattern: str) -> int:
     return int((await vm.exec(["pgrep", "-fc", pattern])).stdout)
 
 
-async def wait_until_gone(vm: Sandbox, pattern: str) -> None:
+async def wait_for_count(vm: Sandbox, pattern: str, expected: int) -> None:
+    """Wait until there are so many. One that is about to become another program has no command line for a moment."""
     async with asyncio.timeout(PATIENCE_S):
-        while await count(vm, pattern):
+        while await count(vm, pattern) != expected:
             await asyncio.sleep(0.05)
+
+
+async def wait_until_gone(vm: Sandbox, pattern: str) -> None:
+    await wait_for_count(vm, pattern, 0)
 
 
 async def finished(vm: Sandbox, command: str) -> Process:
@@ -51,7 +56,7 @@ async def test_what_a_finished_command_left_is_killed_on_demand(vm: Sandbox) -> 
     """kill_all after the exit ends double-forked children, and those of no other command."""
     mine = await finished(vm, "setsid sleep 1111 >/dev/null 2>&1 & sleep 1112 & true")
     other = await finished(vm, "setsid sleep 2222 >/dev/null 2>&1 & true")
-    before = await count(vm, "sleep (111|2222)")
+    await wait_for_count(vm, "sleep (111|2222)", 3)
 
     await mine.kill_all()
     await wait_until_gone(vm, "sleep 111")
@@ -59,38 +64,35 @@ async def test_what_a_finished_command_left_is_killed_on_demand(vm: Sandbox) -> 
     await other.kill_all()
     await wait_until_gone(vm, "sleep 2222")
 
-    assert (before, spared) == (3, 1)
+    assert spared == 1
 
 
 async def test_leaving_the_block_ends_what_a_finished_command_left(vm: Sandbox) -> None:
     """`async with` holds for children too."""
     async with await vm.spawn("setsid sleep 3333 >/dev/null 2>&1 & true") as process:
         await process.wait()
-        inside = await count(vm, "sleep 3333")
+        await wait_for_count(vm, "sleep 3333", 1)
 
     await wait_until_gone(vm, "sleep 3333")
-    assert inside == 1
 
 
 async def test_leaving_the_block_by_an_exception_ends_what_a_finished_command_left(
     vm: Sandbox,
 ) -> None:
-    inside = 0
     with contextlib.suppress(ZeroDivisionError):
         async with await vm.spawn("setsid sleep 4444 >/dev/null 2>&1 & true") as process:
             await process.wait()
-            inside = await count(vm, "sleep 4444")
+            await wait_for_count(vm, "sleep 4444", 1)
             raise ZeroDivisionError
 
     await wait_until_gone(vm, "sleep 4444")
-    assert inside == 1
 
 
 async def test_an_exec_that_ended_leaves_its_children_alone(vm: Sandbox) -> None:
     result = await vm.exec("setsid sleep 5555 >/dev/null 2>&1 & true")
 
     assert result.ok
-    assert await count(vm, "sleep 5555") == 1
+    await wait_for_count(vm, "sleep 5555", 1)
 
 
 async def test_killing_what_is_gone_is_no_error() -> None:

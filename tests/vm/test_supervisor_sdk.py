@@ -4,7 +4,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from tests.support.waiting import PATIENCE_S
+from tests.support.waiting import PATIENCE_S, wait_until
 
 from taskvm import ByteStream, Launch, SandboxLostError, Supervisor, UsageError, sync
 from taskvm.supervisor.holding import MAX_ENDED
@@ -143,10 +143,15 @@ def test_the_blocking_surface_does_the_same(tmp_path: Path) -> None:
     assert supervisor.publish("sync", 8000).startswith("127.0.0.1:")
 
     assert (tmp_path / "out").read_text() == "hello\n"
+    # Those of other tests may be ending.
+    wait_until(lambda: counted(supervisor) == len(supervisor.list()))
+    assert supervisor.stop("sync").state == "ended"
+
+
+def counted(supervisor: sync.Supervisor) -> int:
     status = supervisor.status()
     assert status is not None
-    assert status.sandboxes == len(supervisor.list())
-    assert supervisor.stop("sync").state == "ended"
+    return status.sandboxes
 
 
 @pytest.mark.parametrize("surface", ["async", "sync"])

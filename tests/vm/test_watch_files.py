@@ -152,20 +152,20 @@ async def test_closing_ends_an_iteration_and_leaves_room_for_others(vm: Sandbox)
 
 
 async def test_closing_the_sandbox_ends_an_iteration_and_losing_it_is_an_error() -> None:
-    async def changes(vm: Sandbox) -> list[FileChange]:
-        return [change async for change in await vm.files.watch("/tmp")]
+    async def changes(watch: FileWatch) -> list[FileChange]:
+        return [change async for change in watch]
 
     async with (
         Sandbox.create(**GUEST) as vm,
         asyncio.timeout(PATIENCE_S),
         asyncio.TaskGroup() as group,
     ):
-        closed = group.create_task(changes(vm))
+        closed = group.create_task(changes(await vm.files.watch("/tmp")))
         await vm.exec(["true"])
         await vm.close()
     async with Sandbox.create(**GUEST, max_duration_s=1.0) as vm, asyncio.timeout(PATIENCE_S):
         with pytest.raises(SandboxLostError, match="max_duration_s"):
-            await changes(vm)
+            await changes(await vm.files.watch("/tmp"))
 
     assert closed.result() == []
 

@@ -81,7 +81,7 @@ async def test_gits_index_is_believed_on_both_sides(
     with (workspace / "d" / "f1").open("r+") as file:
         file.write("changed by the host\n")
     seen = await vm_with_workspace.exec(
-        "for n in $(seq 300); do grep -q host d/f1 && break; sleep 0.1; done;"
+        "until grep -q host d/f1; do sleep 0.1; done;"
         " git -c safe.directory='*' status --porcelain | grep -v '^A  '",
         check=True,
     )
