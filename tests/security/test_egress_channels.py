@@ -26,6 +26,7 @@ from tests.support.egress_lab import (
     read_all,
     scripted_server,
 )
+from tests.support.tcp import tcp_server
 from tests.support.waiting import until
 
 from taskvm.egress.oversight import Oversight, Question
@@ -171,11 +172,9 @@ async def test_a_server_that_wants_a_certificate_of_its_client_gets_none(tmp_pat
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         heads.append(await reader.read(1000))
-        writer.close()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
-    port = server.sockets[0].getsockname()[1]
-    async with lab_for(port, Secret("KEY", VALUE, hosts=["api.test"])) as lab:
+    secret = Secret("KEY", VALUE, hosts=["api.test"])
+    async with tcp_server(serve, ssl=context) as port, lab_for(port, secret) as lab:
         address = await lab.address_of("api.test")
         key = f"Authorization: {lab.secrets[0].placeholder}"
         async with lab.tls(address, port, "api.test") as stream:
@@ -184,7 +183,6 @@ async def test_a_server_that_wants_a_certificate_of_its_client_gets_none(tmp_pat
 
         assert answer.startswith(b"HTTP/1.1 502 ")
         assert [e.decision for e in lab.events if e.kind in ("connect", "response")].count("error")
-    server.close()
     assert heads == []
 
 
@@ -261,9 +259,10 @@ async def test_an_answer_without_end_ends_with_the_guests_connection() -> None:
                 await writer.drain()
         cut.set()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    async with lab_for(port, Secret("KEY", VALUE, hosts=[f"api.test:{port}"])) as lab:
+    async with (
+        tcp_server(serve) as port,
+        lab_for(port, Secret("KEY", VALUE, hosts=[f"api.test:{port}"])) as lab,
+    ):
         sock = await lab.connect("api.test", port)
         await sock.write(request(port))
         received = 0
@@ -274,7 +273,6 @@ async def test_an_answer_without_end_ends_with_the_guests_connection() -> None:
         await until(lambda: not lab.gateway.connections)
 
         assert [e.decision for e in lab.events if e.kind == "response"] == ["error"]
-    server.close()
 
 
 # Guesses.

@@ -18,6 +18,7 @@ from tests.support.egress_lab import (
     http_server,
     scripted_server,
 )
+from tests.support.tcp import tcp_server
 from tests.support.waiting import PATIENCE_S
 
 from taskvm.egress.secret import Place, Secret
@@ -78,18 +79,13 @@ class Stream:
             writer.write(self._first)
             while data := await reader.read(1000):
                 self.received += data
-        writer.close()
 
 
 @asynccontextmanager
 async def stream(first: bytes) -> AsyncIterator[Stream]:
     serving = Stream(first)
-    server = await asyncio.start_server(serving.serve, "127.0.0.1", 0)
-    serving.port = server.sockets[0].getsockname()[1]
-    try:
+    async with tcp_server(serving.serve) as serving.port:
         yield serving
-    finally:
-        server.close()
 
 
 EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: begun\n\n"

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import pytest
 from tests.support.egress_lab import GuestSocket, Lab, dns_query, egress_lab
 from tests.support.h2_lab import fields, h2_client
+from tests.support.tcp import tcp_server
 from tests.support.waiting import PATIENCE_S
 
 from taskvm.egress.policy import Policy
@@ -39,18 +40,13 @@ class Wire:
                 self.received[-1] += data
                 if self.received[-1].endswith(b"\r\n\r\n"):
                     writer.write(self.answer)
-        writer.close()
 
 
 @asynccontextmanager
 async def wire(answer: bytes = OK) -> AsyncIterator[Wire]:
     seen = Wire(answer=answer)
-    server = await asyncio.start_server(seen.serve, "127.0.0.1", 0)
-    seen.port = server.sockets[0].getsockname()[1]
-    try:
+    async with tcp_server(seen.serve) as seen.port:
         yield seen
-    finally:
-        server.close()
 
 
 @asynccontextmanager

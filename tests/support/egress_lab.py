@@ -24,6 +24,7 @@ from pathlib import Path
 
 import msgspec
 import trustme
+from tests.support.tcp import tcp_server
 from tests.support.waiting import PATIENCE_S
 
 from taskvm.egress.audit import AuditEvent, parse_event
@@ -102,15 +103,13 @@ class Guest:
         """Bridge a local TCP port to connections to (address, port)."""
 
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            with contextlib.suppress(OSError, asyncio.CancelledError):
+            with contextlib.suppress(OSError):
                 await self._bridge(reader, writer, await self.connect(address, port))
-            writer.transport.abort() if writer.transport.is_closing() else writer.close()
+            if writer.transport.is_closing():
+                writer.transport.abort()
 
-        server = await asyncio.start_server(serve, *local)
-        try:
-            yield server.sockets[0].getsockname()[1]
-        finally:
-            server.close()
+        async with tcp_server(serve, *local) as bridged:
+            yield bridged
 
     async def _bridge(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, sock: GuestSocket
@@ -446,14 +445,9 @@ async def scripted_server(
             await writer.drain()
             if not close:
                 await reader.read()
-        writer.close()
 
-    server = await asyncio.start_server(serve, address, 0)
-    seen.port = server.sockets[0].getsockname()[1]
-    try:
+    async with tcp_server(serve, address) as seen.port:
         yield seen
-    finally:
-        server.close()
 
 
 async def read_all(stream: TlsStream) -> bytes:

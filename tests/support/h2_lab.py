@@ -181,6 +181,7 @@ class H2Server:
     connections: int = 0
     requests: list[H2Seen] = field(default_factory=list)
     push_enabled: int | None = None
+    transports: list[asyncio.Transport] = field(default_factory=list)
 
 
 class Call:
@@ -245,6 +246,7 @@ class _Protocol(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
+        self._seen.transports.append(transport)
         self._seen.connections += 1
         self.connection.initiate_connection()
         self.flush()
@@ -299,3 +301,5 @@ async def h2_server(
         yield seen
     finally:
         server.close()
+        for transport in seen.transports:
+            transport.abort()  # as tests.support.tcp does

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tests.support.egress_lab import SERVER_CA
 from tests.support.h2_lab import Call
+from tests.support.tcp import tcp_server
 
 from taskvm.wire.websocket import acceptance_of
 
@@ -113,13 +114,9 @@ async def websocket_server(context: ssl.SSLContext) -> AsyncIterator[int]:
                 writer.write(bytes([kind, len(plain)]) + (plain.upper() if kind == 0x81 else plain))
                 if kind == 0x88:
                     break
-        writer.close()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
-    try:
-        yield server.sockets[0].getsockname()[1]
-    finally:
-        server.close()
+    async with tcp_server(serve, ssl=context) as port:
+        yield port
 
 
 def grpc_echo(call: Call, ended: bool) -> None:

@@ -12,6 +12,7 @@ import pytest
 from curl_cffi import CurlOpt, requests
 from tests.support.egress_lab import Lab, egress_lab
 from tests.support.h2_lab import echo, h2_server
+from tests.support.tcp import tcp_server
 from tests.support.waiting import PATIENCE_S
 
 from taskvm.wire.tls import parse_client_hello
@@ -51,15 +52,12 @@ async def test_what_chromium_sends_has_an_encrypted_server_name() -> None:
     hellos: list[bytes] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        hellos.append(await reader.read(4096))
-        writer.close()
+        record = await reader.readexactly(5)
+        hellos.append(record + await reader.readexactly(int.from_bytes(record[3:], "big")))
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    async with egress_lab() as lab:
+    async with tcp_server(serve) as port, egress_lab() as lab:
         with pytest.raises(requests.RequestsError):
             await asyncio.to_thread(fetch, "chrome", lab, "127.0.0.1", port)
-    server.close()
 
     hello = parse_client_hello(hellos[0])
     assert hello is not None

@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 import pytest
 from tests.support.egress_lab import HttpServer, Lab, egress_lab, http_server, scripted_server
 from tests.support.h2_lab import fields, h2_client
+from tests.support.tcp import tcp_server
 from tests.support.waiting import PATIENCE_S
 
 from taskvm.net import relay, upstreams
@@ -46,12 +47,9 @@ async def raw_server(
         writer.write(switch + early)
         while until_end and (data := await reader.read(1000)):
             writer.write(data.upper())
-        writer.close()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    seen.port = server.sockets[0].getsockname()[1]
-    yield seen
-    server.close()
+    async with tcp_server(serve) as seen.port:
+        yield seen
 
 
 def opening(port: int) -> bytes:
@@ -147,20 +145,16 @@ async def test_an_event_arrives_before_the_next_one_is_sent() -> None:
         for event in events:
             writer.write(event)
             await read.acquire()
-        writer.close()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    seen = HttpServer(server.sockets[0].getsockname()[1])
-    async with sandbox(seen) as lab:
-        sock = await lab.connect("api.test", seen.port)
-        await sock.write(f"GET / HTTP/1.1\r\nHost: api.test:{seen.port}\r\n\r\n".encode())
+    async with tcp_server(serve) as port, sandbox(HttpServer(port)) as lab:
+        sock = await lab.connect("api.test", port)
+        await sock.write(f"GET / HTTP/1.1\r\nHost: api.test:{port}\r\n\r\n".encode())
         received = b""
         for event in events:
             async with asyncio.timeout(PATIENCE_S):
                 while event not in received:
                     received += await sock.read()
             read.release()
-    server.close()
 
 
 async def test_a_server_that_has_ipv6_only_is_reached() -> None:

@@ -16,6 +16,7 @@ from tests.support.egress_lab import (
     egress_lab,
     scripted_server,
 )
+from tests.support.tcp import tcp_server
 from tests.support.waiting import PATIENCE_S, until, until_settled
 
 from taskvm.net import http1guest, relay
@@ -107,10 +108,8 @@ async def hasty_server() -> AsyncIterator[HttpServer]:
             await reader.readuntil(b"\r\n\r\n")
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
             await reader.readuntil(b"\r\n\r\n")
-        writer.close()
 
-    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
-        seen.port = server.sockets[0].getsockname()[1]
+    async with tcp_server(serve) as seen.port:
         yield seen
 
 
@@ -169,17 +168,14 @@ async def test_a_guest_that_does_not_read_holds_the_server_back() -> None:
                 await writer.drain()
                 sent += 65536
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    seen = HttpServer(server.sockets[0].getsockname()[1])
-    async with sandbox(seen) as lab:
-        sock = await lab.connect("api.test", seen.port)
-        await sock.write(f"GET / HTTP/1.1\r\nHost: api.test:{seen.port}\r\n\r\n".encode())
+    async with tcp_server(serve) as port, sandbox(HttpServer(port)) as lab:
+        sock = await lab.connect("api.test", port)
+        await sock.write(f"GET / HTTP/1.1\r\nHost: api.test:{port}\r\n\r\n".encode())
         stalled = await until_settled(lambda: sent)
 
         assert stalled < 2_000_000 + kernel_holds
         sock.reset()
         await until(lambda: not lab.gateway.connections)
-    server.close()
 
 
 async def test_what_the_resolver_or_the_server_refuses_is_a_bad_gateway() -> None:
