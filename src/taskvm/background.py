@@ -58,10 +58,11 @@ class Background:
         task.add_done_callback(self._ended)
 
     async def aclose(self) -> None:
-        """Cancel every task and wait until all have ended. Idempotent."""
+        """Cancel every task and wait until all have ended. Idempotent, also when this was cancelled itself."""
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]
         for task in tasks:
-            task.cancel()
+            if not task.cancelling():  # else it is releasing what it holds
+                task.cancel()
         if tasks:
             await asyncio.wait(tasks)
 

@@ -32,6 +32,33 @@ async def test_a_failure_is_told_once_and_a_cancellation_is_none() -> None:
     assert ended.is_set()
 
 
+async def test_a_task_that_is_ending_is_not_interrupted_by_another_close() -> None:
+    """A close that was cancelled is done again: what its tasks release is released."""
+    cancelled, may_end, released = asyncio.Event(), asyncio.Event(), []
+
+    async def lasts() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+            await may_end.wait()
+            released.append("all")
+
+    background = Background(released.append)
+    background.start(lasts(), "lasts")
+    await asyncio.sleep(0)
+    first = asyncio.get_running_loop().create_task(background.aclose())
+    await cancelled.wait()
+    first.cancel()
+    await asyncio.wait([first])
+    second = asyncio.get_running_loop().create_task(background.aclose())
+    await asyncio.sleep(0)
+    may_end.set()
+    await second
+
+    assert released == ["all"]
+
+
 async def test_work_that_must_not_be_left_halfway_ends_before_its_cancelled_caller() -> None:
     """It is told to hurry, is not cancelled, also when its caller is cancelled again, and what it raises is dropped."""
     began, may_end, told = asyncio.Event(), asyncio.Event(), []
