@@ -332,7 +332,8 @@ class Files:
         Links in a tree are copied as they are: following one later leads wherever the guest wished.
 
         Raises UsageError when `host_path` exists, CopyError for a socket, FIFO, device or setuid file and when
-        `limits` or the depth are exceeded, HostError when the host refuses.
+        `limits` or the depth are exceeded, or sandboxes would lack room on the host's disk, HostError when the host
+        refuses.
         """
         source = os.fsdecode(encode_path(guest_path, f"copy {guest_path} out"))
         await CopyOut(self, source, Path(host_path), limits).run()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypedDict
 
 from taskvm.errors import UsageError
+from taskvm.paths import cache_dir
 from taskvm.vm.cpushare import LEAST_CPUS
 from taskvm.vm.machine import DISK_LIMIT_BYTES
 
@@ -20,6 +22,12 @@ MOST_DISK_SIZE_MIB = 2 * 1024 * 1024
 _TABLES_SHARE = 1024
 # An overlay's own tables before the guest has written anything take 256 KiB.
 LEAST_DISK_LIMIT_MIB = 1
+
+
+def spare_bytes(directory: Path) -> int:
+    """Return what must stay free on the disk of `directory`: below it sandboxes are ended, if theirs is the same."""
+    same = directory.stat().st_dev == cache_dir().stat().st_dev
+    return FREE_DISK_MIB << 20 if same else 0
 
 
 class LimitArguments(TypedDict, total=False):

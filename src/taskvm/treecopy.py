@@ -25,6 +25,7 @@ from taskvm.errors import CopyError, GuestError, HostError, UsageError
 from taskvm.filestream import PIECE_BYTES
 from taskvm.fs.syscalls import RENAME_NOREPLACE, rename
 from taskvm.interruption import in_thread
+from taskvm.limits import spare_bytes
 
 if TYPE_CHECKING:
     from taskvm.files import FileInfo, Files
@@ -34,6 +35,8 @@ MAX_DEPTH = 128
 # A guest can invent a tree without end; these end it. A large monorepo with its dependencies has half a million.
 MAX_ENTRIES = 1_000_000
 MAX_BYTES = 64 * 1024**3
+# Between two looks at the free space of the host's disk.
+LOOK_BYTES = 64 * 1024**2
 # Permissions, without setuid, setgid and sticky.
 _PERMISSIONS = 0o777
 _SET_IDS = stat.S_ISUID | stat.S_ISGID
@@ -55,6 +58,30 @@ class CopyLimits:
     max_bytes: int = MAX_BYTES
 
 
+class Room:
+    """The room on the host's disk while files of a guest are written to `directory`: one may have no end.
+
+    Only where sandboxes have their disks too: they would be ended.
+    """
+
+    def __init__(self, directory: Path, operation: str) -> None:
+        self._directory = directory
+        self._operation = operation
+        self._spare = spare_bytes(directory)
+        self._unseen = 0
+
+    def take(self, size: int) -> None:
+        """Count what is about to be written, and look now and then. Raises CopyError."""
+        self._unseen += size
+        if not self._spare or self._unseen < LOOK_BYTES:
+            return
+        self._unseen = 0
+        free = shutil.disk_usage(self._directory).free
+        if free < self._spare + LOOK_BYTES:
+            cause = f"{free >> 20} MiB of this host's disk are free, and {self._spare >> 20} must remain for sandboxes"
+            raise CopyError(self._operation, cause, "Free disk space, or copy to another disk")
+
+
 class CopyOut:
     """One copy from the guest to the host."""
 
@@ -66,6 +93,7 @@ class CopyOut:
         self._operation = f"copy {source} out to {target}"
         self._entries = 0
         self._bytes = 0
+        self._room: Room | None = None
 
     async def run(self) -> None:
         """Copy. Raises UsageError when the target exists, CopyError for what is not copied, GuestError, HostError."""
@@ -73,6 +101,7 @@ class CopyOut:
         if name in ("", ".."):
             raise UsageError(self._operation, "the target has no name of its own", "Name the copy")
         with _host_errors(self._operation), _opened(self._target.parent, _DIRECTORY) as parent:
+            self._room = Room(self._target.parent, self._operation)
             if _is_there(parent, name):
                 raise UsageError(self._operation, "the target exists", "Remove it, or name another")
             info = await self._find()
@@ -143,6 +172,8 @@ class CopyOut:
             raise CopyError(self._operation, cause, "Copy a part of it, or raise max_entries")
 
     def _spend(self, path: str, size: int) -> None:
+        assert self._room is not None, "a copy that runs has its room"
+        self._room.take(size)
         self._bytes += size
         if self._bytes > self._limits.max_bytes:
             cause = f"there are more than {self._limits.max_bytes} bytes, as of {path!r}"

@@ -228,6 +228,22 @@ async def test_a_tree_without_end_is_ended(
     assert list(target.parent.iterdir()) == []
 
 
+@pytest.mark.parametrize("kind", [FILE, DIRECTORY])
+async def test_a_file_without_end_leaves_the_hosts_disk_its_floor(
+    liar: tuple[Liar, Files], target: Path, kind: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With less free every sandbox of this host would be ended: one guest's file must not do that."""
+    guest, files = liar
+    guest.root, guest.lists, guest.endless = dict(kind), lambda path: [named(b"x")], True
+    monkeypatch.setattr("taskvm.treecopy.LOOK_BYTES", INITIAL_CREDIT)
+    monkeypatch.setattr("taskvm.treecopy.spare_bytes", lambda directory: 1 << 60)
+
+    with pytest.raises(CopyError, match="must remain for sandboxes"):
+        await files.copy_out("/t", target)
+
+    assert list(target.parent.iterdir()) == []
+
+
 @pytest.mark.parametrize("kind", ["fifo", "socket", "block", "char"])
 async def test_no_special_file_is_made(liar: tuple[Liar, Files], target: Path, kind: str) -> None:
     guest, files = liar

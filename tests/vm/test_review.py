@@ -395,12 +395,21 @@ async def test_what_is_hidden_from_the_guest_is_neither_changed_nor_shown(worksp
 # Limits.
 
 
-async def test_more_than_the_limits_is_refused_or_left_out(vm: Sandbox, workspace: Path) -> None:
-    """Too many files are an error; too many bytes in a file are a refusal that names it."""
+async def test_more_than_the_limits_is_refused_or_left_out(
+    vm: Sandbox, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too many files are an error, and too little room; too many bytes in a file are a refusal that names it."""
     await run(vm, "truncate -s 8E huge 2>/dev/null || truncate -s 1T huge; seq 50 | xargs touch")
 
     with pytest.raises(CopyError, match="more than 20"):
         await vm.changes(limits=CopyLimits(max_entries=20, max_bytes=1000))
+    with monkeypatch.context() as patch:
+        patch.setattr("taskvm.treecopy.LOOK_BYTES", 1)
+        patch.setattr("taskvm.treecopy.spare_bytes", lambda directory: 1 << 60)
+        await run(vm, "echo text > small")
+        with pytest.raises(CopyError, match="must remain for sandboxes"):
+            await vm.changes()
+    await run(vm, "rm small")
     with await vm.changes() as changes:
         (refused,) = [outcome for outcome in changes.apply() if outcome.status != "applied"]
 

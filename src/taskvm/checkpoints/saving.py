@@ -28,8 +28,7 @@ from taskvm.checkpoints.checkpointfile import (
 from taskvm.checkpoints.staging import publish, read_published, staged
 from taskvm.errors import CheckpointError
 from taskvm.guest import Guest
-from taskvm.limits import FREE_DISK_MIB
-from taskvm.paths import cache_dir
+from taskvm.limits import spare_bytes
 from taskvm.vm.command import Disk
 from taskvm.vm.disk import check_room, flatten
 from taskvm.vm.snapshot import Cut, save_disk, save_machine
@@ -102,7 +101,7 @@ def import_disk(source: Path, path: Path) -> Saved:
         )
     with staged(path) as staging:
         mark = verify_checkpoint(saved)
-        flatten(Disk(layers=(source,)), staging / "disk.qcow2", spare_bytes=_spare_bytes(staging))
+        flatten(Disk(layers=(source,)), staging / "disk.qcow2", spare_bytes=spare_bytes(staging))
         if mark_file(source.resolve()) != mark:
             raise CheckpointError(f"import {source}", "it was changed meanwhile", "Start again")
         write_facts(staging / "disk.qcow2", saved.facts)
@@ -120,12 +119,6 @@ def export_disk(saved: Saved, path: Path) -> None:
         )
     with staged(path) as staging:
         mark = verify_checkpoint(saved)
-        check_room(staging / "disk.qcow2", mark.size, _spare_bytes(staging))
+        check_room(staging / "disk.qcow2", mark.size, spare_bytes(staging))
         copy_disk(saved.path, staging / "disk.qcow2")
         publish(staging, path, memory=False)
-
-
-def _spare_bytes(directory: Path) -> int:
-    """What must stay free where `directory` is, if sandboxes that run are on that disk too."""
-    same = directory.stat().st_dev == cache_dir().stat().st_dev
-    return FREE_DISK_MIB << 20 if same else 0

@@ -20,7 +20,7 @@ from taskvm.fs.hostpaths import PERMISSIONS, HostPaths, Seen
 from taskvm.review.changes import Change, ChangeSet, Item, Kind
 from taskvm.review.guarded import guard_of
 from taskvm.review.mounted import ReviewMount
-from taskvm.treecopy import MAX_DEPTH, CopyLimits
+from taskvm.treecopy import MAX_DEPTH, CopyLimits, Room
 from taskvm.vm.rundir import RunDir
 from taskvm.wire.control import FileType, Mark
 
@@ -66,6 +66,7 @@ class Survey:
         self._staging = staging
         self._limits = limits
         self._operation = f"take the changes in {mount.path}"
+        self._room = Room(staging, self._operation)
         self._tree = HostPaths(mount.provider.open_root())
         self._items: dict[str, Item] = {}
         self._slots = asyncio.Semaphore(_AT_ONCE)
@@ -312,6 +313,7 @@ class Survey:
         with copy.open("xb") as file:
             async with contextlib.aclosing(self._files.open_read(path, follow=False)) as pieces:
                 async for piece in pieces:
+                    self._room.take(len(piece))
                     self._bytes += len(piece)
                     if self._bytes > self._limits.max_bytes:
                         break

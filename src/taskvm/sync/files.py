@@ -149,7 +149,8 @@ class Files:
         Links in a tree are copied as they are: following one later leads wherever the guest wished.
 
         Raises UsageError when `host_path` exists, CopyError for a socket, FIFO, device or setuid file and when
-        `limits` or the depth are exceeded, HostError when the host refuses.
+        `limits` or the depth are exceeded, or sandboxes would lack room on the host's disk, HostError when the host
+        refuses.
         """
         self._bridge.call(self._files.copy_out, guest_path, host_path, limits=limits)
 
