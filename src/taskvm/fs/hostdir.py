@@ -24,12 +24,7 @@ import msgspec
 from taskvm.errors import UsageError
 from taskvm.fs import inotify, syscalls
 from taskvm.fs.coherence import LOCAL, Coherence
-from taskvm.fs.hostattributes import (
-    MODE,
-    Umask,
-    refuse_chown,
-    set_mode_and_times,
-)
+from taskvm.fs.hostattributes import MODE, Umask, refuse_chown, set_mode_and_times
 from taskvm.fs.hosttree import CONTENT, HostTree, through_proc
 from taskvm.fs.lower import Lower
 from taskvm.fs.nodes import UNTOLD, HostNode, Identity, NodeState, identity
