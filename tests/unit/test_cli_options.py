@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 import pytest
 
-from taskvm import ExecLimits, UsageError
+from taskvm import ExecLimits, HostDir, UsageError
 from taskvm.cli.options import SANDBOX_OPTIONS, SandboxArguments
 from taskvm.limits import LimitArguments
 
@@ -30,6 +30,13 @@ def test_options_survive_the_way_to_another_process(
 
     assert (there.memory, there.cpus, there.env) == (256, None, ("A=b",))
     assert there.mounts == (f"{tmp_path}:/workspace:ro",)
+
+
+def test_an_empty_path_is_not_the_working_directory() -> None:
+    """As of a variable that is not set: the guest would write to another folder than was meant."""
+    for mount in (lambda: HostDir(""), SandboxArguments.of({"mounts": [":/workspace"]}).create):
+        with pytest.raises(UsageError, match="the path is empty"):
+            mount()
 
 
 def test_two_mounts_at_one_place_are_refused(tmp_path: Path) -> None:

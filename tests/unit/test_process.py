@@ -63,6 +63,15 @@ async def test_a_character_that_is_cut_comes_out_whole() -> None:
     assert text == "€uro"
 
 
+@pytest.mark.parametrize("count", [0, -1])
+async def test_no_bytes_are_no_end(count: int) -> None:
+    """-1 means all to asyncio's streams; here it looked like a command that has written nothing."""
+    async with inlet() as source:
+        source.feed(b"there")
+        with pytest.raises(UsageError, match="at least 1"):
+            await ByteStream(source).read(count)
+
+
 async def test_a_stream_that_the_guest_resets_ends() -> None:
     """What came is read; a reset is the end, a lost sandbox an error."""
     async with inlet() as source:

@@ -29,7 +29,7 @@ def read_mount(text: str) -> tuple[str, taskvm.Provider]:
     host, guest, mode = parts
     if Path(host).expanduser().is_file():
         return guest, _mounted_file(text, host, _MOUNT_MODES[mode])
-    return guest, taskvm.HostDir(host or ".", mode=_MOUNT_MODES[mode])
+    return guest, taskvm.HostDir(host, mode=_MOUNT_MODES[mode])
 
 
 def _mounted_file(text: str, host: str, mode: str) -> taskvm.Provider:
@@ -45,4 +45,4 @@ def _mounted_file(text: str, host: str, mode: str) -> taskvm.Provider:
 def absolute_mount(text: str) -> str:
     """Return the text as another process with another working directory understands it."""
     host, colon, rest = text.partition(":")
-    return f"{Path(host or '.').expanduser().absolute()}{colon}{rest}"
+    return f"{Path(host).expanduser().absolute()}{colon}{rest}"

@@ -489,6 +489,8 @@ def _resolve(path: str | os.PathLike[str]) -> Path:
 
 def resolve_host_path(path: str | os.PathLike[str], operation: str) -> Path:
     """Return where `path`, which must exist and may begin with `~`, leads. Raises UsageError."""
+    if not os.fspath(path):  # of a variable that is not set; to pathlib it is the working directory
+        raise UsageError(operation, "the path is empty", 'Write "." for the working directory')
     try:
         return Path(path).expanduser().resolve(strict=True)
     except OSError as error:

@@ -25,7 +25,7 @@ from taskvm.errors import UsageError
 from taskvm.fs.attributes import BLOCK, Attributes
 from taskvm.fs.divided import Divided, Target, refuse_crossing
 from taskvm.fs.provider import ROOT, Change, DirEntry, Entry, Node, Provider, Source, refuse
-from taskvm.fs.wrapper import Wrapper
+from taskvm.fs.wrapper import Wrapper, check_provider
 from taskvm.wire.fuse import SetAttr
 from taskvm.wire.fuse_replies import Attr, Lifetime, StatFs
 
@@ -68,6 +68,7 @@ class Router(Divided):
 
     def _add(self, path: str, provider: Provider) -> None:
         operation = f"route {path!r}"
+        check_provider(operation, provider)
         pure = PurePosixPath(path)
         if not pure.is_absolute() or ".." in pure.parts or str(pure) != path or "\0" in path:
             raise UsageError(operation, "it is not a plain absolute path", "Write it like /cache")

@@ -11,15 +11,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 
+from taskvm.errors import UsageError
 from taskvm.fs.provider import Change, DirEntry, Entry, Node, Provider, Source
 from taskvm.wire.fuse import SetAttr
 from taskvm.wire.fuse_replies import Attr, Lifetime, StatFs
+
+
+def check_provider(operation: str, inner: object) -> None:
+    """Raise UsageError for what is no provider, as a path: it would be noticed when a guest waits for it."""
+    if not isinstance(inner, Provider):
+        raise UsageError(operation, "it is no provider", f"Write HostDir({inner!r})")
 
 
 class Wrapper(Provider):
     """Serves what `inner` serves: the base class of what changes one aspect of another provider."""
 
     def __init__(self, inner: Provider) -> None:
+        check_provider(f"serve {inner!r} by {type(self).__name__}", inner)
         self.inner = inner
         self.begin()
 

@@ -40,14 +40,14 @@ class Wanted:
     user: GuestUser = field(default_factory=host_user)
 
     def __post_init__(self) -> None:
-        if not 1 <= self.cpus <= MAX_CPUS:
+        if not isinstance(self.cpus, int) or not 1 <= self.cpus <= MAX_CPUS:
             raise UsageError(
-                f"start a sandbox with cpus={self.cpus}", f"it must be 1 to {MAX_CPUS}"
+                f"start a sandbox with cpus={self.cpus!r}", f"it must be 1 to {MAX_CPUS}"
             )
-        if self.memory_mib < MIN_MEMORY_MIB:
+        if not isinstance(self.memory_mib, int) or self.memory_mib < MIN_MEMORY_MIB:
             raise UsageError(
-                f"start a sandbox with memory_mib={self.memory_mib}",
-                f"it must be at least {MIN_MEMORY_MIB}",
+                f"start a sandbox with memory_mib={self.memory_mib!r}",
+                f"it must be a whole number, at least {MIN_MEMORY_MIB}",
             )
 
     def shape(self, accelerator: Accelerator) -> MachineShape:

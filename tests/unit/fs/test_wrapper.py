@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from taskvm.errors import UsageError
+from taskvm.fs.hooks import Hooks
 from taskvm.fs.hostdir import HostDir
 from taskvm.fs.memory import Memory
 from taskvm.fs.provider import ROOT, Change, Provider
+from taskvm.fs.quota import Quota
 from taskvm.fs.readonly import ReadOnly
+from taskvm.fs.router import Router
 from taskvm.fs.session import _CHANGING
+from taskvm.fs.shadow import Shadow
 from taskvm.fs.tracked import Tracked
 from taskvm.fs.wrapper import Wrapper
 from taskvm.wire.fuse import SetAttr
@@ -52,6 +58,22 @@ def test_everything_in_the_contract_is_forwarded(name: str) -> None:
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_everything_that_takes_a_node_is_asked_for_its_place(name: str) -> None:
     assert name in vars(Tracked)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ReadOnly("/src"),  # type: ignore[arg-type]  # the mistake, here and below
+        lambda: Shadow("/src", [".env"]),  # type: ignore[arg-type]
+        lambda: Quota("/src", limit_bytes=1),  # type: ignore[arg-type]
+        lambda: Hooks("/src"),  # type: ignore[arg-type]
+        lambda: Router({"/": "/src"}),  # type: ignore[dict-item]
+    ],
+)
+def test_a_path_in_the_place_of_a_provider_is_told(make: Callable[[], object]) -> None:
+    """Before a guest waits for it."""
+    with pytest.raises(UsageError, match=r"Write HostDir\('/src'\)"):
+        make()
 
 
 def test_each_mount_is_served_by_itself() -> None:

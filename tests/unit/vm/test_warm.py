@@ -1,10 +1,18 @@
 """taskvm.vm.warm: KVM is judged by what KVM did, not by what the host lacked when it was tried."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from taskvm.errors import HostError, SandboxLostError, TaskvmError, UnavailableError
+from taskvm.errors import (
+    HostError,
+    SandboxLostError,
+    TaskvmError,
+    UnavailableError,
+    UsageError,
+)
 from taskvm.vm import warm
 from taskvm.vm.accel import recall_verdict
 from taskvm.vm.command import Boot
@@ -35,6 +43,23 @@ def wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Wanted:
         memory_mib=256,
         progress=lambda line: None,
     )
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        {"cpus": 0},
+        {"cpus": 65},
+        {"cpus": 1.5},
+        {"cpus": "2"},
+        {"memory_mib": 127},
+        {"memory_mib": 512.5},
+    ],
+)
+def test_a_machine_that_there_cannot_be_is_refused(wanted: Wanted, size: dict[str, Any]) -> None:
+    """Before QEMU is asked, whose words are about its own options."""
+    with pytest.raises(UsageError, match="start a sandbox with (cpus|memory_mib)="):
+        replace(wanted, **size)
 
 
 def fail_with(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
