@@ -29,6 +29,7 @@ _IO_ERROR = 5  # EIO
 _BROKEN_PIPE = 32  # EPIPE
 # struct winsize holds 16 bits.
 _MAX_PTY_SIDE = 65535
+_SHOWN_BYTES = 200
 
 
 def pty_size(rows: int, cols: int) -> PtySize:
@@ -62,6 +63,12 @@ class ExecResult:
     usage: ExecUsage | None = None
     id: int = 0
 
+    def __repr__(self) -> str:
+        # A notebook prints it, and there may be 128 MiB.
+        outputs = {"stdout": self.stdout_bytes, "stderr": self.stderr_bytes}
+        shown = (f", {name}={_shortened(output)}" for name, output in outputs.items() if output)
+        return f"<ExecResult {self.outcome}{''.join(shown)}>"
+
     @property
     def ok(self) -> bool:
         """Whether the command exited with 0."""
@@ -94,6 +101,11 @@ class ExecResult:
             except ValueError:
                 return f"killed by signal {self.signal}"
         return f"exit code {self.exit_code}"
+
+
+def _shortened(output: bytes) -> str:
+    more = len(output) - _SHOWN_BYTES
+    return f"{output[:_SHOWN_BYTES]!r}{f' and {more} bytes more' if more > 0 else ''}"
 
 
 class ByteStream:

@@ -6,7 +6,7 @@ import click
 import pytest
 
 from taskvm import ExecLimits, HostDir, UsageError
-from taskvm.cli.options import SANDBOX_OPTIONS, SandboxArguments
+from taskvm.cli.options import SANDBOX_OPTIONS, SandboxArguments, read_variables
 from taskvm.limits import LimitArguments
 
 
@@ -154,3 +154,21 @@ def test_every_option_is_an_argument() -> None:
     names = {each.name for each in _parameters()}
 
     assert names == set(SandboxArguments.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("text", ["99999", "0", "8000:", "a:80", "1:2:3"])
+def test_a_port_that_is_none_is_refused_before_anything_starts(text: str) -> None:
+    with pytest.raises(UsageError, match="--publish"):
+        SandboxArguments.of({"publish": [text]}).check()
+
+
+def test_no_variable_of_the_host_is_passed_on_by_its_name_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("API_TOKEN", "CANARY")
+
+    with pytest.raises(UsageError, match="--secret API_TOKEN@HOST") as caught:
+        read_variables(["A=b", "API_TOKEN"])
+
+    assert "CANARY" not in str(caught.value)
+    assert read_variables(["A=b=c", "B="]) == {"A": "b=c", "B": ""}

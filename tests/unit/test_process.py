@@ -117,3 +117,12 @@ async def test_an_end_that_came_while_this_program_stood_still_counts(
 
     control.close(SandboxLostError("test", "over"))
     theirs.close()
+
+
+def test_a_result_is_shown_with_the_beginning_of_what_was_written() -> None:
+    result = ExecResult(exit_code=3, stdout_bytes=b"x" * 1_000_000, stderr_bytes=b"bad\x1b[2J\n")
+
+    assert repr(result) == (
+        f"<ExecResult exit code 3, stdout=b'{'x' * 200}' and 999800 bytes more, stderr=b'bad\\x1b[2J\\n'>"
+    )
+    assert repr(ExecResult(exit_code=0)) == "<ExecResult exit code 0>"

@@ -22,7 +22,7 @@ from taskvm.cli.commandlimits import limit_options
 from taskvm.cli.detach import DEFAULT_KEYS, DetachKeys
 from taskvm.cli.group import EXIT_NO_READER, EXIT_TIMEOUT
 from taskvm.cli.help import SandboxCommand, examples
-from taskvm.cli.options import SandboxArguments, pair, sandbox_options
+from taskvm.cli.options import SandboxArguments, read_variables, sandbox_options
 from taskvm.cli.streams import (
     STDIN,
     DetachedError,
@@ -149,8 +149,7 @@ def exec_(
             sandbox,
             command,
             cwd=cwd,
-            env=dict(pair(text, "--env", "K=V") for text in env)
-            | (terminal_environment(env) if tty else {}),
+            env=read_variables(env) | (terminal_environment(env) if tty else {}),
             user=user,
             pty=(terminal.size if terminal else DEFAULT_SIZE) if tty else None,
             timeout_s=timeout,

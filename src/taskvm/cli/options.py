@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, cast
@@ -365,7 +365,7 @@ class SandboxArguments:
                 raise UsageError(
                     f"use --checkpoint {self.checkpoint}", error.cause, error.next_step
                 ) from error
-        _ = self.limits
+        _ = self.limits, [published(text) for text in self.publish]
         for option, value in (("timeout", self.timeout), ("idle-timeout", self.idle_timeout)):
             if value is not None and not value > 0:  # so that "nan" is refused too
                 raise UsageError(
@@ -390,7 +390,7 @@ class SandboxArguments:
             secrets=self._secrets(variables),
             extra_ca_files=[Path(path) for path in self.ca_files],
             passthrough=self.passthrough,
-            env=dict(pair(text, "--env", "K=V") for text in self.env),
+            env=read_variables(self.env),
             audit_path=self.audit,
             image=self.image,
             checkpoint=self.checkpoint,
@@ -467,6 +467,18 @@ def _ignore(arguments: SandboxArguments) -> None:
 
 def _absolute(path: str | None) -> str | None:
     return None if path is None else str(Path(path).absolute())
+
+
+def read_variables(texts: Sequence[str]) -> dict[str, str]:
+    """Return the variables that --env gives. Raises UsageError; nothing of this process's environment is taken."""
+    for name in texts:
+        if name and "=" not in name:
+            raise UsageError(
+                f"read --env {name}",
+                "it is not K=V, and no variable of this host is passed on by itself",
+                f'Write --env {name}="${name}", or --secret {name}@HOST for what the guest must not see',
+            )
+    return dict(pair(text, "--env", "K=V") for text in texts)
 
 
 def pair(text: str, option: str, form: str) -> tuple[str, str]:
