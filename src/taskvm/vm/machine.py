@@ -264,7 +264,7 @@ class Machine:
     async def _release(self) -> None:
         for transport in self._tails:
             transport.close()
-        for sock in (*self._sockets.values(), self._qmp_socket):
+        for sock in (*self._sockets.values(), self._qmp_socket, self._console_socket):
             sock.close()
         if self.memory is not None:
             os.close(self.memory)

@@ -38,6 +38,37 @@ async def test_a_kill_that_is_cancelled_can_be_done_again(monkeypatch: pytest.Mo
     assert await machine.kill() == 137
 
 
+async def test_a_start_that_is_cancelled_at_once_closes_all_channels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The console's is handed over last."""
+    machines: list[Machine] = []
+    spawn = machine_module._spawn
+
+    def spawned(qemu: Qemu, shape: MachineShape, files: MachineFiles) -> Machine:
+        machines.append(spawn(qemu, shape, files))
+        return machines[-1]
+
+    monkeypatch.setattr(machine_module, "_commands", lambda *_: ["sleep", "1000000"])
+    monkeypatch.setattr(machine_module, "_spawn", spawned)
+    monkeypatch.setattr(machine_module, "END_WAIT_S", 0.0)
+    files = MachineFiles(boot=boot(tmp_path), disk=Disk(layers=()))
+    starting = asyncio.get_running_loop().create_task(
+        Machine.start(cast("Qemu", None), cast("MachineShape", None), files)
+    )
+    await asyncio.sleep(0)
+    (machine,) = machines
+    starting.cancel()
+    await asyncio.wait([starting])
+
+    assert machine.exited.done()
+    assert machine._console_socket.fileno() == -1
+
+
+def boot(path: Path) -> Boot:
+    return Boot(kernel=path, initrd=path, head=path)
+
+
 def open_files() -> set[str]:
     return {path.name for path in Path("/proc/self/fd").iterdir()}
 
@@ -49,8 +80,7 @@ def test_a_machine_that_cannot_be_started_leaves_nothing_open(
     state, memory = tmp_path / "state", tmp_path / "ram"
     state.touch()
     memory.touch()
-    boot = Boot(kernel=memory, initrd=memory, head=memory)
-    files = MachineFiles(boot=boot, disk=Disk(layers=()), memory=memory, state=state)
+    files = MachineFiles(boot=boot(memory), disk=Disk(layers=()), memory=memory, state=state)
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
