@@ -57,17 +57,17 @@ async def _feed(call: Call, pieces: AsyncIterable[bytes], patience: asyncio.Time
     """Send `pieces` and the end. `patience` runs only while the guest is waited for. Returns how many bytes."""
     loop = asyncio.get_running_loop()
     size = 0
-    try:
-        async for piece in pieces:
-            view = memoryview(piece)
-            for start in range(0, len(view), PIECE_BYTES):
-                patience.reschedule(loop.time() + PATIENCE_S)
+    async for piece in pieces:
+        view = memoryview(piece)
+        for start in range(0, len(view), PIECE_BYTES):
+            patience.reschedule(loop.time() + PATIENCE_S)
+            try:
                 await call.outlet.write(view[start : start + PIECE_BYTES])
-            patience.reschedule(None)
-            size += len(view)
-        call.outlet.end()
-    except (BrokenPipeError, StreamReset):
-        return size  # the guest has answered before it read everything: its answer says why
+            except (BrokenPipeError, StreamReset):
+                return size  # the guest has answered before it read everything: its answer says why
+        patience.reschedule(None)
+        size += len(view)
+    call.outlet.end()
     patience.reschedule(loop.time() + PATIENCE_S)
     return size
 

@@ -277,12 +277,14 @@ class Capture:
     async def run(
         self, process: Process, stdin: str | bytes | AsyncIterator[bytes] | None
     ) -> ExecResult:
-        """Feed `stdin`, read both streams to their end, and return the result."""
+        """Feed `stdin`, read both streams to their end, and return the result. A source of input is left at the end."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(_feed(process, stdin))
-            group.create_task(self._collect(process.stdout, self.stdout))
-            group.create_task(self._collect(process.stderr, self.stderr))
-        return self.result(await process.wait())
+            feeding = group.create_task(_feed(process, stdin))
+            outputs = ((process.stdout, self.stdout), (process.stderr, self.stderr))
+            await asyncio.wait([group.create_task(self._collect(*each)) for each in outputs])
+            ending = await process.wait()
+            feeding.cancel()  # it may wait for more input, which nobody reads
+        return self.result(ending)
 
     def result(self, ending: ExecResult, *, timed_out: bool = False) -> ExecResult:
         """Return `ending` with the output collected so far."""
@@ -308,12 +310,17 @@ def _result(exited: Exited, number: int) -> ExecResult:
 
 
 async def _feed(process: Process, stdin: str | bytes | AsyncIterator[bytes] | None) -> None:
-    try:
-        if isinstance(stdin, str | bytes):
-            await process.write(stdin.encode() if isinstance(stdin, str) else stdin)
-        elif stdin is not None:
-            async for data in stdin:
-                await process.write(data)
-        await process.close_stdin()
-    except BrokenPipeError:
-        return  # the process ended without reading all of it, as processes may
+    async for data in _pieces(stdin):
+        try:
+            await process.write(data)
+        except BrokenPipeError:
+            return  # the process ended without reading all of it, as processes may
+    await process.close_stdin()
+
+
+async def _pieces(stdin: str | bytes | AsyncIterator[bytes] | None) -> AsyncIterator[bytes]:
+    if isinstance(stdin, str | bytes):
+        yield stdin.encode() if isinstance(stdin, str) else stdin
+    elif stdin is not None:
+        async for data in stdin:
+            yield data

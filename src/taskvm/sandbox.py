@@ -251,7 +251,7 @@ class Sandbox:
 
         A list is executed as it is; a str runs in the guest's bash. `cwd` defaults to /workspace when that is
         mounted, else the user's home. `timeout_s`, counted from this call, or cancelling it kills everything that
-        the command started. A `stdin` of str is sent as UTF-8.
+        the command started. A `stdin` of str is sent as UTF-8; an iterator is left when the command ends.
         `user` is an account of the guest by its name, numbers like "1000:1000", or None for the
         sandbox's user. Up to 64 MiB of each stream are kept. `limits` bind it and all that it starts, as long as it is
         not the guest's root, who can leave them.

@@ -58,6 +58,38 @@ async def test_output_is_live(vm: Sandbox) -> None:
     assert (first, second, result.exit_code) == (b"first\n", b"second\n", 0)
 
 
+async def test_a_command_that_ends_leaves_its_source_of_input(asynchronous_vm: Sandbox) -> None:
+    """It may have more to say, and nobody to say it to. (A synchronous source blocks its caller's own thread.)"""
+    left = []
+
+    async def endless() -> AsyncIterator[bytes]:
+        try:
+            yield b"first\n"
+            await asyncio.Event().wait()
+        finally:
+            left.append("the source")
+
+    async with asyncio.timeout(PATIENCE_S):
+        result = await asynchronous_vm.exec("head -1", stdin=endless())
+
+    assert (result.stdout, left) == ("first\n", ["the source"])
+
+
+async def test_what_a_source_of_input_raises_is_raised(vm: Sandbox) -> None:
+    """Also what looks like the end of the command's own reading."""
+
+    async def broken() -> AsyncIterator[bytes]:
+        yield b"first\n"
+        raise BrokenPipeError("the source's own")
+
+    with pytest.raises(BrokenPipeError, match="the source's own"):
+        await vm.exec("cat", stdin=broken())
+    with pytest.raises(BrokenPipeError, match="the source's own"):
+        await vm.files.write_stream("/tmp/broken", broken())
+
+    assert not await vm.files.exists("/tmp/broken")
+
+
 async def test_stdin_takes_bytes_and_streams(vm: Sandbox) -> None:
     """Standard input is bytes or an asynchronous stream, and ends."""
 
