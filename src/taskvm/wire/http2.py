@@ -158,7 +158,13 @@ class Http2Codec:
         self._idle_frames = min(self._idle_frames + IDLE_FRAMES_EARNED, MAX_IDLE_FRAMES)
 
     def _disable_indexing(self) -> None:
-        self.h2.encoder.header_table_size = 0
+        """Use no table, and say so before the next fields, as a peer that wants it smaller waits for that.
+
+        hpack would first name the size that the peer allows, or nothing where that is 0 too.
+        """
+        encoder = self.h2.encoder
+        encoder.header_table_size = 0
+        encoder.header_table.resized, encoder.table_size_changes = True, [0]
 
 
 def _cost(event: h2.events.Event) -> int:

@@ -9,7 +9,7 @@ import h2.events
 import h2.settings
 import pytest
 from h2.errors import ErrorCodes
-from hpack import Encoder
+from hpack import Decoder, Encoder
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -135,6 +135,28 @@ def test_no_field_of_ours_is_put_into_a_table() -> None:
 
     assert len(codec.h2.encoder.header_table.dynamic_entries) == 0
     assert all(not field.indexable for field in render_trailer([(b"x", b"1")]))
+
+
+@pytest.mark.parametrize("size", [0, 100, 2**32 - 1])
+@pytest.mark.parametrize("together", [True, False])
+def test_a_peer_that_sets_the_tables_size_hears_that_it_is_nothing(
+    size: int, *, together: bool
+) -> None:
+    """Once, before the next fields, however its settings come (RFC 7541 section 4.2)."""
+    settings = [PREFACE + frame(4), frame(4, b"\0\x01" + size.to_bytes(4, "big"))]
+    codec = Http2Codec(client_side=False)
+    for data in [b"".join(settings)] if together else settings:
+        codec.receive(data)
+    codec.receive(headers_frame(1, request()) + headers_frame(3, request()))
+    codec.h2.data_to_send()
+
+    blocks = []
+    for stream in (1, 3):
+        codec.h2.send_headers(stream, render_response(ResponseHead(204, [], ended=True)))
+        blocks.append((codec.h2.data_to_send() or b"")[9:])
+
+    assert blocks[0] == b"\x20" + blocks[1]
+    assert Decoder().decode(blocks[0], raw=True)[0] == (b":status", b"204")
 
 
 # Floods: each ends the connection, with a GOAWAY, after a bounded number of frames.
