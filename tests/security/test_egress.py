@@ -481,9 +481,7 @@ async def test_a_guest_that_breaks_the_ports_rules_loses_the_port(
 ) -> None:
     async with lab_for(canary) as lab:
         lab.guest.port._transport.write(frame)  # the guest's end says what no agent would
-        async with asyncio.timeout(PATIENCE_S):
-            while lab.guest.lost is None:
-                await asyncio.sleep(0.01)
+        await until(lambda: lab.guest.lost and lab.failure)
 
         assert isinstance(lab.failure, GuestProtocolError)
 
