@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 from tests.support.peak import printed_by
-from tests.support.waiting import PATIENCE_S
+from tests.support.waiting import PATIENCE_S, until
 from tests.unit.vm.test_control import control_and_guest
 
 from taskvm import GuestError, GuestProtocolError, SandboxLostError, TaskvmError, UsageError
@@ -296,7 +296,7 @@ async def test_a_stream_that_was_never_opened_is_a_lie() -> None:
     async with control_and_guest() as (control, guest):
         control.on_lost = lost.append
         await guest.send(DATA, 5, b"x", 1)
-        await asyncio.sleep(0.05)
+        await until(lambda: lost)
 
     assert [type(error) for error in lost] == [GuestProtocolError]
 
