@@ -80,8 +80,9 @@ async def test_gits_index_is_believed_on_both_sides(
     read.clear()
     with (workspace / "d" / "f1").open("r+") as file:
         file.write("changed by the host\n")
+    changed_s = "{}.{:09}".format(*divmod((workspace / "d" / "f1").stat().st_mtime_ns, 10**9))
     seen = await vm_with_workspace.exec(
-        "until grep -q host d/f1; do sleep 0.1; done;"
+        f"until [ $(stat -c %.9Y d/f1) = {changed_s} ]; do sleep 0.1; done;"
         " git -c safe.directory='*' status --porcelain | grep -v '^A  '",
         check=True,
     )

@@ -139,9 +139,12 @@ def test_a_secret_for_an_allowed_address_is_bound() -> None:
 
 
 TEXT = st.binary(max_size=60)
+# What says which part of a content to send, and in which coding: dropped where a secret goes.
+CHOOSING = (b"a-im", b"accept-charset", b"accept-encoding", b"if-range", b"range")
+HEADER_NAME = TEXT.filter(lambda name: name.lower() not in CHOOSING)
 
 
-@given(st.lists(st.tuples(TEXT, TEXT), max_size=5), TEXT)
+@given(st.lists(st.tuples(HEADER_NAME, TEXT), max_size=5), TEXT)
 def test_a_request_without_traces_passes_unchanged(
     headers: list[tuple[bytes, bytes]], target: bytes
 ) -> None:
