@@ -11,6 +11,8 @@ from typing import TypeVar
 
 import click
 
+from taskvm.cli.commandlimits import NAMES as LIMITS
+
 Row = TypeVar("Row")
 
 # Commands of `taskvm` itself.
@@ -36,14 +38,7 @@ COMMANDS: Mapping[str, Sequence[str]] = {
 # Options of the commands that make a sandbox, by their parameters' names.
 OPTIONS: Mapping[str, Sequence[str]] = {
     "Command": ("tty", "interactive", "env", "cwd", "user", "timeout"),
-    "What the command may use": (
-        "limit_memory",
-        "limit_processes",
-        "limit_cpus",
-        "limit_disk_read",
-        "limit_disk_write",
-        "cpu_weight",
-    ),
+    "What the command may use": LIMITS,
     "Folders": ("mounts", "hide", "private", "mount_limit", "apply", "diff_file"),
     "Network (nothing leaves unless it is allowed)": (
         "allow",
