@@ -171,7 +171,7 @@ async def main(only: list[str], cpus: int, memory_mib: int, *, limit: bool) -> d
     chosen = [w for w in WORKLOADS if not only or any(word in w.name for word in only)]
     try:
         async with Sandbox.create(cpus=cpus, memory_mib=memory_mib, mounts=mounts) as vm:
-            await vm.exec("mount -t tmpfs -o mode=1777 none /mnt", user="root", check=True)
+            await vm.exec("mount -t tmpfs -o mode=1777,size=80% none /mnt", user="root", check=True)
             # The kernel learns at its first OPEN that it need not ask.
             (root / "opened").touch()
             await vm.exec(
