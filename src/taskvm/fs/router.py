@@ -34,8 +34,8 @@ _FIRST_OFFSET = 0x7FFF_FFFF_8000_0000
 _END_OFFSET = 0x7FFF_FFFF_FFFF_FFFF  # where ext4 says that a directory ends
 _LIFETIME = Lifetime(entry_ns=0, attr_ns=0)  # what is below a junction may come and go
 # In inode numbers that are not of the provider at "/": no file system of a host has this bit, and those that
-# fs/specials.py and private layers make have the one above it.
-_ELSEWHERE = 1 << 61
+# fs/specials.py and private layers make have one of the two above it.
+_ELSEWHERE = 1 << 60
 
 
 class Junction:

@@ -16,6 +16,7 @@ from taskvm.fs.memory import Memory
 from taskvm.fs.provider import ROOT, Change, Node, Provider
 from taskvm.fs.readonly import ReadOnly
 from taskvm.fs.router import Router
+from taskvm.fs.shadow import Shadow
 from taskvm.fs.syscalls import RENAME_EXCHANGE
 
 
@@ -181,6 +182,20 @@ def test_the_provider_at_the_root_keeps_its_inode_numbers(tmp_path: Path) -> Non
     paths = ["main.py", "other/main.py", "cache", "deep", "fifo", "other/fifo"]
     assert len({number(path) for path in paths}) == len(paths)
     assert max(map(number, paths)) < 1 << 63
+    router.close()
+
+
+def test_private_files_at_the_root_have_inode_numbers_of_their_own(tmp_path: Path) -> None:
+    private = Shadow(HostDir(tmp_path), ["kept/"], private=Memory())
+    router = Router({"/": private, "/cache": Memory()}).opened()
+    kept = router.mkdir(ROOT, b"kept", 0o755).node
+    files = [
+        router.create(parent, b"%d" % number, 0o644, 0)
+        for parent in (kept, find(router, "cache"))
+        for number in range(20)
+    ]
+
+    assert len({file.attr.st_ino for file in files}) == len(files)
     router.close()
 
 
