@@ -16,7 +16,7 @@ MODULES = {
     for path in SRC.rglob("*.py")
 }
 
-BASE = ("taskvm.errors", "taskvm.arguments", "taskvm.egress.secret")
+BASE = ("taskvm.printing", "taskvm.errors", "taskvm.arguments", "taskvm.egress.secret")
 PURE = (
     *BASE,
     "taskvm.egress",

@@ -62,9 +62,10 @@ if TYPE_CHECKING:
     from taskvm.opening import Opening
     from taskvm.paths import Removed
     from taskvm.pool import WarmPool
+    from taskvm.printing import printable
     from taskvm.process import ByteStream, ExecResult, Process
     from taskvm.resources import ExecLimits, ExecUsage
-    from taskvm.review.changes import Change, ChangeSet, Outcome, printable
+    from taskvm.review.changes import Change, ChangeSet, Outcome
     from taskvm.sandbox import Sandbox
     from taskvm.secretcommand import command_output
     from taskvm.supervisor.attachment import Attachment
@@ -115,7 +116,8 @@ else:
             "taskvm.pool": "WarmPool",
             "taskvm.process": "ByteStream ExecResult Process",
             "taskvm.resources": "ExecLimits ExecUsage",
-            "taskvm.review.changes": "Change ChangeSet Outcome printable",
+            "taskvm.printing": "printable",
+            "taskvm.review.changes": "Change ChangeSet Outcome",
             "taskvm.sandbox": "Sandbox",
             "taskvm.secretcommand": "command_output",
             "taskvm.supervisor.attachment": "Attachment",

@@ -27,6 +27,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from taskvm.printing import printable
+
 if TYPE_CHECKING:
     from taskvm.process import ExecResult
 
@@ -50,10 +52,7 @@ class TaskvmError(Exception):
 
 
 def _shown(text: str) -> str:
-    return "".join(
-        sign if sign.isprintable() or sign == "\n" else sign.encode("unicode_escape").decode()
-        for sign in text
-    )
+    return "\n".join(map(printable, text.split("\n")))
 
 
 class UsageError(TaskvmError):

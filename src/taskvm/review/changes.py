@@ -23,6 +23,7 @@ from typing import Literal, Self
 
 from taskvm.errors import SandboxStateError, UsageError
 from taskvm.fs.hostpaths import ChangedError, HostPaths, Seen
+from taskvm.printing import printable
 from taskvm.review.mounted import ReviewMount
 from taskvm.review.patch import MAX_DIFF_BYTES, Version, render_patch
 from taskvm.vm.rundir import RunDir
@@ -295,14 +296,6 @@ class ChangeSet:
     def _require_open(self, operation: str) -> None:
         if self._closed:
             raise SandboxStateError(operation, "the set was closed", "Take another")
-
-
-def printable(text: str) -> str:
-    """Return `text` with whatever a terminal might act on, or cannot show, escaped."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode()
-        for char in text
-    )
 
 
 def _above(path: str) -> Iterator[str]:

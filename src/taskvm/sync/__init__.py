@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from taskvm.fs.router import Router
     from taskvm.fs.shadow import Shadow
     from taskvm.limits import Limits
+    from taskvm.printing import printable
     from taskvm.process import ExecResult
     from taskvm.resources import ExecLimits, ExecUsage
-    from taskvm.review.changes import Change, ChangeSet, Outcome, printable
+    from taskvm.review.changes import Change, ChangeSet, Outcome
     from taskvm.sync.checkpoint import Checkpoint
     from taskvm.sync.files import Files
     from taskvm.sync.filewatch import FileWatch
@@ -59,7 +60,8 @@ else:
             "taskvm.limits": "Limits",
             "taskvm.process": "ExecResult",
             "taskvm.resources": "ExecLimits ExecUsage",
-            "taskvm.review.changes": "Change ChangeSet Outcome printable",
+            "taskvm.printing": "printable",
+            "taskvm.review.changes": "Change ChangeSet Outcome",
             "taskvm.sync.checkpoint": "Checkpoint",
             "taskvm.sync.files": "Files",
             "taskvm.sync.filewatch": "FileWatch",
