@@ -116,9 +116,8 @@ class ByteStream:
 
     async def read(self, max_bytes: int = 65536) -> bytes:
         """Return 1 … `max_bytes` bytes, or b"" at the end. Raises SandboxLostError when the sandbox is gone."""
-        if (
-            max_bytes < 1
-        ):  # asyncio's StreamReader reads all for -1; here it would look like the end
+        # asyncio's StreamReader reads all for -1; here it would look like the end.
+        if max_bytes < 1:
             operation = f"read {max_bytes} bytes of a command's output"
             raise UsageError(operation, "it must be at least 1", "Iterate over it to read all")
         try:

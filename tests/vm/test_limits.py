@@ -132,7 +132,7 @@ async def test_traffic_on_a_mount_is_activity(workspace: Path) -> None:
             write = f"for i in $(seq 16); do echo $i > n; sleep {timeout_s / 10}; done"
             await vm.exec(f"({write}) >/dev/null 2>&1 &")
             supervisor = vm.host_pid
-            await until(lambda pid=supervisor: not is_alive(pid))  # type: ignore[misc]
+            await until(lambda pid=supervisor: not is_alive(pid))  # type: ignore[misc]  # bound now
         if (written := (workspace / "n").read_text()) == "16\n":
             break
 

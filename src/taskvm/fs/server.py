@@ -249,9 +249,8 @@ class FsServer:
         for lane in lanes:
             lane.join(deadline - time.monotonic())
         self._attention.close()
-        with (
-            self._sending
-        ):  # the number that a thread is about to send to must not become another file's
+        # The number that a thread is about to send to must not become another file's.
+        with self._sending:
             self._sock.close()
 
     def _is_read(self, span_s: float) -> bool:

@@ -43,9 +43,8 @@ async def spawn(place: Place) -> None:
         await asyncio.sleep(0.05)  # it lives, or somebody starts it
         return
     try:
-        await in_thread(
-            _start, place, lock
-        )  # which passes the lock on: it must not be another file
+        # It passes the lock on, whose number must not be another file by then.
+        await in_thread(_start, place, lock)
     finally:
         os.close(lock)
 

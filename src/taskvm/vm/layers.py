@@ -18,7 +18,7 @@ from pathlib import Path
 
 from qemu.qmp import EventListener, ExecuteError
 
-from taskvm.background import finished
+from taskvm.background import finished, outlast
 from taskvm.errors import HostError, SandboxLostError, SandboxStateError
 from taskvm.vm.command import Disk, layer_node, top_layer
 from taskvm.vm.disk import create_layer
@@ -156,7 +156,7 @@ class Layers:
                 error = await ending
             finally:
                 ending.cancel()
-                await asyncio.gather(ending, return_exceptions=True)
+                await outlast(ending)
         if error:
             raise HostError(_MERGING, error, "Free disk space; the sandbox runs on")
         self._nodes.pop()
@@ -194,7 +194,6 @@ class Layers:
 def _open(path: Path, access: int) -> int:
     try:
         return os.open(path, access | os.O_CLOEXEC)
-    except (
-        OSError
-    ) as error:  # the sandbox was closed while a thread wrote it: its directory is gone
+    except OSError as error:
+        # The sandbox was closed while a thread wrote it: its directory is gone.
         raise HostError(f"open the disk {path}", error.strerror or str(error)) from error

@@ -64,10 +64,10 @@ def test_everything_that_takes_a_node_is_asked_for_its_place(name: str) -> None:
     "make",
     [
         lambda: ReadOnly("/src"),  # type: ignore[arg-type]  # the mistake, here and below
-        lambda: Shadow("/src", [".env"]),  # type: ignore[arg-type]
-        lambda: Quota("/src", limit_bytes=1),  # type: ignore[arg-type]
-        lambda: Hooks("/src"),  # type: ignore[arg-type]
-        lambda: Router({"/": "/src"}),  # type: ignore[dict-item]
+        lambda: Shadow("/src", [".env"]),  # type: ignore[arg-type]  # the same
+        lambda: Quota("/src", limit_bytes=1),  # type: ignore[arg-type]  # the same
+        lambda: Hooks("/src"),  # type: ignore[arg-type]  # the same
+        lambda: Router({"/": "/src"}),  # type: ignore[dict-item]  # the same
     ],
 )
 def test_a_path_in_the_place_of_a_provider_is_told(make: Callable[[], object]) -> None:

@@ -35,7 +35,7 @@ def test_a_call_that_is_interrupted_before_it_has_begun_says_nothing(
         began.set()
 
     call = Call(bridge)
-    call._posts = Interrupted()  # type: ignore[assignment]
+    call._posts = Interrupted()  # type: ignore[assignment]  # all that a call uses
     bridge.submit(lambda: bool(turn.wait()))
     monkeypatch.setattr(bridge, "submit", submitting)
 
@@ -51,4 +51,4 @@ def test_what_a_function_raises_before_it_is_awaited_is_raised_in_the_call() -> 
         raise LookupError("at once")
 
     with pytest.raises(LookupError, match="at once"):
-        Bridge.current().call(refuse)  # type: ignore[arg-type]
+        Bridge.current().call(refuse)  # type: ignore[arg-type]  # it returns nothing to await
